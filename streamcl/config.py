@@ -1,0 +1,364 @@
+"""The configuration: one model per station of the journey, units in names, a typo is an error that names its path.
+
+Each field says in its `change` metadata what changing it means for a checkpoint that exists:
+
+- `free`: takes effect at the next start (where things are, how much work a turn is, what is exported);
+- `stop`: needs a clean stop first, for what lies between checkpoint and control position would not repeat;
+- `new`: other state; start in another checkpoint folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from streamcl.protocols import StreamclError
+from streamcl.records import EVENTS, LABELS
+
+Change = Literal["free", "stop", "new"]
+Task = Literal["binary", "multiclass", "regression"]
+
+
+def Free(default: Any = ..., **kwargs: Any) -> Any:  # noqa: N802 - reads as a kind of Field
+    """A field that may change under a live checkpoint."""
+    return Field(default, json_schema_extra={"change": "free"}, **kwargs)
+
+
+def Stop(default: Any = ..., **kwargs: Any) -> Any:  # noqa: N802
+    """A field that may change after a clean stop."""
+    return Field(default, json_schema_extra={"change": "stop"}, **kwargs)
+
+
+def New(default: Any = ..., **kwargs: Any) -> Any:  # noqa: N802
+    """A field whose change means other state."""
+    return Field(default, json_schema_extra={"change": "new"}, **kwargs)
+
+
+class ConfigError(StreamclError):
+    """What is wrong with the configuration, one line per fault, each with its path."""
+
+
+class Station(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Events(Station):
+    """Where events come from, and where in the payload things are (dots go into nested objects)."""
+
+    url: str = Free(description="kafka://host:port/topic, file:///path/to/events.jsonl, memory://name/topic")
+    id: str | None = Stop(None, description="field of the event id; without it the id is input:partition:offset")
+    key: str | None = Stop(None, description="field of the key (user, session); without it the record's key")
+    time: str | None = Stop(None, description="field of the event time in seconds since the epoch; without it the record's timestamp")
+    time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field")
+    label: str | None = Stop(None, description="field of an inline label; may be absent in single events")
+    max_bytes: int = Stop(1_048_576, ge=1, description="a larger payload goes to the dead letters")
+    max_future_s: float = Stop(
+        86_400.0, gt=0, description="an event time further ahead of its record's timestamp goes to the dead letters"
+    )
+
+
+class Labels(Station):
+    """Labels on a stream of their own, joined to events by id."""
+
+    url: str = Free(description="URL of the labels; same scheme and host as events.url")
+    id: str = Stop("id", description="field of the event id")
+    label: str = Stop("label", description="field of the label")
+    default: float | None = Stop(None, description="the label when the field is absent: 1 for a stream of clicks")
+    time: str | None = Stop(None, description="field of the label's time; without it the record's timestamp")
+    time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field")
+
+
+class Join(Station):
+    """What waiting for a label means. All times are event time, in seconds."""
+
+    attribution_window_s: float = Stop(1800.0, gt=0, description="a label counts if it comes within this time of its event")
+    on_close: Literal["negative", "drop"] = Stop("negative", description="what a window without a label means")
+    allowed_lateness_s: float = Stop(0.0, ge=0, description="how far the watermark stays behind the newest event")
+    idle_s: float = Stop(60.0, gt=0, description="a partition this far behind the others no longer holds the watermark back")
+    orphan_s: float = Stop(60.0, ge=0, description="how long a label waits for an event that it overtook")
+    max_tickets: int = Stop(1_000_000, ge=1, description="beyond it the ticket with the earliest deadline is dropped, counted")
+    max_expiries_per_event: int = Stop(100, ge=1, description="bounds the work of one event after a gap in the stream")
+
+
+class Categorical(Station):
+    """A string, integer or boolean, hashed into `buckets` rows. A missing value has a row of its own."""
+
+    kind: Literal["categorical"] = "categorical"
+    buckets: int = New(1 << 16, ge=2, le=1 << 26, description="rows of the table (count)")
+
+
+class Bag(Station):
+    """A list of categories; their rows are pooled."""
+
+    kind: Literal["bag"] = "bag"
+    buckets: int = New(1 << 16, ge=2, le=1 << 26, description="rows of the table (count)")
+    max_items: int = New(32, ge=1, le=4096, description="items beyond it are ignored, counted")
+    pooling: Literal["mean", "sum"] = New("mean")
+
+
+class Numeric(Station):
+    """A number, standardised by running mean and deviation. A missing one reads as the mean."""
+
+    kind: Literal["numeric"] = "numeric"
+
+
+def _named_kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Feature = Annotated[Categorical | Bag | Numeric, Field(discriminator="kind"), BeforeValidator(_named_kind)]
+
+
+class Model(Station):
+    kind: Literal["logistic", "mlp", "deepfm"] = New("deepfm")
+    embedding_dim: int = New(16, ge=1, le=1024, description="width of a row (count)")
+    hidden: tuple[int, ...] = New((64, 32), description="units per hidden layer")
+    classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")
+    init_scale: float = New(0.01, gt=0, description="standard deviation of a fresh embedding")
+
+
+class Optimizer(Station):
+    kind: Literal["sgd", "adagrad", "adam", "ftrl"] = Stop("adagrad")
+    learning_rate: float = Stop(0.05, gt=0)
+    embedding_learning_rate: float | None = Stop(None, gt=0, description="for the rows of tables; default: learning_rate")
+    l1: float = Stop(0.0, ge=0, description="FTRL only")
+    l2: float = Stop(0.0, ge=0, description="added to the gradient of what an example touches; FTRL: in the closed form")
+    max_grad_norm: float = Stop(1e4, gt=0, description="an example whose gradient is larger is quarantined")
+
+
+class Replay(Station):
+    retention: Literal["none", "reservoir", "recency", "class_balanced"] = New("recency", description="which examples stay")
+    capacity: int = New(20_000, ge=1, description="most examples held (count)")
+    per_event: int = Stop(0, ge=0, description="rows replayed beside each live example")
+    weight: float = Stop(1.0, ge=0, description="weight of the replayed rows' mean loss; the live example's is 1")
+
+
+class Metrics(Station):
+    window: int = New(10_000, ge=1, description="labelled examples in the windowed metrics (count)")
+
+
+class Drift(Station):
+    detector: Literal["none", "adwin", "page_hinkley"] = New("adwin", description="watches the loss of what was served")
+    delta: float | None = New(None, gt=0, description="sensitivity; default: the detector's own")
+    threshold: float = New(50.0, gt=0, description="Page-Hinkley only")
+    refractory_events: int = New(1000, ge=0, description="no second alarm within this many labelled examples")
+
+
+class Checkpoint(Station):
+    folder: Path = Free(Path("checkpoints"), description="one folder per shard is made in it")
+    every_events: int = Free(50_000, ge=1, description="records between two checkpoints")
+    retain: int = Free(3, ge=1, description="newest checkpoints kept")
+
+
+class Shard(Station):
+    """Static assignment: shard `index` of `count` holds the partitions p with p % count == index."""
+
+    index: int = New(0, ge=0)
+    count: int = New(1, ge=1)
+
+    @model_validator(mode="after")
+    def _inside(self) -> Self:
+        if self.index >= self.count:
+            raise ValueError(f"index {self.index} must be below count {self.count}")
+        return self
+
+
+class Worker(Station):
+    max_records: int = Free(500, ge=1, description="most records of a turn; never changes a result")
+    poll_timeout_s: float = Free(0.1, gt=0)
+    engine: Literal["auto", "eager"] = Stop("auto")
+    device: Literal["cpu"] = Stop("cpu")
+    threads: int = Stop(1, ge=1, description="torch threads; more than one is slower at batch size one")
+    max_bad_ratio: float = Free(0.5, gt=0, le=1, description="stop when more of the last 1,000 records are bad")
+
+
+class Telemetry(Station):
+    host: str = Free("127.0.0.1", description="where /metrics, /healthz and /readyz listen")
+    port: int = Free(9464, ge=0, le=65535, description="0 switches it off")
+
+
+class Kafka(Station):
+    """Settings of the Kafka connector. Secrets are named, never written: an environment variable or a file."""
+
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Free("PLAINTEXT")
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Free("PLAIN")
+    sasl_username: str | None = Free(None)
+    sasl_password_env: str | None = Free(None, description="environment variable that holds the password")
+    sasl_password_file: Path | None = Free(None, description="file that holds the password")
+    ssl_cafile: Path | None = Free(None)
+    ssl_certfile: Path | None = Free(None)
+    ssl_keyfile: Path | None = Free(None)
+    start_at: Literal["earliest", "latest"] = Free("earliest", description="where a shard without any state starts")
+    request_timeout_s: float = Free(30.0, gt=0)
+    connect_timeout_s: float = Free(30.0, gt=0, description="how long a start waits for an unreachable broker")
+    fetch_max_wait_s: float = Free(0.1, gt=0)
+    delivery_timeout_s: float = Free(120.0, gt=0, description="how long a prediction may be on its way")
+    linger_s: float = Free(0.005, ge=0)
+    max_inflight_records: int = Free(20_000, ge=1, description="unacknowledged predictions; beyond it the loop waits")
+    max_inflight_bytes: int = Free(64 << 20, ge=1024)
+    max_request_bytes: int = Free(1_048_576, ge=1024, description="a larger message is a dead letter's stub")
+    compression: Literal["none", "gzip", "lz4", "zstd"] = Free("lz4")
+    transaction_timeout_s: float = Free(60.0, gt=0)
+
+
+class Config(Station):
+    """A worker, from Kafka to Kafka.
+
+    Raises:
+        ConfigError: names every fault by its path, and the nearest known name for an unknown one.
+    """
+
+    name: str = New(pattern=r"^[A-Za-z0-9._-]{1,100}$", description="of the application; prefix of its control topic")
+    task: Task = New("binary")
+    seed: int = New(0, ge=0, lt=1 << 63)
+    events: Events
+    labels: Labels | None = None
+    predictions: str | None = Free(None, description="URL that predictions are sent to")
+    dead_letters: str | None = Free(None, description="URL for what can't be used; default: NAME-dead-letters beside the events")
+    control: str | None = Free(None, description="URL of the control log; default: NAME-control beside the events")
+    join: Join = Join()
+    features: dict[str, Feature] = New(min_length=1, description="by name; a dotted name goes into nested objects")
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    replay: Replay = Replay()
+    river: str | None = New(None, description="import path of a River model that learns instead, e.g. river.linear_model:LogisticRegression")
+    trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
+    metrics: Metrics = Metrics()
+    drift: Drift = Drift()
+    checkpoint: Checkpoint = Checkpoint()
+    shard: Shard = Shard()
+    worker: Worker = Worker()
+    telemetry: Telemetry = Telemetry()
+    kafka: Kafka = Kafka()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.labels is None and self.events.label is None:
+            raise ValueError("no label: set events.label (inline) or a [labels] table (their own stream)")
+        if self.labels is not None:
+            if self.events.id is None:
+                raise ValueError("events.id is needed to join labels")
+            if _site(self.labels.url) != _site(self.events.url):
+                raise ValueError("labels.url must have the scheme and host of events.url")
+            if self.labels.url == self.events.url:
+                raise ValueError("labels.url equals events.url")
+        if self.replay.retention == "class_balanced" and self.task == "regression":
+            raise ValueError("replay.retention class_balanced needs classes; use reservoir or recency for regression")
+        if self.river is not None and not self.trust_pickle:
+            raise ValueError("a River model is saved as a pickle: set trust_pickle = true if you trust the checkpoint folder")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a TOML file; relative paths in it mean relative to the working folder."""
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not TOML: {error}") from error
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], where: str = "config") -> Self:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError("\n".join(f"{where}: {line}" for line in _explain(error, cls))) from error
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """URL by input name."""
+        return {EVENTS: self.events.url} | ({LABELS: self.labels.url} if self.labels else {})
+
+    @property
+    def outputs(self) -> int:
+        """Width O of the model's raw output."""
+        return self.model.classes if self.task == "multiclass" else 1
+
+    @property
+    def dead_letters_url(self) -> str:
+        return self.dead_letters or self._beside("dead-letters")
+
+    @property
+    def control_url(self) -> str:
+        suffix = f"control-{self.shard.index}" if self.shard.count > 1 else "control"
+        return self.control or self._beside(suffix)
+
+    def _beside(self, suffix: str) -> str:
+        url = urlsplit(self.events.url)
+        if url.scheme == "file":
+            # A file's neighbour, but in a folder of ours: the events' own folder may be read-only.
+            return (self.checkpoint.folder.resolve() / f"{self.name}-{suffix}.jsonl").as_uri()
+        return urlunsplit((url.scheme, url.netloc, f"/{self.name}-{suffix}", "", ""))
+
+    def settings(self) -> Iterator[tuple[str, Change, Any]]:
+        """(path, what changing it means, value) of every setting."""
+        yield from _settings(self, "")
+
+
+def _settings(station: BaseModel, prefix: str) -> Iterator[tuple[str, Change, Any]]:
+    for name, info in type(station).model_fields.items():
+        value, path = getattr(station, name), f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            yield from _settings(value, f"{path}.")
+            continue
+        extra = info.json_schema_extra
+        change: Any = extra.get("change", "new") if isinstance(extra, dict) else "new"
+        if isinstance(value, dict):
+            value = {key: item.model_dump(mode="json") for key, item in value.items()}
+        yield path, change, str(value) if isinstance(value, Path) else value
+
+
+def changes(old: Mapping[str, Any], config: Config) -> list[tuple[str, Change]]:
+    """What of a checkpoint's configuration (`Config.model_dump(mode="json")`) has changed, and what each change needs."""
+    before = {path: value for path, _, value in Config.model_validate(old).settings()}
+    after = {path: (change, value) for path, change, value in config.settings()}
+    found = [(path, change) for path, (change, value) in after.items() if before.get(path, value) != value]
+    # A whole table that came or went ([labels]) has paths on one side only.
+    found += [(path, "new") for path in sorted(before.keys() ^ after.keys())]
+    return sorted(set(found))
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of every setting that state depends on."""
+    state = {path: value for path, change, value in config.settings() if change != "free"}
+    return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY)).hexdigest()[:16]
+
+
+def _site(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"] if part not in ("categorical", "bag", "numeric"))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            known = list(_fields_at(root, item["loc"][:-1]))
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+            message = "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+        yield f"{path}: {message}" if path else message
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    kinds: dict[str, type[BaseModel]] = {"categorical": Categorical, "bag": Bag, "numeric": Numeric}
+    for part in loc:
+        if str(part) in kinds:
+            model = kinds[str(part)]
+            continue
+        info = model.model_fields.get(str(part))
+        if info is None:
+            continue
+        nested = [t for t in (info.annotation, *getattr(info.annotation, "__args__", ())) if isinstance(t, type)]
+        model = next((t for t in nested if issubclass(t, BaseModel)), model)
+    return list(model.model_fields)

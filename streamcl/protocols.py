@@ -1,0 +1,138 @@
+"""The seams: what a connector implements and what survives a restart. Each has two implementations or more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from streamcl.records import Message, Order, Position, Record, Stream
+
+if TYPE_CHECKING:
+    from streamcl.config import Config
+
+State = dict[str, Any]
+"""A tree of dicts with string keys; leaves are torch tensors, NumPy arrays or JSON values. Never a pickle."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A part that remembers. Torch's own names, so every nn.Module is one."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> Any: ...
+
+
+class Source(Protocol):
+    """Ordered streams of records that can be read again from any position.
+
+    Raises (all of them): `ConnectorError` with the topic, partition and cause; never a silent skip.
+    """
+
+    def streams(self) -> Sequence[Stream]:
+        """The streams of this shard, sorted."""
+        ...
+
+    def poll(self, limit: int, timeout_s: float, only: Stream | None = None) -> Sequence[Record]:
+        """At most `limit` records in the order to be taken, in offset order within a stream; () when none came in time.
+
+        With `only`, records of that stream alone: recovery asks for the logged order.
+        """
+        ...
+
+    def seek(self, position: Position) -> None:
+        """Continue at `position`; a stream that it does not name starts where the source starts by default."""
+        ...
+
+    def commit(self, position: Position) -> None:
+        """Show progress to lag tools. Recovery never reads it."""
+        ...
+
+    def lag(self) -> Mapping[Stream, int]:
+        """Per stream how many records wait, as far as known; >= 0."""
+        ...
+
+    def exhausted(self) -> bool:
+        """True when no record can come any more (a file at its end)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sink(Protocol):
+    """Where messages go: predictions, or dead letters."""
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Take the messages over; may block as back-pressure."""
+        ...
+
+    def flush(self) -> None:
+        """Return once everything sent is durable. Raises `ConnectorError` when that can't be."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ControlLog(Protocol):
+    """A shard's control topic: the order in which its inputs were taken, by a single, fenced writer."""
+
+    def open(self) -> None:
+        """Fence every predecessor. Afterwards none of them can append."""
+        ...
+
+    def read(self, start: int) -> Iterator[tuple[int, Order]]:
+        """(next offset, order) of everything from `start` to the end at the time of the call."""
+        ...
+
+    def append(self, order: Order) -> int:
+        """Returns, once durable, the offset after this order. Raises `Fenced` when a successor has opened the log."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Connector(Protocol):
+    """A module registered in the entry-point group `streamcl.connectors` under its URL scheme.
+
+    `inputs` maps an input's name to its URL; all of them share scheme and host.
+    """
+
+    def open_source(self, inputs: Mapping[str, str], config: Config) -> Source: ...
+
+    def open_sink(self, url: str, config: Config) -> Sink: ...
+
+    def open_control(self, url: str, config: Config) -> ControlLog: ...
+
+    def check(self, urls: Collection[str], config: Config) -> Sequence[str]:
+        """Connect and look. Returns one line for each finding; raises ConnectorError for what can't work."""
+        ...
+
+
+class StreamclError(Exception):
+    """Base of every error that a user can cause or cure; its text is for them."""
+
+
+class ConnectorError(StreamclError):
+    """The outside world said no: the message names the URL or topic, partition, offset and the cause."""
+
+
+class Fenced(ConnectorError):
+    """Another worker has taken over this shard."""
+
+
+class BadInput(StreamclError):
+    """A record that can't be used. `reason` is a dead-letter reason, the text names the field, not the value."""
+
+    def __init__(self, reason: str, error: str) -> None:
+        super().__init__(error)
+        self.reason = reason
+
+
+class Codec(Protocol):
+    """Bytes to a mapping and back."""
+
+    def decode(self, value: bytes) -> Mapping[str, Any]:
+        """Raises BadInput(`undecodable`)."""
+        ...
+
+    def encode(self, value: Mapping[str, Any]) -> bytes: ...

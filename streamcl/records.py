@@ -1,0 +1,228 @@
+"""What travels: from a record of the source to the turn that the worker yields.
+
+Everything here is frozen: a ticket that waits a week for its label says the same as on the day it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+EVENTS = "events"
+LABELS = "labels"
+
+
+class Stream(NamedTuple):
+    """One ordered sequence of records: a partition of an input (`events` or `labels`)."""
+
+    input: str
+    partition: int
+
+
+Position = Mapping[Stream, int]
+"""Per stream the offset that is read next. A snapshot without its position would learn things twice."""
+
+
+class Origin(NamedTuple):
+    """Where a record stands in the log. Unique for ever; the identity of everything made from the record."""
+
+    input: str
+    partition: int
+    offset: int
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.input, self.partition)
+
+    def __str__(self) -> str:
+        return f"{self.input}:{self.partition}:{self.offset}"
+
+
+Headers = tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a source delivers, undecoded.
+
+    `time_s` is the record's own timestamp (Kafka's create time), in seconds; an event whose payload carries no
+    time takes it. `topic` is for people (errors, headers); state is keyed by the input's name instead.
+    """
+
+    origin: Origin
+    topic: str
+    time_s: float
+    value: bytes | None
+    key: bytes | None = None
+    headers: Headers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a sink sends, encoded. `time_s` is event time, so that a second run writes the same bytes."""
+
+    value: bytes | None
+    key: bytes | None = None
+    headers: Headers = ()
+    time_s: float = 0.0
+
+
+class Encoded(NamedTuple):
+    """The features of one event as arrays of fixed size (S slots, N numerics; see `streamcl.features`)."""
+
+    ids: NDArray[np.int64]  # (S,) rows of the embedding table
+    weights: NDArray[np.float32]  # (S,) 0 where the slot is empty
+    dense: NDArray[np.float32]  # (N,) raw; NaN where missing
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A decoded, valid, featurized event. `label` is set when it came inline."""
+
+    id: str
+    key: str
+    time_s: float
+    features: Encoded
+    origin: Origin
+    label: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A label on its own stream, joined to its event by `id`."""
+
+    id: str
+    value: float
+    time_s: float
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the model said. `output` is raw (O,): logits, or a standardised value for regression.
+
+    `served` is what was published: (1,) a probability or a value, (C,) class probabilities.
+    """
+
+    output: NDArray[np.float32]
+    served: NDArray[np.float32]
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What was seen and served, waiting for its label: learning never sees fresher features than predicting did."""
+
+    id: str
+    time_s: float
+    features: Encoded
+    scores: Scores
+    origin: Origin
+
+
+class Fate(StrEnum):
+    """How a ticket became an outcome."""
+
+    INLINE = "inline"
+    JOINED = "joined"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A ticket and its label: what metrics, drift detection and learning consume. `delay_s` is in event time, >= 0."""
+
+    ticket: Ticket
+    label: float
+    fate: Fate
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer to one event. Its identity is `origin`; a reader that saw it already may drop it."""
+
+    id: str
+    key: str
+    time_s: float
+    scores: Scores
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record that could not be used. `error` names the field and the fault, never the value."""
+
+    record: Record
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Something happened in the stream (`drift`, later `boundary`, `clock`, ...) that parts may react to."""
+
+    kind: str
+    source: str
+    origin: Origin
+
+
+class Run(NamedTuple):
+    """`count` consecutive records of one stream: a piece of the order in which a shard took its inputs."""
+
+    stream: Stream
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One control record: the order that a turn took its records in, and the position after it."""
+
+    runs: tuple[Run, ...]
+    position: Position
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "runs": [[run.stream.input, run.stream.partition, run.count] for run in self.runs],
+            "position": position_to_json(self.position),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Order:
+        runs = tuple(Run(Stream(str(i), int(p)), int(n)) for i, p, n in data["runs"])
+        return cls(runs, position_from_json(data["position"]))
+
+
+def position_to_json(position: Position) -> dict[str, dict[str, int]]:
+    """`{"events": {"0": 17}}`, inputs and partitions sorted."""
+    nested: dict[str, dict[str, int]] = {}
+    for stream, offset in sorted(position.items()):
+        nested.setdefault(stream.input, {})[str(stream.partition)] = offset
+    return nested
+
+
+def position_from_json(data: Mapping[str, Mapping[str, int]]) -> dict[Stream, int]:
+    return {Stream(name, int(p)): int(o) for name, parts in data.items() for p, o in parts.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One poll's worth of work, as seen from outside the loop. `position` stands after the turn.
+
+    `counts` holds what happened in this turn by fate (`predicted`, `learned`, `late`, ...); summed over turns it is
+    the same however the stream was cut into polls.
+    """
+
+    records: int
+    position: Position
+    predictions: tuple[Prediction, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    dead_letters: tuple[DeadLetter, ...] = ()
+    signals: tuple[Signal, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    recovering: bool = False
