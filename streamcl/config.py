@@ -60,6 +60,7 @@ class Events(Station):
     time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field")
     label: str | None = Stop(None, description="field of an inline label; may be absent in single events")
     max_bytes: int = Stop(1_048_576, ge=1, description="a larger payload goes to the dead letters")
+    unknown_fields: Literal["ignore", "dead_letter"] = Stop("ignore", description="fields that the config does not name")
     max_future_s: float = Stop(
         86_400.0, gt=0, description="an event time further ahead of its record's timestamp goes to the dead letters"
     )

@@ -40,8 +40,11 @@ class Source(Protocol):
         """
         ...
 
-    def seek(self, position: Position) -> None:
-        """Continue at `position`; a stream that it does not name starts where the source starts by default."""
+    def seek(self, position: Position) -> Position:
+        """Continue at `position`; a stream that it does not name starts where the source starts by default.
+
+        Returns the next offset of every stream, so that a first start is as repeatable as any other.
+        """
         ...
 
     def commit(self, position: Position) -> None:

@@ -1,0 +1,129 @@
+"""Record to event or label: everything that a payload must satisfy before it may touch state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from streamcl.config import Config
+from streamcl.features import ABSENT, Featurizer, category, kind_of, lookup, number
+from streamcl.protocols import BadInput, Codec
+from streamcl.records import LABELS, Event, Label, Origin, Record
+
+Path = tuple[str, ...] | None
+
+
+def _path(dotted: str | None) -> Path:
+    return tuple(dotted.split(".")) if dotted else None
+
+
+class Decoder:
+    """Decodes and validates records by the config's `[events]` and `[labels]`. Pure: it holds no state.
+
+    Raises:
+        BadInput: with a dead-letter reason (`undecodable | schema | non_finite | unknown_feature | too_large |
+            future`) and a text that names the field and never shows the value.
+    """
+
+    def __init__(self, config: Config, codec: Codec) -> None:
+        self.config = config
+        self.codec = codec
+        self.featurizer = Featurizer(config)
+        events, labels = config.events, config.labels
+        self.event_paths = {name: _path(getattr(events, name)) for name in ("id", "key", "time", "label")}
+        self.label_paths = {name: _path(getattr(labels, name)) for name in ("id", "time", "label")} if labels else {}
+        named = [p for p in self.event_paths.values() if p] + [tuple(name.split(".")) for name in config.features]
+        self.known = frozenset(path[0] for path in named)
+
+    def decode(self, record: Record) -> Event | Label:
+        payload = self._payload(record)
+        return self._label(record, payload) if record.origin.input == LABELS else self._event(record, payload)
+
+    def unknown_fields(self, payload: Mapping[str, Any]) -> set[str]:
+        return payload.keys() - self.known
+
+    def _payload(self, record: Record) -> Mapping[str, Any]:
+        if record.value is None:
+            raise BadInput("undecodable", "no payload (a tombstone)")
+        if len(record.value) > self.config.events.max_bytes:
+            raise BadInput("too_large", f"{len(record.value)} bytes; events.max_bytes is {self.config.events.max_bytes}")
+        return self.codec.decode(record.value)
+
+    def _event(self, record: Record, payload: Mapping[str, Any]) -> Event:
+        events, paths = self.config.events, self.event_paths
+        if events.unknown_fields == "dead_letter" and (unknown := self.unknown_fields(payload)):
+            raise BadInput("unknown_feature", f"unknown field {min(unknown)!r}")
+        identity = _identity(payload, paths["id"], record.origin)
+        return Event(
+            id=identity,
+            key=_key(payload, paths["key"], record, identity),
+            time_s=self._time(payload, paths["time"], events.time_unit, record),
+            features=self.featurizer.encode(payload),
+            origin=record.origin,
+            label=self._value(payload, paths["label"], None) if paths["label"] else None,
+        )
+
+    def _label(self, record: Record, payload: Mapping[str, Any]) -> Label:
+        labels, paths = self.config.labels, self.label_paths
+        assert labels is not None  # noqa: S101 - the source delivers labels only when they are configured
+        value = self._value(payload, paths["label"], labels.default)
+        if value is None:
+            raise BadInput("schema", f"field {labels.label!r}: the label is missing")
+        return Label(
+            id=_identity(payload, paths["id"], record.origin),
+            value=value,
+            time_s=self._time(payload, paths["time"], labels.time_unit, record),
+            origin=record.origin,
+        )
+
+    def _time(self, payload: Mapping[str, Any], path: Path, unit: str, record: Record) -> float:
+        if path is None:
+            return record.time_s
+        name = ".".join(path)
+        value = lookup(payload, path)
+        if value is ABSENT or value is None:
+            raise BadInput("schema", f"field {name!r}: the event time is missing")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BadInput("schema", f"field {name!r}: expected a number, not {kind_of(value)}")
+        if not math.isfinite(value) or abs(value) > 1e15:
+            raise BadInput("non_finite", f"field {name!r}: not a time")
+        seconds = value / 1000.0 if unit == "ms" else float(value)
+        if seconds > record.time_s + self.config.events.max_future_s:
+            # One event dated 2099 would close every attribution window.
+            raise BadInput("future", f"field {name!r}: further ahead of the record's timestamp than events.max_future_s")
+        return seconds
+
+    def _value(self, payload: Mapping[str, Any], path: Path, default: float | None) -> float | None:
+        assert path is not None  # noqa: S101 - callers look first
+        name, value = ".".join(path), lookup(payload, path)
+        if value is ABSENT or value is None:
+            return default
+        if isinstance(value, bool) and self.config.task == "binary":
+            return float(value)
+        return self._in_range(name, number(name, value))
+
+    def _in_range(self, name: str, value: float) -> float:
+        if self.config.task == "binary" and value not in (0.0, 1.0):
+            raise BadInput("schema", f"field {name!r}: a binary label must be 0 or 1")
+        classes = self.config.model.classes
+        if self.config.task == "multiclass" and not (value.is_integer() and 0 <= value < classes):
+            raise BadInput("schema", f"field {name!r}: a class must be an integer from 0 to {classes - 1}")
+        return value
+
+
+def _identity(payload: Mapping[str, Any], path: Path, origin: Origin) -> str:
+    if path is None:
+        return str(origin)
+    name, value = ".".join(path), lookup(payload, path)
+    if value is ABSENT or value is None or value == "":
+        raise BadInput("schema", f"field {name!r}: the id is missing")
+    return category(name, value)
+
+
+def _key(payload: Mapping[str, Any], path: Path, record: Record, identity: str) -> str:
+    if path is not None:
+        name, value = ".".join(path), lookup(payload, path)
+        if value is not ABSENT and value is not None:
+            return category(name, value)
+    return record.key.decode("utf-8", "replace") if record.key is not None else identity

@@ -1,0 +1,209 @@
+"""Event to arrays of fixed size: hashed categories, bags and numerics.
+
+Every category of every field is one row of a single table. Field f owns `buckets + 1` rows from `base` on: the first
+stands for a missing value, the others for hash buckets. Fields lie in the order of their names, so the order of a
+config file means nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from streamcl.config import Bag, Categorical, Config, Numeric
+from streamcl.protocols import BadInput, State
+from streamcl.records import Encoded
+
+ABSENT = object()
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def lookup(payload: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The value at a dotted path, or ABSENT."""
+    value: Any = payload
+    for name in path:
+        if not isinstance(value, Mapping) or name not in value:
+            return ABSENT
+        value = value[name]
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in JSON's words, for error messages that must not show it."""
+    if value is None or value is ABSENT:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float)):
+        return "number"
+    return {str: "string", list: "list", dict: "object"}.get(type(value), type(value).__name__)
+
+
+def category(field: str, value: Any) -> str:
+    """The text that is hashed: `7` and `"7"` are one category, `true` and `1` are two."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    raise BadInput("schema", f"field {field!r}: a category must be a string, integer or boolean, not {_kind(value)}")
+
+
+def number(field: str, value: Any) -> float:
+    """A finite number that fits float32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadInput("schema", f"field {field!r}: expected a number, not {kind_of(value)}")
+    if not math.isfinite(value) or abs(value) > FLOAT32_MAX:
+        raise BadInput("non_finite", f"field {field!r}: not a finite 32-bit number")
+    return float(value)
+
+
+def _kind(value: Any) -> str:
+    return "a fraction" if isinstance(value, float) else kind_of(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One categorical field or bag, and the rows and slots that it owns."""
+
+    name: str
+    path: tuple[str, ...]
+    base: int
+    buckets: int
+    slot: int
+    slots: int
+    mean: bool
+
+    def row(self, text: str) -> int:
+        # The field's name is no part of the hash: it has rows of its own.
+        return self.base + 1 + xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) % self.buckets
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What lies where: S slots, F fields, R rows, N numerics."""
+
+    slot_field: NDArray[np.int64]  # (S,) field of each slot
+    slot_base: NDArray[np.int64]  # (S,) the row an empty slot points to, with weight 0
+    fields: tuple[str, ...]
+    numerics: tuple[str, ...]
+    rows: int
+
+
+class Featurizer:
+    """Turns a payload into `Encoded`, by the `[features]` of the config. Pure: it holds no state.
+
+    Args:
+        config: Its `features` are read.
+
+    Shape:
+        `encode` returns ids (S,) int64, weights (S,) float32, dense (N,) float32 with NaN where missing. A bag has
+        `max_items` slots, weighted 1 (sum) or 1/n (mean); an empty slot has weight 0.
+
+    Raises:
+        BadInput: `schema` for a wrong type, `non_finite` for NaN, infinity or what overflows float32.
+    """
+
+    def __init__(self, config: Config) -> None:
+        fields: list[Field] = []
+        base = slot = 0
+        for name, feature in sorted(config.features.items()):
+            if isinstance(feature, Numeric):
+                continue
+            slots = feature.max_items if isinstance(feature, Bag) else 1
+            mean = isinstance(feature, Bag) and feature.pooling == "mean"
+            fields.append(Field(name, tuple(name.split(".")), base, feature.buckets, slot, slots, mean))
+            base, slot = base + feature.buckets + 1, slot + slots
+        self.categoricals = [f for f in fields if isinstance(config.features[f.name], Categorical)]
+        self.bags = [f for f in fields if isinstance(config.features[f.name], Bag)]
+        numerics = sorted(name for name, f in config.features.items() if isinstance(f, Numeric))
+        self.numerics = [(name, tuple(name.split("."))) for name in numerics]
+        self.layout = Layout(
+            slot_field=np.repeat(np.arange(len(fields), dtype=np.int64), [f.slots for f in fields]),
+            slot_base=np.repeat(np.array([f.base for f in fields], np.int64), [f.slots for f in fields]),
+            fields=tuple(f.name for f in fields),
+            numerics=tuple(numerics),
+            rows=base,
+        )
+
+    def encode(self, payload: Mapping[str, Any]) -> Encoded:
+        ids = self.layout.slot_base.copy()
+        weights = np.zeros(len(ids), np.float32)
+        for field in self.categoricals:
+            value = lookup(payload, field.path)
+            weights[field.slot] = 1.0
+            if value is not None and value is not ABSENT:
+                ids[field.slot] = field.row(category(field.name, value))
+        for field in self.bags:
+            self._fill(field, lookup(payload, field.path), ids, weights)
+        dense = np.full(len(self.numerics), np.nan, np.float32)
+        for i, (name, path) in enumerate(self.numerics):
+            value = lookup(payload, path)
+            if value is not None and value is not ABSENT:
+                dense[i] = number(name, value)
+        return Encoded(ids, weights, dense)
+
+    @staticmethod
+    def _fill(field: Field, value: Any, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+        if value is None or value is ABSENT:
+            return
+        if not isinstance(value, list):
+            raise BadInput("schema", f"field {field.name!r}: expected a list, not {kind_of(value)}")
+        items = [field.row(category(field.name, item)) for item in value[: field.slots]]
+        end = field.slot + len(items)
+        ids[field.slot : end] = items
+        weights[field.slot : end] = 1.0 / len(items) if field.mean and items else 1.0
+
+
+class RunningNorm:
+    """Standardises numbers by the mean and deviation of what has been learned from so far.
+
+    It belongs to the learner, not to the featurizer: predicting never moves it, and a ticket or a replayed row, which
+    hold raw numbers, are read with today's statistics.
+
+    Shape:
+        `update` takes one row (N,); `apply` takes (N,) or (B, N) and returns float32 of that shape.
+
+    Source:
+        Welford 1962, doi 10.1080/00401706.1962.10490022.
+
+    Differs from the source:
+        Missing values (NaN) are skipped, and read as the mean; results are clipped to +-`clip` deviations, so that one
+        wild number can't blow up a gradient.
+    """
+
+    def __init__(self, width: int, clip: float = 10.0) -> None:
+        self.count = np.zeros(width, np.float64)
+        self.mean = np.zeros(width, np.float64)
+        self.m2 = np.zeros(width, np.float64)
+        self.clip = clip
+
+    def update(self, row: NDArray[np.float32]) -> None:
+        seen = ~np.isnan(row)
+        delta = np.where(seen, row.astype(np.float64) - self.mean, 0.0)
+        self.count += seen
+        self.mean += delta / np.maximum(self.count, 1.0)
+        self.m2 += np.where(seen, delta * (row - self.mean), 0.0)
+
+    def deviation(self) -> NDArray[np.float64]:
+        """Standard deviation (N,); 1 until two different values have been seen."""
+        variance = self.m2 / np.maximum(self.count, 1.0)
+        return np.where(variance > 1e-24, np.sqrt(variance), 1.0)
+
+    def apply(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        scaled = (rows - self.mean) / self.deviation()
+        return np.nan_to_num(np.clip(scaled, -self.clip, self.clip), nan=0.0).astype(np.float32)
+
+    def state_dict(self) -> State:
+        return {"count": self.count.copy(), "mean": self.mean.copy(), "m2": self.m2.copy()}
+
+    def load_state_dict(self, state: State) -> None:
+        for name in ("count", "mean", "m2"):
+            getattr(self, name)[:] = state[name]

@@ -1,0 +1,138 @@
+"""Which examples stay in a full memory. A policy answers one question: into which slot does this example go?
+
+`place(label)` returns a slot in [0, capacity), or None when the example isn't kept. It is called once per example,
+in stream order, and is the only thing that changes a policy's state.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from streamcl.protocols import State
+from streamcl.random import below, key_of
+
+
+class Retention(Protocol):
+    def place(self, label: float) -> int | None: ...
+
+    def __len__(self) -> int: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class Recency:
+    """The last `capacity` examples: a memory that moves with the stream."""
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity, self.seen = capacity, 0
+
+    def __len__(self) -> int:
+        return min(self.seen, self.capacity)
+
+    def place(self, label: float) -> int | None:
+        slot = self.seen % self.capacity
+        self.seen += 1
+        return slot
+
+    def state_dict(self) -> State:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: State) -> None:
+        self.seen = int(state["seen"])
+
+
+class Reservoir(Recency):
+    """A uniform sample of everything learned from so far, in constant memory.
+
+    After `seen` examples each is held with probability `capacity / seen`, whatever their order, so old regimes stay
+    represented while the stream drifts.
+
+    Source:
+        Algorithm R, Vitter 1985, doi 10.1145/3147.3165.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        super().__init__(capacity, seed)
+        self.key = key_of(seed, "replay.reservoir")
+
+    def place(self, label: float) -> int | None:
+        self.seen += 1
+        if self.seen <= self.capacity:
+            return self.seen - 1
+        slot = below(self.seen, self.key, self.seen)
+        return slot if slot < self.capacity else None
+
+
+class ClassBalanced:
+    """As many examples of each class as the stream allows, each class a uniform sample of its own.
+
+    Source:
+        Class-balancing reservoir sampling, Chrysakis & Moens 2020 (ICML), algorithm 1.
+
+    Differs from the source:
+        Of several largest classes the smallest label gives way, where the paper leaves the choice open.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity = capacity
+        self.key = key_of(seed, "replay.class_balanced")
+        self.seen: dict[float, int] = {}
+        self.members: dict[float, list[int]] = {}
+        self.full: set[float] = set()
+        self.size = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def place(self, label: float) -> int | None:
+        count = self.seen[label] = self.seen.get(label, 0) + 1
+        mine = self.members.setdefault(label, [])
+        step = sum(self.seen.values())
+        if self.size < self.capacity:
+            mine.append(self.size)
+            self.size += 1
+            return mine[-1]
+        largest = min(self.members, key=lambda c: (-len(self.members[c]), c))
+        self.full.add(largest)
+        if label in self.full:
+            place = below(count, self.key, step)
+            return mine[place] if place < len(mine) else None
+        theirs = self.members[largest]
+        place = below(len(theirs), self.key, step)
+        slot = theirs[place]
+        theirs[place] = theirs[-1]  # swap-remove: O(1), and the order is part of the state
+        theirs.pop()
+        mine.append(slot)
+        return slot
+
+    def state_dict(self) -> State:
+        labels = sorted(self.seen)
+        return {
+            "labels": np.array(labels, np.float64),
+            "seen": np.array([self.seen[c] for c in labels], np.int64),
+            "held": np.array([len(self.members[c]) for c in labels], np.int64),
+            "slots": np.array([slot for c in labels for slot in self.members[c]], np.int64),
+            "full": np.array([c in self.full for c in labels], np.bool_),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        labels = [float(c) for c in state["labels"]]
+        ends = np.cumsum(state["held"])
+        slots = state["slots"].tolist()
+        self.seen = dict(zip(labels, state["seen"].tolist(), strict=True))
+        self.members = {
+            c: slots[end - held : end] for c, end, held in zip(labels, ends.tolist(), state["held"].tolist(), strict=True)
+        }
+        self.full = {c for c, full in zip(labels, state["full"].tolist(), strict=True) if full}
+        self.size = len(slots)
+
+
+RETENTIONS: dict[str, type[Recency] | type[ClassBalanced]] = {
+    "recency": Recency,
+    "reservoir": Reservoir,
+    "class_balanced": ClassBalanced,
+}
