@@ -1,0 +1,391 @@
+"""Snapshots of a whole worker: atomic, verified, retained, and loaded without executing code.
+
+A snapshot is a folder `SEQUENCE-RECORDS` of three files: every array (`arrays.safetensors`), everything else
+(`state.json`), and a manifest, written last, with the checksum of the other two and of itself. It gets its name by
+one rename after every byte was synced; so what has a name is whole, or was damaged later, and the checksums show it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from streamcl.protocols import State, StreamclError
+from streamcl.state import Arrays, StateError, digest, digest_flat, flatten, pickles, to_json, unflatten
+
+__all__ = ["CheckpointError", "Damaged", "Loaded", "Snapshot", "Store", "Vanished", "digest", "environment"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of what lies in a snapshot. Raise it with every change that an older reader would misread, and add a migration."""
+
+Migration = Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]]
+"""(state, manifest) of format n to those of format n + 1."""
+
+MIGRATIONS: dict[int, Migration] = {}
+"""By the format that they start from."""
+
+ARRAYS, REST, MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
+_NAME = re.compile(r"(\d{10})-\d+")
+_UNFINISHED = ".unfinished-"
+_SEAL = b'{"sha256":"%s",'
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
+
+
+class CheckpointError(StreamclError):
+    """A checkpoint could not be written or read. The text names the folder and the cause."""
+
+
+class Damaged(CheckpointError):
+    """A snapshot that is torn, corrupt or foreign; the one before it may be used."""
+
+
+class Vanished(CheckpointError):
+    """No snapshot of that name; retention may have been faster than the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One checkpoint on disk. `manifest` is what the writer gave; `size_bytes` counts every file."""
+
+    name: str
+    manifest: Mapping[str, Any]
+    path: Path
+    digest: str
+    format: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A snapshot's content, migrated to the present format; `snapshot` says what stands on disk."""
+
+    state: State
+    manifest: Mapping[str, Any]
+    snapshot: Snapshot
+
+
+class Store:
+    """The checkpoints of one shard, in one folder.
+
+    One worker writes (its predecessor is fenced before it starts); any number of readers may look on.
+
+    Args:
+        folder: made by the first `save` or `probe`; while absent it reads as an empty one.
+        retain: newest valid checkpoints kept (count), >= 1. Damaged ones are evidence and never deleted.
+        trust_pickle: allow a state with a key `pickle`. Whoever unpickles it runs what its writer put in.
+        migrations: by the format that they start from; applied in order while loading.
+
+    `damaged` holds (name, reason) of every snapshot that was passed over, each name once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        retain: int = 3,
+        trust_pickle: bool = False,
+        migrations: Mapping[int, Migration] = MIGRATIONS,
+    ) -> None:
+        if retain < 1:
+            raise ValueError("retain must be at least 1")
+        self.folder = folder
+        self.retain = retain
+        self.trust_pickle = trust_pickle
+        self.migrations = migrations
+        self.damaged: list[tuple[str, str]] = []
+        self._valid: set[str] = set()  # saved or verified by this process
+
+    def save(self, state: State, manifest: Mapping[str, Any]) -> Snapshot:
+        """Write a snapshot; once this returns it survives a power cut.
+
+        `manifest` is JSON of the caller's; its `records` (count, default 0) stands in the name, for people.
+
+        Raises:
+            CheckpointError: older snapshots stand as they stood, and no half one was left.
+        """
+        with self._writing(), self._unfinished() as folder:
+            self._fill(folder, state, manifest)
+            path = self.folder / f"{self._next():010d}-{int(manifest.get('records', 0))}"
+            folder.rename(path)
+            _sync(self.folder)
+        self._valid.add(path.name)
+        self._retain()
+        return self._snapshot(path.name)
+
+    def probe(self) -> None:
+        """Find out now what would make a later `save` fail. Raises CheckpointError."""
+        with self._writing(), self._unfinished() as folder:
+            self._fill(folder, {}, {})
+
+    def newest(self) -> Loaded | None:
+        """The newest valid snapshot. Damaged ones are logged, left where they are, and listed in `damaged`.
+
+        Raises:
+            CheckpointError: a valid one that must not be passed over in silence: written by a newer streamcl,
+                without a migration, or with a pickle that isn't trusted.
+        """
+        for name in reversed(self._names()):
+            try:
+                return self.load(name)
+            except Damaged as error:
+                self._pass_over(name, error)
+            except Vanished:
+                return self.newest()  # the writer's retention was faster, so there is a newer one
+        return None
+
+    def ls(self) -> list[Snapshot]:
+        """Every snapshot with a sound manifest, oldest first. What else it holds is for `verify` to read."""
+        found = []
+        for name in self._names():
+            try:
+                found.append(self._snapshot(name))
+            except Damaged as error:
+                self._pass_over(name, error)
+            except Vanished:
+                continue
+        return found
+
+    def load(self, name: str) -> Loaded:
+        """Read one snapshot and check every byte. Raises CheckpointError, and of it Damaged and Vanished."""
+        snapshot = self._snapshot(name)
+        if snapshot.format > FORMAT:
+            found = f"format {snapshot.format}, this one reads up to {FORMAT}"
+            raise CheckpointError(f"{snapshot.path}: written by a newer streamcl ({found})")
+        state = self._state(snapshot)
+        self._valid.add(name)
+        return self._migrate(snapshot, state)
+
+    def verify(self, name: str) -> Snapshot:
+        """Check every byte of one snapshot, of any format. Raises as `load` does."""
+        snapshot = self._snapshot(name)
+        self._state(snapshot)
+        return snapshot
+
+    def _fill(self, folder: Path, state: State, manifest: Mapping[str, Any]) -> None:
+        rest, arrays = flatten(state)
+        self._refuse_pickle(self.folder, rest)
+        save_file(_apart(arrays), folder / ARRAYS)
+        (folder / REST).write_bytes(to_json(rest))
+        body = {
+            "format": FORMAT,
+            "digest": digest_flat(rest, arrays),
+            "files": {name: _checksum(folder / name) for name in (ARRAYS, REST)},
+            "manifest": dict(manifest),
+        }
+        (folder / MANIFEST).write_bytes(_sealed(to_json(body)))
+        (folder / ARRAYS).chmod((folder / REST).stat().st_mode)  # the library's 0600 would shut a replica out
+        for name in (ARRAYS, REST, MANIFEST):
+            _sync(folder / name)
+        _sync(folder)
+
+    def _snapshot(self, name: str) -> Snapshot:
+        path, data = self.folder / name, self._read(name, MANIFEST)
+        try:
+            body = _unsealed(data)
+            size = len(data) + sum(file["bytes"] for file in body["files"].values())
+            return Snapshot(name, body["manifest"], path, body["digest"], body["format"], size)
+        except (ValueError, LookupError, TypeError) as error:
+            raise Damaged(f"{path}: {MANIFEST}: {error}") from error
+
+    def _state(self, snapshot: Snapshot) -> State:
+        try:
+            files = _unsealed(self._read(snapshot.name, MANIFEST))["files"]
+            content = {name: self._checked(snapshot.name, name, files[name]) for name in (ARRAYS, REST)}
+            rest = json.loads(content[REST])
+            self._refuse_pickle(snapshot.path, rest)
+            state = unflatten(rest, load(content[ARRAYS]))
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise Damaged(f"{snapshot.path}: {error!r}") from error
+        if digest(state) != snapshot.digest:
+            raise Damaged(f"{snapshot.path}: the state does not have the manifest's digest")
+        return state
+
+    def _checked(self, name: str, file: str, listed: Mapping[str, Any]) -> bytes:
+        data = self._read(name, file)
+        if len(data) != listed["bytes"] or hashlib.sha256(data).hexdigest() != listed["sha256"]:
+            raise Damaged(f"{self.folder / name}: {file} does not have the manifest's size and checksum")
+        return data
+
+    def _read(self, name: str, file: str) -> bytes:
+        path = self.folder / name
+        try:
+            return (path / file).read_bytes()
+        except OSError as error:
+            if not path.exists():
+                raise Vanished(f"{path}: no such checkpoint") from error
+            fault = Damaged if error.errno in _DAMAGE else CheckpointError
+            raise fault(f"{path}: {file}: {error.strerror}") from error
+
+    def _migrate(self, snapshot: Snapshot, state: State) -> Loaded:
+        manifest = dict(snapshot.manifest)
+        for version in range(snapshot.format, FORMAT):
+            if version not in self.migrations:
+                raise CheckpointError(f"{snapshot.path}: no migration from format {version}")
+            state, manifest = self.migrations[version](state, manifest)
+        return Loaded(state, manifest, snapshot)
+
+    def _refuse_pickle(self, where: Path, rest: Any) -> None:
+        path = next(pickles(rest), None)
+        if path is not None and not self.trust_pickle:
+            cure = "set trust_pickle = true if you trust this folder"
+            raise CheckpointError(f"{where}: the state holds a pickle at {path}: {cure}")
+
+    def _pass_over(self, name: str, error: Damaged) -> None:
+        if name not in dict(self.damaged):
+            logger.warning("checkpoint passed over: %s", error)
+            self.damaged.append((name, str(error)))
+
+    def _names(self) -> list[str]:
+        """Oldest first, by sequence: a stream begun anew counts records from 0, and must not sort before the old."""
+        try:
+            return sorted(f.name for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: {error.strerror}") from error
+
+    def _next(self) -> int:
+        return 1 + max((int(name.partition("-")[0]) for name in self._names()), default=0)
+
+    def _retain(self) -> None:
+        """Failing here costs disk, and never the snapshot just written."""
+        kept = 0
+        try:
+            for name in reversed(self._names()):
+                kept += self._is_valid(name)
+                if kept > self.retain and name in self._valid:
+                    self._delete(name)
+        except (OSError, CheckpointError) as error:
+            logger.warning("old checkpoints stay: %s", error)
+
+    def _is_valid(self, name: str) -> bool:
+        if name not in self._valid:
+            try:
+                self.verify(name)
+            except Damaged as error:
+                self._pass_over(name, error)
+                return False
+            self._valid.add(name)
+        return True
+
+    def _delete(self, name: str) -> None:
+        """Out of the readers' sight first, so that none meets half a snapshot."""
+        grave = self.folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
+        (self.folder / name).rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Every fault of writing as one error that names the folder."""
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                _sync(self.folder.parent)
+            yield
+        except (OSError, SafetensorError, StateError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: can't write a checkpoint: {error}") from error
+
+    @contextlib.contextmanager
+    def _unfinished(self) -> Iterator[Path]:
+        """A folder that is gone afterwards, unless renamed. The lock dies with its writer; the next one sweeps."""
+        self._sweep()
+        folder = self.folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
+        folder.mkdir()
+        try:
+            with _opened(folder) as handle:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        for folder in self.folder.glob(f"{_UNFINISHED}*"):
+            with contextlib.suppress(OSError), _opened(folder) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    with _opened(path) as handle:
+        os.fsync(handle)
+
+
+def _apart(arrays: Arrays) -> Arrays:
+    """A safetensors file takes no two arrays that share memory: the second becomes a copy."""
+    seen: set[int] = set()
+    apart = {}
+    for path, tensor in arrays.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        apart[path] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return apart
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def _sealed(body: bytes) -> bytes:
+    """A JSON object that begins with the checksum of its own rest."""
+    rest = body.removeprefix(b"{")
+    return _SEAL % hashlib.sha256(rest).hexdigest().encode() + rest
+
+
+def _unsealed(data: bytes) -> Any:
+    if data != _sealed(data[len(_SEAL % bytes(64)) :]):
+        raise ValueError("does not have its own checksum")
+    return json.loads(data)
+
+
+def environment() -> dict[str, Any]:
+    """What "bit-identical" rests on besides configuration and stream: versions, CPU, threads."""
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("streamcl", "torch", "numpy", "river")},
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each entry that differs between two environments."""
+    names = sorted(old.keys() | new.keys())
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
