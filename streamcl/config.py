@@ -27,17 +27,17 @@ Change = Literal["free", "stop", "new"]
 Task = Literal["binary", "multiclass", "regression"]
 
 
-def Free(default: Any = ..., **kwargs: Any) -> Any:  # noqa: N802 - reads as a kind of Field
+def Free(default: Any = ..., **kwargs: Any) -> Any:
     """A field that may change under a live checkpoint."""
     return Field(default, json_schema_extra={"change": "free"}, **kwargs)
 
 
-def Stop(default: Any = ..., **kwargs: Any) -> Any:  # noqa: N802
+def Stop(default: Any = ..., **kwargs: Any) -> Any:
     """A field that may change after a clean stop."""
     return Field(default, json_schema_extra={"change": "stop"}, **kwargs)
 
 
-def New(default: Any = ..., **kwargs: Any) -> Any:  # noqa: N802
+def New(default: Any = ..., **kwargs: Any) -> Any:
     """A field whose change means other state."""
     return Field(default, json_schema_extra={"change": "new"}, **kwargs)
 
@@ -85,7 +85,7 @@ class Join(Station):
     allowed_lateness_s: float = Stop(0.0, ge=0, description="how far the watermark stays behind the newest event")
     idle_s: float = Stop(60.0, gt=0, description="a partition this far behind the others no longer holds the watermark back")
     orphan_s: float = Stop(60.0, ge=0, description="how long a label waits for an event that it overtook")
-    max_tickets: int = Stop(1_000_000, ge=1, description="beyond it the ticket with the earliest deadline is dropped, counted")
+    max_tickets: int = Stop(1_000_000, ge=1, description="beyond it the ticket that came first is dropped, counted")
     max_expiries_per_event: int = Stop(100, ge=1, description="bounds the work of one event after a gap in the stream")
 
 

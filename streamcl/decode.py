@@ -47,7 +47,8 @@ class Decoder:
         if record.value is None:
             raise BadInput("undecodable", "no payload (a tombstone)")
         if len(record.value) > self.config.events.max_bytes:
-            raise BadInput("too_large", f"{len(record.value)} bytes; events.max_bytes is {self.config.events.max_bytes}")
+            most = self.config.events.max_bytes
+            raise BadInput("too_large", f"{len(record.value)} bytes; events.max_bytes is {most}")
         return self.codec.decode(record.value)
 
     def _event(self, record: Record, payload: Mapping[str, Any]) -> Event:
@@ -91,7 +92,7 @@ class Decoder:
         seconds = value / 1000.0 if unit == "ms" else float(value)
         if seconds > record.time_s + self.config.events.max_future_s:
             # One event dated 2099 would close every attribution window.
-            raise BadInput("future", f"field {name!r}: further ahead of the record's timestamp than events.max_future_s")
+            raise BadInput("future", f"field {name!r}: ahead of the record's timestamp by more than events.max_future_s")
         return seconds
 
     def _value(self, payload: Mapping[str, Any], path: Path, default: float | None) -> float | None:

@@ -173,10 +173,10 @@ class Signal:
 
 
 class Run(NamedTuple):
-    """`count` consecutive records of one stream: a piece of the order in which a shard took its inputs."""
+    """`length` consecutive records of one stream: a piece of the order in which a shard took its inputs."""
 
     stream: Stream
-    count: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class Order:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "runs": [[run.stream.input, run.stream.partition, run.count] for run in self.runs],
+            "runs": [[run.stream.input, run.stream.partition, run.length] for run in self.runs],
             "position": position_to_json(self.position),
         }
 

@@ -56,7 +56,8 @@ def digest_flat(rest: Any, arrays: Mapping[str, torch.Tensor]) -> str:
     for path, tensor in sorted(arrays.items()):
         # A JSON text ends where its bracket closes, and it tells how many bytes follow: no two states read alike.
         seal.update(to_json([path, str(tensor.dtype), list(tensor.shape)]))
-        seal.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():
+            seal.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return seal.hexdigest()
 
 
@@ -114,13 +115,20 @@ def _below(path: str, key: Any) -> str:
 
 def _tensor(value: Any, path: str) -> torch.Tensor:
     try:
-        if isinstance(value, torch.Tensor):
-            return value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            return _dense(value.detach().cpu().resolve_conj().resolve_neg())
         if type(value) is np.ndarray:
-            return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+            plain = value.flags.carray and min(value.strides, default=0) >= 0
+            return _dense(torch.from_numpy(value if plain else value.copy(order="C")))
     except (TypeError, ValueError, RuntimeError) as error:
         raise StateError(f"state{path}: this array can't be saved: {error}") from error
-    raise StateError(f"state{path}: {type(value).__name__} can't be saved; use dict, list, JSON values, arrays")
+    kind = type(value).__name__
+    raise StateError(f"state{path}: {kind} can't be saved; use dicts, lists, JSON values, dense arrays")
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous; and where there is nothing to stride over, any stride counts as that, so write it anew."""
+    return tensor.contiguous() if tensor.numel() > 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _unpack(value: Any, arrays: Mapping[str, torch.Tensor]) -> Any:

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from streamcl.config import Config
 from streamcl.features import Layout
@@ -24,10 +25,11 @@ class Logistic(nn.Module):
 
     def __init__(self, fields: int, dim: int, numerics: int, outputs: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
-        self.dense = nn.Linear(numerics, outputs)
+        self.weight = nn.Parameter(torch.zeros(outputs, numerics))
+        self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
-        out: Tensor = first.sum(1) + self.dense(dense)  # (B, O)
+        out: Tensor = first.sum(1) + functional.linear(dense, self.weight, self.bias)  # (B, O)
         return out
 
 
@@ -83,21 +85,19 @@ MODELS: dict[str, type[Logistic] | type[MLP] | type[DeepFM]] = {"logistic": Logi
 def build_model(config: Config, layout: Layout) -> Logistic | MLP | DeepFM:
     """The configured model, freshly initialised from the seed alone."""
     kind = MODELS[config.model.kind]
-    model = kind(
-        len(layout.fields), config.model.embedding_dim, len(layout.numerics), config.outputs, config.model.hidden
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            output_layer = name.split(".")[-1] in ("head", "dense", "pairs")
-            _initialise(module, key_of(config.seed, f"model.{name}"), output_layer)
-    return model.requires_grad_(True)
+    shape = (len(layout.fields), config.model.embedding_dim, len(layout.numerics), config.outputs, config.model.hidden)
+    with torch.device("meta"):  # no draw from the global generator
+        model = kind(*shape)
+    model.to_empty(device="cpu")
+    for name, param in model.named_parameters():
+        _initialise(name, param, config.seed)
+    return model
 
 
-def _initialise(layer: nn.Linear, key: int, output_layer: bool) -> None:
-    """He's uniform initialisation; zero biases; an output layer starts at zero, so that the first scores are the prior."""
+def _initialise(name: str, param: nn.Parameter, seed: int) -> None:
+    """He's uniform initialisation of hidden weights; all else zero, so that the first scores are the prior."""
+    hidden_weight = "hidden" in name and name.endswith("weight")
+    bound = math.sqrt(6.0 / param.shape[1]) if hidden_weight and param.numel() else 0.0
+    draw = (2.0 * uniform_array(key_of(seed, f"model.{name}"), param.numel()) - 1.0) * bound
     with torch.no_grad():
-        bound = 0.0 if output_layer else math.sqrt(6.0 / max(layer.in_features, 1))
-        draw = (2.0 * uniform_array(key, layer.weight.numel()) - 1.0) * bound
-        layer.weight.copy_(torch.from_numpy(draw).view_as(layer.weight))
-        if layer.bias is not None:
-            layer.bias.zero_()
+        param.copy_(torch.from_numpy(draw).view_as(param))

@@ -1,0 +1,30 @@
+"""A streaming online-learning engine: Kafka in, one example at a time, predictions and metrics out.
+
+Table of contents, in the order of the journey (start with `worker`):
+
+    worker         the loop, one screen
+    records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
+    protocols      the seams: Source, Sink, ControlLog, Stateful, Codec
+    config         one pydantic model per station
+    connect        URL to connector, through entry points
+    decode         record to event or label
+    features       event to arrays
+    join           tickets waiting for labels
+    learner        model, replay and engine: predict and learn
+    river_learner  a River model in the learner's place
+    engine         how the arithmetic is done: eager
+    models         logistic, mlp, deepfm
+    memory         replay and its retention policies
+    metrics        prequential metrics
+    drift          detectors, and the signals they emit
+    checkpoint     atomic, verified snapshots
+    telemetry      turns to Prometheus
+    serve          predictions over HTTP from the newest snapshot
+    random         counter-based random numbers
+    testing        contract checks for connectors and parts
+    bench          `streamcl bench NAME`
+    demo           `streamcl demo`
+    cli            the command line
+"""
+
+__version__ = "0.1.0"

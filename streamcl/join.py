@@ -1,0 +1,232 @@
+"""The joiner: tickets wait for their labels, in event time, in bounded memory."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamcl.config import Join
+from streamcl.protocols import State
+from streamcl.records import Encoded, Fate, Label, Origin, Outcome, Scores, Stream, Ticket
+
+
+class Watermark:
+    """The event time before which nothing more is expected.
+
+    The least, over the streams that are not idle, of the newest event time seen, less the allowed lateness; it never
+    goes back. A stream is idle when it lies more than `idle_s` behind the newest of all, measured in their event time:
+    no clock is read, so poll size and restarts change nothing. A stream that has not spoken yet doesn't count.
+    """
+
+    def __init__(self, config: Join) -> None:
+        self.config = config
+        self.newest: dict[Stream, float] = {}
+        self.value = float("-inf")
+
+    def advance(self, stream: Stream, time_s: float) -> None:
+        self.newest[stream] = max(time_s, self.newest.get(stream, time_s))
+        active = max(self.newest.values()) - self.config.idle_s
+        least = min(time for time in self.newest.values() if time >= active)
+        self.value = max(self.value, least - self.config.allowed_lateness_s)
+
+
+class Alarm(IntEnum):
+    """What is due at a time."""
+
+    DEADLINE = 0  # of a waiting ticket
+    ORPHAN = 1  # a label has waited long enough for its event
+    FORGET = 2  # a closed id need not be told apart from an unknown one any more
+
+
+Entry = tuple[float, Origin, int, str]  # (due time, position, alarm, id): the order of expiry
+
+
+class Joiner:
+    """Joins labels to tickets by event id. What is known of an id lives here and nowhere else.
+
+    | case | fate | counted as |
+    |---|---|---|
+    | label within the window of its ticket | outcome, at the label's place in the stream | `joined` |
+    | window closes without one | outcome with label 0 (`negative`), or nothing (`drop`) | `expired`, `dropped` |
+    | label after the window | ignored | `late` |
+    | another label of an id that had one | ignored | `duplicate` |
+    | label before its event | waits `orphan_s`, then ignored | `orphaned` |
+    | more than `max_tickets` wait | the one that came first is dropped | `overflowed` |
+
+    A label is judged by its own event time: it is late when that lies after its ticket's deadline. A closed id is
+    remembered for one more window, after which a label for it counts as orphaned.
+
+    Args:
+        counts: Where fates are counted; the worker's, who saves it.
+    """
+
+    def __init__(self, config: Join, counts: Counter[str]) -> None:
+        self.config = config
+        self.counts = counts
+        self.watermark = Watermark(config)
+        self.tickets: dict[str, Ticket] = {}
+        self.orphans: dict[str, Label] = {}
+        self.closed: dict[str, bool] = {}  # id -> was it joined?
+        self.alarms: list[Entry] = []
+
+    def knows(self, id: str) -> bool:
+        """True for an event that waits, or has been closed a short time ago."""
+        return id in self.tickets or id in self.closed
+
+    def advance(self, stream: Stream, time_s: float) -> Iterator[Outcome]:
+        """Move the watermark by one record; yields what expires before it, in (deadline, position) order.
+
+        At most `max_expiries_per_event` alarms ring; the rest, being state, ring at the next records.
+        """
+        self.watermark.advance(stream, time_s)
+        for _ in range(self.config.max_expiries_per_event):
+            if not self.alarms or self.alarms[0][0] >= self.watermark.value:
+                return
+            yield from self._ring(heapq.heappop(self.alarms))
+
+    def add(self, ticket: Ticket) -> Outcome | None:
+        """Let a ticket wait; an outcome when its label is here already."""
+        self.tickets[ticket.id] = ticket
+        self._set(self._deadline(ticket), ticket.origin, Alarm.DEADLINE, ticket.id)
+        self._make_room()
+        label = self.orphans.pop(ticket.id, None)
+        return self._join(label) if label else None
+
+    def label(self, label: Label) -> Outcome | None:
+        """Take a label; an outcome when its ticket waits and the window is open."""
+        if label.id in self.tickets:
+            return self._join(label)
+        if label.id in self.closed:
+            self.counts["duplicate" if self.closed[label.id] else "late"] += 1
+        elif label.id in self.orphans:
+            self.counts["duplicate"] += 1
+        else:
+            self._adopt(label)
+        return None
+
+    def _join(self, label: Label) -> Outcome | None:
+        ticket = self.tickets.get(label.id)
+        if ticket is None:  # it overflowed as it came
+            return None
+        if label.time_s > self._deadline(ticket):
+            self.counts["late"] += 1
+            return None
+        del self.tickets[label.id]
+        self._close(label.id, joined=True)
+        self.counts["joined"] += 1
+        return Outcome(ticket, label.value, Fate.JOINED, max(0.0, label.time_s - ticket.time_s))
+
+    def _adopt(self, label: Label) -> None:
+        self.orphans[label.id] = label
+        self._set(label.time_s + self.config.orphan_s, label.origin, Alarm.ORPHAN, label.id)
+        if len(self.orphans) > self.config.max_tickets:
+            del self.orphans[next(iter(self.orphans))]
+            self.counts["orphaned"] += 1
+
+    def _ring(self, entry: Entry) -> Iterator[Outcome]:
+        due, origin, alarm, id = entry
+        if alarm == Alarm.ORPHAN:
+            if id in self.orphans and self.orphans[id].origin == origin:
+                del self.orphans[id]
+                self.counts["orphaned"] += 1
+        elif alarm == Alarm.FORGET:
+            self.closed.pop(id, None)
+        else:
+            if id in self.tickets and self.tickets[id].origin == origin:
+                yield from self._expire(self.tickets.pop(id))
+            if id in self.closed:
+                self._set(due + self.config.attribution_window_s, origin, Alarm.FORGET, id)
+
+    def _expire(self, ticket: Ticket) -> Iterator[Outcome]:
+        self._close(ticket.id, joined=False)
+        if self.config.on_close == "drop":
+            self.counts["dropped"] += 1
+            return
+        self.counts["expired"] += 1
+        yield Outcome(ticket, 0.0, Fate.EXPIRED, self.config.attribution_window_s)
+
+    def _close(self, id: str, joined: bool) -> None:
+        self.closed[id] = joined
+        if len(self.closed) > self.config.max_tickets:
+            del self.closed[next(iter(self.closed))]
+
+    def _make_room(self) -> None:
+        if len(self.tickets) > self.config.max_tickets:
+            del self.tickets[next(iter(self.tickets))]
+            self.counts["overflowed"] += 1
+
+    def _deadline(self, ticket: Ticket) -> float:
+        return ticket.time_s + self.config.attribution_window_s
+
+    def _set(self, due: float, origin: Origin, alarm: Alarm, id: str) -> None:
+        heapq.heappush(self.alarms, (due, origin, int(alarm), id))
+        alive = len(self.tickets) + len(self.orphans) + len(self.closed)
+        if len(self.alarms) > 2 * alive + 1024:
+            # Event time that stands still rings no alarm: what is stale goes now, or the heap would grow for ever.
+            self.alarms = [entry for entry in self.alarms if self._alive(entry)]
+            heapq.heapify(self.alarms)
+
+    def _alive(self, entry: Entry) -> bool:
+        _, origin, alarm, id = entry
+        if alarm == Alarm.ORPHAN:
+            return id in self.orphans and self.orphans[id].origin == origin
+        return id in self.closed or (id in self.tickets and self.tickets[id].origin == origin)
+
+    def read(self) -> dict[str, float]:
+        waiting = {"tickets": float(len(self.tickets)), "orphans": float(len(self.orphans))}
+        return waiting | ({"watermark_s": self.watermark.value} if np.isfinite(self.watermark.value) else {})
+
+    def state_dict(self) -> State:
+        return {
+            "watermark": self.watermark.value,
+            "newest": [[s.input, s.partition, t] for s, t in sorted(self.watermark.newest.items())],
+            "tickets": tickets_to_state(list(self.tickets.values())),
+            "orphans": [[o.id, o.value, o.time_s, *o.origin] for o in self.orphans.values()],
+            "closed": {"ids": list(self.closed), "joined": np.array(list(self.closed.values()), np.bool_)},
+            "alarms": [[due, *origin, alarm, id] for due, origin, alarm, id in sorted(self.alarms)],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.watermark.value = state["watermark"]
+        self.watermark.newest = {Stream(i, p): t for i, p, t in state["newest"]}
+        self.tickets = {ticket.id: ticket for ticket in tickets_from_state(state["tickets"])}
+        self.orphans = {o[0]: Label(o[0], o[1], o[2], Origin(*o[3:])) for o in state["orphans"]}
+        self.closed = dict(zip(state["closed"]["ids"], state["closed"]["joined"].tolist(), strict=True))
+        self.alarms = [(due, Origin(i, p, o), alarm, id) for due, i, p, o, alarm, id in state["alarms"]]
+
+
+def tickets_to_state(tickets: Sequence[Ticket]) -> State:
+    """Tickets as columns: a million of them must not become a million small arrays."""
+    columns: dict[str, list[NDArray[Any]]] = {
+        "ids": [t.features.ids for t in tickets],
+        "weights": [t.features.weights for t in tickets],
+        "dense": [t.features.dense for t in tickets],
+        "output": [t.scores.output for t in tickets],
+        "served": [t.scores.served for t in tickets],
+    }
+    return {
+        "id": [t.id for t in tickets],
+        "input": [t.origin.input for t in tickets],
+        "time_s": np.array([t.time_s for t in tickets], np.float64),
+        "origin": np.array([t.origin[1:] for t in tickets], np.int64).reshape(len(tickets), 2),
+        "version": np.array([t.scores.version for t in tickets], np.int64),
+        **{name: np.stack(column) if column else np.zeros((0, 0)) for name, column in columns.items()},
+    }
+
+
+def tickets_from_state(state: State) -> Iterator[Ticket]:
+    for i, id in enumerate(state["id"]):
+        partition, offset = state["origin"][i].tolist()
+        yield Ticket(
+            id=id,
+            time_s=float(state["time_s"][i]),
+            features=Encoded(state["ids"][i], state["weights"][i], state["dense"][i]),
+            scores=Scores(state["output"][i], state["served"][i], int(state["version"][i])),
+            origin=Origin(state["input"][i], partition, offset),
+        )

@@ -1,0 +1,123 @@
+"""The one recovery path, and the checkpoints that it starts from: kept beside the loop, not inside it.
+
+1. Open the control log: every predecessor of this shard is fenced.
+2. Load the newest valid snapshot; without one start afresh, and write a first snapshot at once, so that the starting
+   position itself is recoverable.
+3. Seek to its position; `Worker.run` then repeats the logged order up to the control log's end, sending again what it
+   sent before (same ids, same values), and goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from streamcl.checkpoint import Loaded, Snapshot, Store, difference, environment
+from streamcl.config import Config, ConfigError, changes
+from streamcl.protocols import StreamclError
+from streamcl.records import Turn
+from streamcl.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Restores a worker and saves it while it runs.
+
+    Args:
+        accept_changes: Start from a snapshot although the environment or a setting of kind `stop` differs and the last
+            run didn't end cleanly: what it did after the snapshot will not repeat exactly.
+    """
+
+    def __init__(self, worker: Worker, store: Store, accept_changes: bool = False) -> None:
+        self.worker = worker
+        self.store = store
+        self.accept_changes = accept_changes
+        self.since = 0
+        self.last: Snapshot | None = None
+
+    def restore(self) -> Snapshot | None:
+        """Bring the worker to where its shard stood; returns the snapshot it began from, None for a first start."""
+        worker = self.worker
+        if worker.control:
+            worker.control.open()
+        self.store.probe()
+        loaded = self.store.newest()
+        if loaded is None:
+            self._start_afresh()
+            return None
+        self._compatible(loaded)
+        worker.load_state_dict(loaded.state)
+        worker.control_offset = int(loaded.manifest["control_offset"])
+        worker.source.seek(worker.progress.position)
+        self.last = loaded.snapshot
+        log.info("restored %s at %d records", loaded.snapshot.name, worker.progress.records)
+        return loaded.snapshot
+
+    def _start_afresh(self) -> None:
+        worker = self.worker
+        if self.store.damaged:
+            names = ", ".join(name for name, _ in self.store.damaged)
+            raise StreamclError(f"{self.store.folder}: every snapshot is damaged ({names}); restore one or move them away")
+        if worker.control and next(iter(worker.control.read(0)), None) is not None:
+            raise StreamclError(
+                f"{self.store.folder} holds no snapshot, but {worker.config.control_url} says that this shard has "
+                "learned before; restore its snapshots, or start under another name"
+            )
+        worker.progress.position = dict(worker.source.seek({}))
+        self.save()
+
+    def _compatible(self, loaded: Loaded) -> None:
+        changed = changes(loaded.manifest["config"], self.worker.config)
+        new = [path for path, change in changed if change == "new"]
+        if new:
+            raise ConfigError(
+                f"{self.store.folder}: {', '.join(new)} changed since the snapshot was written, which means other "
+                "state; change back, or start in another checkpoint.folder under another name"
+            )
+        differences = [path for path, change in changed if change == "stop"]
+        differences += difference(loaded.manifest["environment"], environment())
+        if not differences:
+            return
+        if not (loaded.manifest["clean"] or self.accept_changes):
+            raise ConfigError(
+                f"{self.store.folder}: changed since a snapshot that no clean stop wrote: {', '.join(differences)}; "
+                "what followed the snapshot would not repeat exactly. Stop cleanly first, or pass --accept-changes"
+            )
+        log.warning("going on although these changed: %s", ", ".join(differences))
+
+    def run(self) -> Iterator[Turn]:
+        """The worker's turns, with a snapshot every `checkpoint.every_events` records and one at a clean end."""
+        for turn in self.worker.run():
+            yield turn
+            self.since += turn.records
+            if self.since >= self.worker.config.checkpoint.every_events:
+                self.save()
+        self.save(clean=self.worker.caught_up)
+
+    def save(self, clean: bool = False) -> Snapshot:
+        """Cut a snapshot here. Everything sent so far is durable first, so that none of it can be missing later."""
+        self.worker.flush()
+        self.last = self.store.save(self.worker.state_dict(), self._manifest(clean))
+        self.since = 0
+        if self.worker.progress.position:
+            self.worker.source.commit(self.worker.progress.position)
+        return self.last
+
+    def _manifest(self, clean: bool) -> dict[str, Any]:
+        return {
+            "name": self.worker.config.name,
+            "records": self.worker.progress.records,
+            "position": self.worker.progress.state_dict()["position"],
+            "control_offset": self.worker.control_offset,
+            "clean": clean,
+            "config": self.worker.config.model_dump(mode="json"),
+            "environment": environment(),
+        }
+
+
+def store_of(config: Config) -> Store:
+    """The shard's own folder of checkpoints."""
+    folder = config.checkpoint.folder / f"{config.name}-{config.shard.index}-of-{config.shard.count}"
+    return Store(folder, config.checkpoint.retain, config.trust_pickle)

@@ -1,0 +1,85 @@
+"""A River model in the learner's place: the same journey, joiner, metrics and recovery around somebody else's model."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamcl.config import Config, ConfigError
+from streamcl.features import Featurizer
+from streamcl.protocols import State
+from streamcl.records import Encoded, Outcome, Scores
+
+
+class RiverLearner:
+    """Feeds a River classifier or regressor one outcome at a time.
+
+    The model is named by `river = "river.module:Class"` and built without arguments; it sees a dict of the numerics by
+    name and of the hashed categories as `field=row` with their weights.
+
+    A River model can only be saved as a pickle, which runs code when loaded and doesn't survive a change of River's
+    version: the config must say `trust_pickle = true`.
+
+    Raises:
+        ConfigError: the path names no River model.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.task = config.task
+        self.classes = config.model.classes
+        self.layout = Featurizer(config).layout
+        self.model = _build(config.river or "")
+        self.version = 0
+
+    def predict(self, features: Encoded) -> Scores:
+        served = np.asarray(self._serve(self._dict(features)), np.float32)
+        return Scores(served, served, self.version)
+
+    def _serve(self, x: dict[str, float]) -> list[float]:
+        if self.task == "regression":
+            return [float(self.model.predict_one(x) or 0.0)]
+        chances = self.model.predict_proba_one(x)
+        if self.task == "binary":
+            return [float(chances.get(True, 0.0 if chances else 0.5))]
+        return [float(chances.get(c, 0.0 if chances else 1.0 / self.classes)) for c in range(self.classes)]
+
+    def learn(self, outcome: Outcome) -> bool:
+        y: Any = {"binary": bool, "multiclass": int, "regression": float}[self.task](outcome.label)
+        self.model.learn_one(self._dict(outcome.ticket.features), y)
+        self.version += 1
+        return True
+
+    def _dict(self, features: Encoded) -> dict[str, float]:
+        layout = self.layout
+        used = np.flatnonzero(features.weights)
+        x = {f"{layout.fields[layout.slot_field[s]]}={features.ids[s]}": float(features.weights[s]) for s in used}
+        return x | {
+            name: float(v) for name, v in zip(layout.numerics, features.dense, strict=True) if not np.isnan(v)
+        }
+
+    def read(self) -> dict[str, float]:
+        return {"weights_version": float(self.version)}
+
+    def state_dict(self) -> State:
+        data = np.frombuffer(pickle.dumps(self.model), np.uint8)
+        return {"pickle": torch.from_numpy(data.copy()), "version": self.version}
+
+    def load_state_dict(self, state: State) -> None:
+        # Only reached with trust_pickle: the store refuses to load such a state otherwise.
+        self.model = pickle.loads(bytes(state["pickle"].numpy()))  # noqa: S301
+        self.version = int(state["version"])
+
+
+def _build(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"river: {path!r} can't be built: {error}") from error
+    if not (hasattr(model, "learn_one") and hasattr(model, "predict_one")):
+        raise ConfigError(f"river: {path!r} is no River classifier or regressor")
+    return model

@@ -1,0 +1,321 @@
+"""START HERE: the loop. Poll, log the order, then record by record: decode, predict, join, learn, answer.
+
+State is a pure function of (config, seed, the ordered sequence of records): no clock, no poll boundary, no thread
+enters it. The loop is a generator of turns, so that checkpoints, metrics, progress bars and tests watch it from outside.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import xxhash
+
+from streamcl import connect
+from streamcl.config import Config
+from streamcl.decode import Decoder
+from streamcl.drift import DriftDetector
+from streamcl.join import Joiner
+from streamcl.learner import Learner
+from streamcl.messages import dead_letter_message, prediction_message
+from streamcl.metrics import Prequential
+from streamcl.protocols import (
+    BadInput,
+    Codec,
+    ConnectorError,
+    ControlLog,
+    Sink,
+    Source,
+    State,
+    Stateful,
+    StreamclError,
+)
+from streamcl.records import (
+    DeadLetter,
+    Event,
+    Fate,
+    Order,
+    Origin,
+    Outcome,
+    Position,
+    Prediction,
+    Record,
+    Run,
+    Signal,
+    Stream,
+    Ticket,
+    Turn,
+    position_from_json,
+    position_to_json,
+)
+from streamcl.river_learner import RiverLearner
+
+
+class Counts(Counter[str]):
+    """How many records met which fate, since the very first one."""
+
+    def state_dict(self) -> State:
+        return dict(sorted(self.items()))
+
+    def load_state_dict(self, state: State) -> None:
+        self.clear()
+        self.update(state)
+
+
+class Progress:
+    """Where the shard stands, and a proof of what it has learned from.
+
+    `learned` is a multiset hash: the sum modulo 2^128 of a hash of each learned origin. Two runs that learned from the
+    same records the same number of times agree on it, in whatever order; a record lost or learned twice changes it.
+    """
+
+    def __init__(self) -> None:
+        self.position: dict[Stream, int] = {}
+        self.records = 0
+        self.learned = 0
+
+    def advance(self, origin: Origin) -> None:
+        if origin.offset < self.position.get(origin.stream, 0):
+            raise ConnectorError(f"{origin} was delivered again; expected offset {self.position[origin.stream]}")
+        self.position[origin.stream] = origin.offset + 1
+        self.records += 1
+
+    def learn(self, origin: Origin) -> None:
+        self.learned = (self.learned + xxhash.xxh3_128_intdigest(str(origin).encode())) % (1 << 128)
+
+    def state_dict(self) -> State:
+        return {
+            "position": position_to_json(self.position),
+            "records": self.records,
+            "learned": f"{self.learned:032x}",
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.position = position_from_json(state["position"])
+        self.records = state["records"]
+        self.learned = int(state["learned"], 16)
+
+
+class Work:
+    """What the turn under way has brought about so far."""
+
+    def __init__(self) -> None:
+        self.predictions: list[Prediction] = []
+        self.outcomes: list[Outcome] = []
+        self.dead_letters: list[DeadLetter] = []
+        self.signals: list[Signal] = []
+
+
+class Worker:
+    """One shard's journey from records to predictions.
+
+    What remembers is found, not listed: every attribute with `state_dict` and `load_state_dict` is part of the state.
+
+    Args:
+        source: Stands where it was sought to; `run` begins there.
+        control: The control log, needed when the source has several streams; already open. None: the order that the
+            source gives is repeatable by itself (one stream, or recorded files).
+        predictions: None for a backtest that only wants metrics.
+
+    Raises:
+        ConnectorError: from `run`; the turn under way is lost, and recovery takes it up again.
+        StreamclError: from `run`, when more than `worker.max_bad_ratio` of the last 1,000 records were bad.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        codec: Codec,
+        predictions: Sink | None = None,
+        dead_letters: Sink | None = None,
+        control: ControlLog | None = None,
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.codec = codec
+        self.predictions = predictions
+        self.dead_letters = dead_letters
+        self.control = control
+        self.control_offset = 0
+        self.stopping = False
+        self.caught_up = False
+        self.recent_faults: deque[bool] = deque(maxlen=1000)
+
+        self.decoder = Decoder(config, codec)
+        self.counts = Counts()
+        self.progress = Progress()
+        self.joiner = Joiner(config.join, self.counts)
+        self.learner = RiverLearner(config) if config.river else Learner(config)
+        self.metrics = Prequential(config.task, config.metrics.window, config.model.classes)
+        self.drift = DriftDetector(config.drift)
+
+    def run(self) -> Iterator[Turn]:
+        """Yields a turn per poll, an empty one when nothing came; ends when stopped or when the source is exhausted."""
+        if self.control:
+            yield from self.rerun(self.control.read(self.control_offset))
+        self.caught_up = not self.stopping
+        while not (self.stopping or self.source.exhausted()):
+            records = self.source.poll(self.config.worker.max_records, self.config.worker.poll_timeout_s)
+            if records and self.control:
+                self.control_offset = self.control.append(self._order(records))
+            yield self.turn(records)
+
+    def rerun(self, orders: Iterable[tuple[int, Order]]) -> Iterator[Turn]:
+        """Take records in a logged order: recovery, and the backtest of a log with several inputs."""
+        for next_offset, order in orders:
+            # One order is one turn: a snapshot lies between two orders, never inside one.
+            records = [record for stream, length in order.runs for record in self._exactly(stream, length)]
+            self.control_offset = next_offset
+            yield self.turn(records, recovering=True)
+            wrong = {s: o for s, o in order.position.items() if self.progress.position.get(s) != o}
+            if wrong:
+                raise ConnectorError(f"the control log leads to {wrong}, the inputs to {self.progress.position}")
+            if self.stopping:
+                return
+
+    def turn(self, records: Sequence[Record], recovering: bool = False) -> Turn:
+        """Work through some records; the cut into turns never changes a state or a prediction."""
+        before, work = Counter(self.counts), Work()
+        for record in records:
+            self._take(record, work)
+        self._send(work)
+        return Turn(
+            records=len(records),
+            position=dict(self.progress.position),
+            predictions=tuple(work.predictions),
+            outcomes=tuple(work.outcomes),
+            dead_letters=tuple(work.dead_letters),
+            signals=tuple(work.signals),
+            counts=self.counts - before,
+            recovering=recovering,
+        )
+
+    def _take(self, record: Record, work: Work) -> None:
+        self.progress.advance(record.origin)
+        try:
+            item = self.decoder.decode(record)
+        except BadInput as error:
+            self._refuse(record, error.reason, str(error), work)
+            return
+        self.recent_faults.append(False)
+        for outcome in self.joiner.advance(record.origin.stream, item.time_s):
+            self._learn(outcome, work)
+        if isinstance(item, Event) and self.joiner.knows(item.id):
+            self._refuse(record, "duplicate_ticket", f"event id of {record.origin} is known already", work)
+            return
+        joined = self._answer(item, work) if isinstance(item, Event) else self.joiner.label(item)
+        if joined:
+            self._learn(joined, work)
+
+    def _answer(self, event: Event, work: Work) -> Outcome | None:
+        scores = self.learner.predict(event.features)
+        work.predictions.append(Prediction(event.id, event.key, event.time_s, scores, event.origin))
+        self.counts["predicted"] += 1
+        ticket = Ticket(event.id, event.time_s, event.features, scores, event.origin)
+        if event.label is not None:
+            self.counts["inline"] += 1
+            return Outcome(ticket, event.label, Fate.INLINE, 0.0)
+        if self.config.labels is None:
+            self.counts["unlabelled"] += 1
+            return None
+        return self.joiner.add(ticket)
+
+    def _learn(self, outcome: Outcome, work: Work) -> None:
+        work.outcomes.append(outcome)
+        loss = self.metrics.update(outcome)
+        work.signals.extend(self.drift.update(loss, outcome.ticket.origin))
+        if self.learner.learn(outcome):
+            self.progress.learn(outcome.ticket.origin)
+            self.counts["learned"] += 1
+            return
+        self.counts["quarantined"] += 1
+        stub = self.codec.encode({"id": outcome.ticket.id, "label": outcome.label})
+        record = Record(outcome.ticket.origin, outcome.ticket.origin.input, outcome.ticket.time_s, stub)
+        error = "learning from this label would have made the weights non-finite or the gradient too large"
+        work.dead_letters.append(DeadLetter(record, "quarantined_label", error))
+
+    def _refuse(self, record: Record, reason: str, error: str, work: Work) -> None:
+        self.counts["dead_letter"] += 1
+        work.dead_letters.append(DeadLetter(record, reason, error))
+        self.recent_faults.append(True)
+        bad, limit = sum(self.recent_faults), self.config.worker.max_bad_ratio
+        if len(self.recent_faults) == self.recent_faults.maxlen and bad > limit * len(self.recent_faults):
+            raise StreamclError(
+                f"{bad} of the last {len(self.recent_faults)} records were bad (worker.max_bad_ratio {limit}); "
+                f"the last one: topic {record.topic}, {record.origin}: {reason}: {error}"
+            )
+
+    def _send(self, work: Work) -> None:
+        # Dead letters first: were their sink to fail, no prediction of this turn would be out twice.
+        if self.dead_letters and work.dead_letters:
+            most = self.config.events.max_bytes
+            self.dead_letters.send([dead_letter_message(d, self.codec, most) for d in work.dead_letters])
+        if self.predictions and work.predictions:
+            self.predictions.send([prediction_message(p, self.codec) for p in work.predictions])
+
+    def _order(self, records: Sequence[Record]) -> Order:
+        groups = itertools.groupby(record.origin.stream for record in records)
+        after: Position = {record.origin.stream: record.origin.offset + 1 for record in records}
+        return Order(tuple(Run(stream, len(list(g))) for stream, g in groups), {**self.progress.position, **after})
+
+    def _exactly(self, stream: Stream, count: int) -> Iterator[Record]:
+        idle_s = 0.0
+        while count:
+            records = self.source.poll(count, self.config.worker.poll_timeout_s, only=stream)
+            count -= len(records)
+            idle_s = 0.0 if records else idle_s + self.config.worker.poll_timeout_s
+            if not records and (idle_s > 60.0 or self.source.exhausted()):
+                raise ConnectorError(f"{stream.input} partition {stream.partition}: {count} logged records are missing")
+            yield from records
+
+    def stop(self) -> None:
+        """End `run` after the turn under way. Safe to call from a signal handler."""
+        self.stopping = True
+
+    def flush(self) -> None:
+        """Return once everything sent is durable."""
+        for sink in (self.dead_letters, self.predictions):
+            if sink:
+                sink.flush()
+
+    def close(self) -> None:
+        for part in (self.predictions, self.dead_letters, self.control, self.source):
+            if part:
+                part.close()
+
+    def parts(self) -> dict[str, Stateful]:
+        """Everything that remembers, by name."""
+        return {name: part for name, part in sorted(vars(self).items()) if isinstance(part, Stateful)}
+
+    def state_dict(self) -> State:
+        return {name: part.state_dict() for name, part in self.parts().items()}
+
+    def load_state_dict(self, state: State) -> None:
+        parts = self.parts()
+        if parts.keys() != state.keys():
+            raise StreamclError(f"the snapshot holds {sorted(state)}, this worker {sorted(parts)}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+    def readings(self) -> dict[str, float]:
+        """What the parts say about themselves, for telemetry and people. Never part of the state."""
+        readers = (self.metrics, self.drift, self.joiner, self.learner)
+        merged = {name: value for part in readers for name, value in part.read().items()}
+        return merged | {"lag_records": float(sum(self.source.lag().values()))}
+
+
+def build(config: Config) -> Worker:
+    """A worker on the configured URLs, its control log not yet opened; see `recovery` for where it starts."""
+    torch.set_num_threads(config.worker.threads)
+    source = connect.open_source(config)
+    return Worker(
+        config,
+        source,
+        connect.codec(),
+        connect.open_sink(config.predictions, config) if config.predictions else None,
+        connect.open_sink(config.dead_letters_url, config),
+        connect.open_control(config) if len(source.streams()) > 1 else None,
+    )
