@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from streamcl import __version__
 from streamcl.protocols import State, StreamclError
 from streamcl.state import Arrays, StateError, digest, digest_flat, flatten, pickles, to_json, unflatten
 
@@ -371,18 +372,12 @@ def environment() -> dict[str, Any]:
     """What "bit-identical" rests on besides configuration and stream: versions, CPU, threads."""
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("streamcl", "torch", "numpy", "river")},
+        "streamcl": __version__,
+        **{name: metadata.version(name) for name in ("torch", "numpy", "river")},
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
