@@ -33,7 +33,7 @@ class Replay:
         self.y = torch.zeros(capacity)
 
     def __len__(self) -> int:
-        return len(self.policy) if self.policy else 0
+        return len(self.policy) if self.policy is not None else 0
 
     def draw(self, n: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         size = len(self)
@@ -41,7 +41,7 @@ class Replay:
         return self.ids[index], self.weights[index], self.dense[index], self.y[index]
 
     def write(self, features: Encoded, label: float) -> None:
-        slot = self.policy.place(label) if self.policy else None
+        slot = self.policy.place(label) if self.policy is not None else None
         if slot is None:
             return
         self.ids[slot] = torch.from_numpy(features.ids)
@@ -52,10 +52,10 @@ class Replay:
     def state_dict(self) -> State:
         size = len(self)
         held = {name: getattr(self, name)[:size].clone() for name in ("ids", "weights", "dense", "y")}
-        return {**held, "policy": self.policy.state_dict() if self.policy else {}}
+        return {**held, "policy": self.policy.state_dict() if self.policy is not None else {}}
 
     def load_state_dict(self, state: State) -> None:
-        if self.policy:
+        if self.policy is not None:  # an empty policy has length 0 and is false
             self.policy.load_state_dict(state["policy"])
         for name in ("ids", "weights", "dense", "y"):
             column = getattr(self, name)
