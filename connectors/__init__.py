@@ -1,0 +1,1 @@
+"""Where streams come from and go to: one module per URL scheme."""
