@@ -1,0 +1,283 @@
+"""Contract checks for whoever writes a connector or a part that remembers; the built-in ones pass them too.
+
+Every check raises AssertionError with the broken promise in its text. They need no test framework.
+
+    def test_my_source_keeps_the_contract(tmp_path):
+        check_source(lambda: MySource(recording), count=10)
+"""
+
+from __future__ import annotations
+
+import copy
+import struct
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from streamcl.protocols import ControlLog, Fenced, Sink, Source, State, Stateful
+from streamcl.records import Message, Order, Record, Run, Stream
+from streamcl.state import flatten
+
+Part = TypeVar("Part", bound=Stateful)
+
+_PATIENCE = 50  # empty polls before a source counts as silent
+
+
+def check_source(make: Callable[[], Source], count: int, *, finite: bool = True, timeout_s: float = 0.1) -> None:
+    """A source delivers the same `count` records per stream however it is polled, and again from any position.
+
+    Args:
+        make: Opens a source on the same records each time; several may be open at once.
+        count: Records there, in all streams together; at least 2.
+        finite: Nothing more will come, so the source must be exhausted behind the last one.
+        timeout_s: Of one poll.
+    """
+    source = make()
+    try:
+        everything = _drain(source, count, count, timeout_s)
+        _check_streams(source, everything, finite)
+        _claim(not source.poll(1, 0.01), "nothing comes behind the last record")
+        for limit in (1, 3):
+            source.seek({})
+            again = _drain(source, count, limit, timeout_s)
+            _claim(_by_stream(again) == _by_stream(everything), f"a limit of {limit} delivers the same records")
+        _check_seek(source, everything, timeout_s)
+        _check_only(source, everything, timeout_s)
+    finally:
+        source.close()
+    _check_reopened(make, everything, timeout_s)
+
+
+def _check_streams(source: Source, records: Sequence[Record], finite: bool) -> None:
+    streams = list(source.streams())
+    _claim(streams == sorted(set(streams)), "streams are sorted, each there once")
+    for stream, those in _by_stream(records).items():
+        _claim(stream in streams, f"{stream} has records, so `streams` names it")
+        offsets = [record.origin.offset for record in those]
+        _claim(all(a < b for a, b in pairwise(offsets)), f"offsets of {stream} ascend")
+    _claim(all(lag >= 0 for lag in source.lag().values()), "lag is not negative")
+    _claim(source.lag().keys() <= set(streams), "lag names the shard's own streams")
+    _claim(source.exhausted() == finite, "a finite source is exhausted behind its last record, another never")
+
+
+def _check_seek(source: Source, everything: Sequence[Record], timeout_s: float) -> None:
+    for cut in sorted({0, 1, len(everything) // 2, len(everything)}):
+        position = dict.fromkeys(source.streams(), 0) | _start(everything)
+        position |= {record.origin.stream: record.origin.offset + 1 for record in everything[:cut]}
+        source.seek(position)
+        source.commit(position)
+        rest = _drain(source, len(everything) - cut, 2, timeout_s)
+        _claim(_by_stream(rest) == _by_stream(everything[cut:]), f"a seek behind record {cut} delivers the rest")
+
+
+def _check_only(source: Source, everything: Sequence[Record], timeout_s: float) -> None:
+    for stream, those in _by_stream(everything).items():
+        source.seek({})
+        found = _drain(source, len(those), 2, timeout_s, only=stream)
+        _claim(found == those, f"`only` delivers {stream} and nothing else")
+        rest = _drain(source, len(everything) - len(those), 2, timeout_s)
+        _claim(not any(r.origin.stream == stream for r in rest), f"what `only` took of {stream} does not come again")
+
+
+def _check_reopened(make: Callable[[], Source], everything: Sequence[Record], timeout_s: float) -> None:
+    source = make()
+    try:
+        again = _drain(source, len(everything), len(everything), timeout_s)
+        _claim(_by_stream(again) == _by_stream(everything), "another source reads the same, whatever one committed")
+    finally:
+        source.close()
+
+
+def _drain(source: Source, count: int, limit: int, timeout_s: float, only: Stream | None = None) -> list[Record]:
+    found: list[Record] = []
+    idle = 0
+    while len(found) < count:
+        polled = source.poll(limit, timeout_s, only)
+        _claim(len(polled) <= limit, f"a poll of {limit} delivers no more than that")
+        found += polled
+        idle = 0 if polled else idle + 1
+        _claim(idle < _PATIENCE, f"{count} records come; after {len(found)} there was silence")
+    return found
+
+
+def _by_stream(records: Sequence[Record]) -> dict[Stream, list[Record]]:
+    streams = sorted({record.origin.stream for record in records})
+    return {stream: [record for record in records if record.origin.stream == stream] for stream in streams}
+
+
+def _start(records: Sequence[Record]) -> dict[Stream, int]:
+    return {stream: those[0].origin.offset for stream, those in _by_stream(records).items()}
+
+
+def check_sink(make: Callable[[], Sink], values: Callable[[], Sequence[bytes | None]]) -> None:
+    """What a sink was sent is there after `flush`, in order, and stays when another is opened.
+
+    Args:
+        make: Opens a sink on the same place each time.
+        values: Reads back the values there, in order. The messages have one key, so they share a partition.
+    """
+    before = list(values())
+    sent = [Message(b'{"n":%d}' % n, key=b"k", time_s=float(n)) for n in range(5)]
+    sink = make()
+    sink.flush()
+    _claim(list(values()) == before, "an empty flush writes nothing")
+    sink.send(sent[:1])
+    sink.send(sent[1:4])
+    sink.send([])
+    sink.flush()
+    _claim(list(values()) == before + [m.value for m in sent[:4]], "everything sent is there after a flush, in order")
+    sink.flush()
+    _claim(len(values()) == len(before) + 4, "a second flush writes nothing again")
+    sink.close()
+    other = make()
+    other.send(sent[4:])
+    other.flush()
+    other.close()
+    _claim(list(values()) == before + [m.value for m in sent], "a sink that is opened again goes on behind the rest")
+
+
+def check_control_log(make: Callable[[], ControlLog]) -> None:
+    """A control log gives back what was appended, from any offset, and lets the newest writer alone append.
+
+    Args:
+        make: Makes an unopened log on the same, empty place each time.
+    """
+    stream, other = Stream("events", 0), Stream("labels", 1)
+    orders = [Order((Run(stream, n + 1), Run(other, 1)), {stream: n, other: 7 * n}) for n in range(4)]
+    first = make()
+    first.open()
+    _claim(list(first.read(0)) == [], "an empty log reads as nothing")
+    ends = [first.append(order) for order in orders[:3]]
+    _claim(all(a < b for a, b in pairwise(ends)), "the offsets that `append` returns ascend")
+    _claim([order for _, order in first.read(0)] == orders[:3], "orders read back as they were appended")
+    for start, rest in zip([0, *ends], [orders[:3], orders[1:3], orders[2:3], []], strict=True):
+        _claim([order for _, order in first.read(start)] == rest, "a returned offset leads to what is behind it")
+    for (after, _), rest in zip(first.read(0), [orders[1:3], orders[2:3], []], strict=True):
+        _claim([order for _, order in first.read(after)] == rest, "the offset beside an order leads behind it")
+    _check_fence(first, make(), orders, ends)
+
+
+def _check_fence(first: ControlLog, second: ControlLog, orders: Sequence[Order], ends: Sequence[int]) -> None:
+    second.open()
+    for _ in range(2):
+        try:
+            first.append(orders[3])
+        except Fenced:
+            continue
+        _claim(False, "a successor's `open` fences: `append` raises Fenced, and goes on doing so")
+    first.close()
+    _claim([order for _, order in second.read(0)] == list(orders[:3]), "a fenced order is not in the log")
+    _claim(second.append(orders[3]) > ends[-1], "the successor appends behind its predecessor")
+    _claim([order for _, order in second.read(ends[-1])] == [orders[3]], "old offsets hold across writers")
+    second.close()
+
+
+def check_stateful(
+    make: Callable[[], Part],
+    exercise: Callable[[Part, int], Any],
+    *,
+    steps: int = 12,
+    compare: Callable[[Any, Any], str] | None = None,
+) -> None:
+    """A part that is saved at any point and loaded into a used one goes on to the same bytes.
+
+    Args:
+        make: A fresh part, equal each time.
+        exercise: Gives the part its stimulus number n. Whatever it returns must repeat as well.
+        steps: Stimuli; the state is saved before each of them and behind the last.
+        compare: Where two trees differ, "" if nowhere; `difference` by default.
+    """
+    compare = compare or difference
+    part = make()
+    saved: list[State] = [_frozen(part)]
+    outputs: list[Any] = []
+    for step in range(steps):
+        outputs.append(copy.deepcopy(exercise(part, step)))
+        saved.append(_frozen(part))
+    _claim(not compare(_frozen(part), saved[-1]), "`state_dict` changes nothing")
+    for cut in range(steps + 1):
+        _check_resumed(make, exercise, saved, outputs, cut, compare)
+
+
+def _check_resumed(
+    make: Callable[[], Part],
+    exercise: Callable[[Part, int], Any],
+    saved: Sequence[State],
+    outputs: Sequence[Any],
+    cut: int,
+    compare: Callable[[Any, Any], str],
+) -> None:
+    part = make()
+    for step in range(max(1, len(outputs) - cut)):
+        exercise(part, step)  # dirt: a load must replace everything
+    given = copy.deepcopy(saved[cut])
+    part.load_state_dict(given)
+    _claim_same(compare(_frozen(part), saved[cut]), f"a state saved at {cut} comes back when loaded")
+    for step in range(cut, len(outputs)):
+        output = exercise(part, step)
+        _claim_same(compare(output, outputs[step]), f"resumed at {cut}, step {step} answers as it did")
+    _claim_same(compare(_frozen(part), saved[-1]), f"resumed at {cut}, the end state is the same")
+    _claim_same(compare(given, saved[cut]), f"learning on does not change the tree that was loaded at {cut}")
+
+
+def _frozen(part: Stateful) -> State:
+    state = part.state_dict()
+    flatten(state)  # raises StateError for a leaf that no checkpoint can hold
+    return copy.deepcopy(state)
+
+
+def equal_states(a: Any, b: Any) -> bool:
+    """Whether two trees are the same to the bit; see `difference`."""
+    return not difference(a, b)
+
+
+def difference(a: Any, b: Any, path: str = "") -> str:
+    """The first path at which two trees differ, and how; "" when they are the same to the bit.
+
+    Strict about types, dtypes, shapes and signs of zero; NaN equals a NaN of the same bits. The order of keys in a
+    dict does not count.
+    """
+    if type(a) is not type(b):
+        return f"{path or '/'}: {type(a).__name__} and {type(b).__name__}"
+    if isinstance(a, dict):
+        return _dicts(a, b, path)
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return f"{path or '/'}: {len(a)} and {len(b)} items"
+        found = (difference(x, y, f"{path}/{n}") for n, (x, y) in enumerate(zip(a, b, strict=True)))
+        return next(filter(None, found), "")
+    kind, bits = _bits(a)
+    if (kind, bits) == _bits(b):
+        return ""
+    other = _bits(b)[0]
+    return f"{path or '/'}: {kind} and {other}" if kind != other else f"{path or '/'}: other bits, {kind}"
+
+
+def _dicts(a: dict[Any, Any], b: dict[Any, Any], path: str) -> str:
+    if lonely := sorted(map(str, a.keys() ^ b.keys())):
+        return f"{path}/{lonely[0]}: on one side only"
+    return next(filter(None, (difference(a[key], b[key], f"{path}/{key}") for key in a)), "")
+
+
+def _bits(leaf: Any) -> tuple[str, Any]:
+    """(what it is, its bits)."""
+    if isinstance(leaf, torch.Tensor):
+        flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return f"{leaf.dtype} {tuple(leaf.shape)}", flat.numpy().tobytes()
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return f"{leaf.dtype} {leaf.shape}", leaf.tobytes()
+    if isinstance(leaf, float):
+        return "float", struct.pack("<d", leaf)
+    return type(leaf).__name__, leaf
+
+
+def _claim(holds: bool, promise: str) -> None:
+    if not holds:
+        raise AssertionError(f"broken: {promise}")
+
+
+def _claim_same(found: str, promise: str) -> None:
+    _claim(not found, f"{promise}; they differ at {found}")
