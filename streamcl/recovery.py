@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,7 @@ class Keeper:
         self.accept_changes = accept_changes
         self.since = 0
         self.last: Snapshot | None = None
+        self.seconds = 0.0  # that the last save took
 
     def restore(self) -> Snapshot | None:
         """Bring the worker to where its shard stood; returns the snapshot it began from, None for a first start."""
@@ -98,9 +100,10 @@ class Keeper:
 
     def save(self, clean: bool = False) -> Snapshot:
         """Cut a snapshot here. Everything sent so far is durable first, so that none of it can be missing later."""
+        began = time.perf_counter()
         self.worker.flush()
         self.last = self.store.save(self.worker.state_dict(), self._manifest(clean))
-        self.since = 0
+        self.since, self.seconds = 0, time.perf_counter() - began
         if self.worker.progress.position:
             self.worker.source.commit(self.worker.progress.position)
         return self.last
