@@ -77,11 +77,12 @@ class FileSource:
                 raise  # otherwise the next poll does
         return taken
 
-    def seek(self, position: Position) -> None:
+    def seek(self, position: Position) -> Position:
         for stream in position:
             self._cursor(stream)
         for stream, cursor in self._cursors.items():
             cursor.seek(position.get(stream, 0))
+        return {stream: cursor.row for stream, cursor in self._cursors.items()}
 
     def commit(self, position: Position) -> None:
         """Nobody looks at a file's lag."""

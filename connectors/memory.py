@@ -233,13 +233,14 @@ class MemorySource:
                 self._broker.changed.wait_for(lambda: self._waiting(wanted) or self._broker.finished, timeout_s)
             return self._take(wanted, limit)
 
-    def seek(self, position: Position) -> None:
+    def seek(self, position: Position) -> Position:
         for stream, offset in position.items():
             if stream not in self._next:
                 raise ConnectorError(f"{stream} is not in this shard")
             if not 0 <= offset <= self._end(stream):
                 raise ConnectorError(f"{self._url(stream)}: offset {offset} is outside 0 .. {self._end(stream)}")
         self._next = {stream: position.get(stream, 0) for stream in self._next}
+        return dict(self._next)
 
     def commit(self, position: Position) -> None:
         self._broker.alive(self._life)

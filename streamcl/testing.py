@@ -64,10 +64,11 @@ def _check_streams(source: Source, records: Sequence[Record], finite: bool) -> N
 
 
 def _check_seek(source: Source, everything: Sequence[Record], timeout_s: float) -> None:
+    start = dict(source.seek({}))
+    _claim(start.keys() == set(source.streams()), "`seek` returns the next offset of every stream")
     for cut in sorted({0, 1, len(everything) // 2, len(everything)}):
-        position = dict.fromkeys(source.streams(), 0) | _start(everything)
-        position |= {record.origin.stream: record.origin.offset + 1 for record in everything[:cut]}
-        source.seek(position)
+        position = start | {record.origin.stream: record.origin.offset + 1 for record in everything[:cut]}
+        _claim(dict(source.seek(position)) == position, "`seek` returns the position that it was given")
         source.commit(position)
         rest = _drain(source, len(everything) - cut, 2, timeout_s)
         _claim(_by_stream(rest) == _by_stream(everything[cut:]), f"a seek behind record {cut} delivers the rest")
@@ -106,10 +107,6 @@ def _drain(source: Source, count: int, limit: int, timeout_s: float, only: Strea
 def _by_stream(records: Sequence[Record]) -> dict[Stream, list[Record]]:
     streams = sorted({record.origin.stream for record in records})
     return {stream: [record for record in records if record.origin.stream == stream] for stream in streams}
-
-
-def _start(records: Sequence[Record]) -> dict[Stream, int]:
-    return {stream: those[0].origin.offset for stream, those in _by_stream(records).items()}
 
 
 def check_sink(make: Callable[[], Sink], values: Callable[[], Sequence[bytes | None]]) -> None:
