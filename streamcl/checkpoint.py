@@ -96,7 +96,7 @@ class Store:
         trust_pickle: allow a state with a key `pickle`. Whoever unpickles it runs what its writer put in.
         migrations: by the format that they start from; applied in order while loading.
 
-    `damaged` holds (name, reason) of every snapshot that was passed over, each name once.
+    `damaged` holds (name, cause) of every snapshot found damaged so far, each name once.
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class Store:
         for name in reversed(self._names()):
             try:
                 return self.load(name)
-            except Damaged as error:
-                self._pass_over(name, error)
+            except Damaged:
+                continue
             except Vanished:
                 return self.newest()  # the writer's retention was faster, so there is a newer one
         return None
@@ -157,12 +157,8 @@ class Store:
         """Every snapshot with a sound manifest, oldest first. What else it holds is for `verify` to read."""
         found = []
         for name in self._names():
-            try:
+            with contextlib.suppress(Damaged, Vanished):
                 found.append(self._snapshot(name))
-            except Damaged as error:
-                self._pass_over(name, error)
-            except Vanished:
-                continue
         return found
 
     def load(self, name: str) -> Loaded:
@@ -205,7 +201,7 @@ class Store:
             size = len(data) + sum(file["bytes"] for file in body["files"].values())
             return Snapshot(name, body["manifest"], path, body["digest"], body["format"], size)
         except (ValueError, LookupError, TypeError) as error:
-            raise Damaged(f"{path}: {MANIFEST}: {error}") from error
+            raise self._damage(name, f"{MANIFEST}: {error}") from error
 
     def _state(self, snapshot: Snapshot) -> State:
         try:
@@ -215,15 +211,15 @@ class Store:
             self._refuse_pickle(snapshot.path, rest)
             state = unflatten(rest, load(content[ARRAYS]))
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
-            raise Damaged(f"{snapshot.path}: {error!r}") from error
+            raise self._damage(snapshot.name, repr(error)) from error
         if digest(state) != snapshot.digest:
-            raise Damaged(f"{snapshot.path}: the state does not have the manifest's digest")
+            raise self._damage(snapshot.name, "the state does not have the manifest's digest")
         return state
 
     def _checked(self, name: str, file: str, listed: Mapping[str, Any]) -> bytes:
         data = self._read(name, file)
         if len(data) != listed["bytes"] or hashlib.sha256(data).hexdigest() != listed["sha256"]:
-            raise Damaged(f"{self.folder / name}: {file} does not have the manifest's size and checksum")
+            raise self._damage(name, f"{file} does not have the manifest's size and checksum")
         return data
 
     def _read(self, name: str, file: str) -> bytes:
@@ -233,8 +229,9 @@ class Store:
         except OSError as error:
             if not path.exists():
                 raise Vanished(f"{path}: no such checkpoint") from error
-            fault = Damaged if error.errno in _DAMAGE else CheckpointError
-            raise fault(f"{path}: {file}: {error.strerror}") from error
+            if error.errno in _DAMAGE:
+                raise self._damage(name, f"{file}: {error.strerror}") from error
+            raise CheckpointError(f"{path}: {file}: {error.strerror}") from error
 
     def _migrate(self, snapshot: Snapshot, state: State) -> Loaded:
         manifest = dict(snapshot.manifest)
@@ -250,10 +247,11 @@ class Store:
             cure = "set trust_pickle = true if you trust this folder"
             raise CheckpointError(f"{where}: the state holds a pickle at {path}: {cure}")
 
-    def _pass_over(self, name: str, error: Damaged) -> None:
+    def _damage(self, name: str, cause: str) -> Damaged:
         if name not in dict(self.damaged):
-            logger.warning("checkpoint passed over: %s", error)
-            self.damaged.append((name, str(error)))
+            logger.warning("damaged checkpoint %s: %s", self.folder / name, cause)
+            self.damaged.append((name, cause))
+        return Damaged(f"{self.folder / name}: {cause}")
 
     def _names(self) -> list[str]:
         """Oldest first, by sequence: a stream begun anew counts records from 0, and must not sort before the old."""
@@ -282,8 +280,7 @@ class Store:
         if name not in self._valid:
             try:
                 self.verify(name)
-            except Damaged as error:
-                self._pass_over(name, error)
+            except Damaged:
                 return False
             self._valid.add(name)
         return True

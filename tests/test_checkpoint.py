@@ -164,6 +164,7 @@ def test_verify_reads_every_byte_and_load_names_what_is_wrong(tmp_path: Path) ->
     for read in (store.verify, store.load):
         with pytest.raises(Damaged, match=r"0000000001-0: state\.json does not have"):
             read("0000000001-0")
+    assert [name for name, _ in store.damaged] == ["0000000001-0"]
     with pytest.raises(Vanished, match="no such checkpoint"):
         store.load("0000000002-0")
 
