@@ -1,0 +1,40 @@
+# Everything runs in .venv; `make setup PYTHON=python3.12` picks another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup
+BENCH ?= stream --quick
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with everything in it, at the versions of requirements.lock
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make setup PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,bench,dev]' --constraint requirements.lock
+	@touch $@
+
+demo: setup ## Show a model that learns from a stream, loses its process and goes on
+	$(BIN)/streamcl demo
+
+test: setup ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: setup ## Check style, types and import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## Run a benchmark: make bench BENCH='stream --json'
+	$(BIN)/streamcl bench $(BENCH)
+
+clean: ## Remove caches and what the demo and builds left; .venv stays
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist demo-out
+	find streamcl connectors tests -name __pycache__ -type d -prune -exec rm -rf {} +
