@@ -1,0 +1,16 @@
+"""How good the served answers were, measured before each label was learned (prequential).
+
+- `prequential`: START HERE: what the worker holds; one per stream of outcomes
+- `binary`, `multiclass`, `regression`: the metrics of each task, over the whole stream and over the last N
+- `losses`: log-loss, entropy, normalised entropy: the definitions, over arrays
+- `ranking`: AUC, exact over arrays and in constant memory over a whole stream
+- `window`: the last N rows
+
+Every number is exported under the name of its definition; `_window` marks the last `metrics.window` examples.
+"""
+
+from streamcl.metrics.losses import log_loss, normalized_entropy
+from streamcl.metrics.prequential import Prequential
+from streamcl.metrics.ranking import exact_auc
+
+__all__ = ["Prequential", "exact_auc", "log_loss", "normalized_entropy"]

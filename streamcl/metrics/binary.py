@@ -1,0 +1,108 @@
+"""Metrics of a served probability against a label that is 0 or 1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamcl.metrics.losses import clip, entropy, finite, log_losses, ratio
+from streamcl.metrics.ranking import ScoreHistogram, exact_auc
+from streamcl.metrics.window import Window
+from streamcl.protocols import State
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over examples. `pairs` counts those with a predecessor, `repeats` those with its label."""
+
+    examples: int = 0
+    loss: float = 0.0
+    scores: float = 0.0
+    labels: float = 0.0
+    hits: int = 0
+    pairs: int = 0
+    repeats: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """By definition; NaN where undefined."""
+        log_loss = ratio(self.loss, self.examples)
+        return {
+            "log_loss": log_loss,
+            "ne": ratio(log_loss, entropy([self.labels, self.examples - self.labels])),
+            "calibration": ratio(self.scores, self.labels),
+            "accuracy": ratio(self.hits, self.examples),
+            "no_change_accuracy": ratio(self.repeats, self.pairs),
+            "base_rate": ratio(self.labels, self.examples),
+        }
+
+
+class Binary:
+    """Log-loss, NE, AUC, calibration, accuracy, no-change accuracy and base rate: whole stream and last `window`.
+
+    `calibration` is predicted over observed positives (1 is calibrated), `accuracy` cuts at 0.5, and
+    `no_change_accuracy` is that of always repeating the label before. `auc` is binned to within `auc_bound`
+    (see `ScoreHistogram`); `auc_window` is exact.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._totals = Totals()
+        self._histogram = ScoreHistogram()
+        self._window = Window(window, 3)  # label, score, 1 if the label repeats its predecessor
+        self._previous: float | None = None
+
+    def loss(self, label: float, served: NDArray[np.float32]) -> float:  # served (1,)
+        """Nats; not finite if the label or the score is not."""
+        p = clip(float(served[0]))
+        return -(label * math.log(p) + (1.0 - label) * math.log(1.0 - p))
+
+    def add(self, label: float, served: NDArray[np.float32], loss: float) -> None:
+        score, totals = float(served[0]), self._totals
+        repeats = label == self._previous
+        totals.examples += 1
+        totals.loss += loss
+        totals.scores += score
+        totals.labels += label
+        totals.hits += (score >= 0.5) == (label >= 0.5)
+        totals.pairs += self._previous is not None
+        totals.repeats += repeats
+        self._histogram.add(label >= 0.5, score)
+        self._window.append((label, score, repeats))
+        self._previous = label
+
+    def read(self) -> dict[str, float]:
+        whole = self._totals.metrics() | {
+            "auc": self._histogram.auc(),
+            "auc_bound": self._histogram.auc_bound(),
+            "examples": self._totals.examples,
+        }
+        return finite(whole | {f"{name}_window": value for name, value in self._read_window().items()})
+
+    def _read_window(self) -> dict[str, float]:
+        labels, scores, repeats = self._window.columns()
+        totals = Totals(
+            examples=len(labels),
+            loss=float(log_losses(labels, scores).sum()),
+            scores=float(scores.sum()),
+            labels=float(labels.sum()),
+            hits=int(((scores >= 0.5) == (labels >= 0.5)).sum()),
+            pairs=min(len(labels), self._totals.pairs),  # the very first example has no predecessor
+            repeats=int(repeats.sum()),
+        )
+        return totals.metrics() | {"auc": exact_auc(labels, scores)}
+
+    def state_dict(self) -> State:
+        return {
+            "totals": asdict(self._totals),
+            "histogram": self._histogram.state_dict(),
+            "window": self._window.state_dict(),
+            "previous": self._previous,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self._totals = Totals(**state["totals"])
+        self._histogram.load_state_dict(state["histogram"])
+        self._window.load_state_dict(state["window"])
+        self._previous = state["previous"]

@@ -1,0 +1,66 @@
+"""What the worker holds: every outcome's served score against its label, in the order of learning."""
+
+from __future__ import annotations
+
+import math
+
+from streamcl.config import Task
+from streamcl.metrics.binary import Binary
+from streamcl.metrics.multiclass import Multiclass
+from streamcl.metrics.regression import Regression
+from streamcl.protocols import State
+from streamcl.records import Outcome
+
+
+class Prequential:
+    """Metrics of predictions that stood before their labels did, over the whole stream and over the last `window`.
+
+    `update` is O(1); `read` takes O(window log window) and changes nothing. Memory is bounded.
+
+    Args:
+        window: labelled examples in the metrics that end in `_window` (count).
+        classes: width of the served probabilities; multiclass only.
+
+    Shape:
+        `outcome.ticket.scores.served` is (1,), a probability or a value, or (C,), class probabilities.
+
+    Raises:
+        ValueError: window < 1; or a state of another window is loaded.
+
+    Source:
+        Gama, Sebastiao and Rodrigues 2013, doi 10.1007/s10994-012-5320-9, for prequential evaluation.
+    """
+
+    def __init__(self, task: Task, window: int, classes: int) -> None:
+        self._unscored = 0
+        self._metrics: Binary | Multiclass | Regression
+        if task == "binary":
+            self._metrics = Binary(window)
+        elif task == "multiclass":
+            self._metrics = Multiclass(window, classes)
+        else:
+            self._metrics = Regression(window)
+
+    def update(self, outcome: Outcome) -> float:
+        """The example's loss: nats, or the squared error for regression.
+
+        One that is not finite is counted as `unscored` and enters no sum, for a sum would never recover from it.
+        """
+        label, served = outcome.label, outcome.ticket.scores.served
+        loss = self._metrics.loss(label, served)
+        if math.isfinite(loss):
+            self._metrics.add(label, served, loss)
+        else:
+            self._unscored += 1
+        return loss
+
+    def read(self) -> dict[str, float]:
+        """By name, finite values only: what is undefined (AUC of one class, say) is absent."""
+        return self._metrics.read() | {"unscored": self._unscored}
+
+    def state_dict(self) -> State:
+        return {"metrics": self._metrics.state_dict(), "unscored": self._unscored}
+
+    def load_state_dict(self, state: State) -> None:
+        self._metrics.load_state_dict(state["metrics"])
+        self._unscored = int(state["unscored"])

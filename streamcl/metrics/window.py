@@ -1,0 +1,42 @@
+"""The last N rows. Sums over them are taken anew at each reading, so they can't drift with the years."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamcl.protocols import State
+
+
+class Window:
+    """A ring of the last `size` rows of `width` numbers; `append` is O(1).
+
+    Raises:
+        ValueError: size < 1; or a state of another shape is loaded.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        if size < 1:
+            raise ValueError(f"metrics.window: {size} must be at least 1")
+        self._size = size
+        self._ring = np.zeros((size, width), dtype=np.float64)
+        self._written = 0
+
+    def append(self, row: tuple[float, ...]) -> None:
+        self._ring[self._written % self._size] = row
+        self._written += 1
+
+    def columns(self) -> NDArray[np.float64]:
+        """The rows held, oldest first, as (width, n): what is computed from them depends on nothing else."""
+        if self._written < self._size:
+            return self._ring[: self._written].T.copy()
+        return np.ascontiguousarray(np.roll(self._ring, -(self._written % self._size), axis=0).T)
+
+    def state_dict(self) -> State:
+        return {"ring": self._ring.copy(), "written": self._written}
+
+    def load_state_dict(self, state: State) -> None:
+        if np.shape(state["ring"]) != self._ring.shape:
+            raise ValueError(f"metrics.window: saved {np.shape(state['ring'])}, configured {self._ring.shape}")
+        self._ring[:] = state["ring"]
+        self._written = int(state["written"])

@@ -1,0 +1,122 @@
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from river import metrics as _river_metrics
+
+from streamcl.metrics.binary import Binary
+from streamcl.metrics.losses import log_loss, normalized_entropy
+from streamcl.metrics.ranking import exact_auc
+
+river_metrics: Any = _river_metrics  # typed only in parts
+
+EXAMPLE = st.tuples(st.integers(0, 1), st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1, width=32)))
+Examples = list[tuple[int, float]]
+
+
+def fed(examples: Examples, window: int) -> Binary:
+    metrics = Binary(window)
+    for label, score in examples:
+        served = np.array([score], np.float32)
+        metrics.add(label, served, metrics.loss(label, served))
+    return metrics
+
+
+def drawn(count: int, seed: int = 0) -> Examples:
+    draws = np.random.default_rng(seed)
+    scores = draws.beta(1, 3, count).astype(np.float32)
+    return list(zip((draws.random(count) < scores).astype(int).tolist(), scores.tolist(), strict=True))
+
+
+def by_definition(examples: Examples, before: Examples) -> dict[str, float]:
+    """Every metric of `examples`, whose predecessors were `before`, by plain loops over everything."""
+    if not examples:
+        return {}
+    labels, scores = zip(*examples, strict=True)
+    found = {
+        "log_loss": log_loss(labels, scores),
+        "accuracy": sum((p >= 0.5) == bool(y) for y, p in examples) / len(examples),
+        "base_rate": sum(labels) / len(labels),
+        "ne": normalized_entropy(labels, scores),
+        "auc": exact_auc(labels, scores),
+        "calibration": sum(scores) / sum(labels) if any(labels) else math.nan,
+    }
+    chain = [label for label, _ in (before[-1:] + examples)]
+    repeats = [a == b for a, b in pairwise(chain)]
+    if repeats:
+        found["no_change_accuracy"] = sum(repeats) / len(repeats)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+@given(st.lists(EXAMPLE, max_size=40), st.integers(1, 50))
+def test_the_window_is_recomputed_from_its_examples_alone(examples: Examples, window: int) -> None:
+    metrics = fed(examples, window).read()
+    found = {k.removesuffix("_window"): v for k, v in metrics.items() if k.endswith("_window")}
+    assert found == pytest.approx(by_definition(examples[-window:], examples[:-window]), rel=1e-9)
+
+
+@given(st.lists(EXAMPLE, max_size=40))
+def test_the_whole_stream_is_as_defined_and_auc_within_its_bound(examples: Examples) -> None:
+    metrics, expected = fed(examples, 3).read(), by_definition(examples, [])
+    auc, bound = expected.pop("auc", math.nan), metrics.pop("auc_bound", math.nan)
+    assert metrics.pop("examples") == len(examples)
+    np.testing.assert_allclose(metrics.pop("auc", math.nan), auc, atol=0 if math.isnan(bound) else bound + 1e-12)
+    whole = {name: value for name, value in metrics.items() if not name.endswith("_window")}
+    assert whole == pytest.approx(expected, rel=1e-9)
+
+
+def test_log_loss_and_accuracy_equal_rivers() -> None:
+    examples = [(label, min(max(score, 0.001), 0.999)) for label, score in drawn(2000)]
+    losses, accuracy, metrics = river_metrics.LogLoss(), river_metrics.Accuracy(), fed(examples, 10).read()
+    for label, score in examples:
+        losses.update(label, float(np.float32(score)))
+        accuracy.update(label, int(score >= 0.5))
+    assert metrics["log_loss"] == pytest.approx(losses.get(), rel=1e-12)
+    assert metrics["accuracy"] == accuracy.get()
+
+
+def test_the_constant_base_rate_has_ne_one_calibration_one_and_auc_a_half() -> None:
+    metrics = fed([(int(i % 4 == 0), 0.25) for i in range(400)], 100).read()
+    for suffix in ("", "_window"):
+        assert metrics[f"ne{suffix}"] == pytest.approx(1, abs=1e-12)
+        assert metrics[f"calibration{suffix}"] == 1
+        assert metrics[f"auc{suffix}"] == 0.5
+
+
+@pytest.mark.parametrize(("label", "calibrated"), [(0, False), (1, True)])
+def test_of_one_class_only_what_is_defined_is_there(label: int, calibrated: bool) -> None:
+    metrics = fed([(label, 0.3)] * 5, 3).read()
+    assert metrics["base_rate"] == label
+    assert not {"ne", "ne_window", "auc", "auc_window", "auc_bound"} & metrics.keys()
+    assert ("calibration" in metrics) == ("calibration_window" in metrics) == calibrated
+
+
+def test_nothing_is_known_of_an_empty_stream() -> None:
+    assert Binary(3).read() == {"examples": 0}
+
+
+def test_no_change_is_undefined_for_the_first_example() -> None:
+    assert "no_change_accuracy" not in fed([(1, 0.3)], 3).read()
+    assert fed([(1, 0.3), (1, 0.3), (0, 0.3)], 9).read()["no_change_accuracy_window"] == 0.5
+
+
+def test_windowed_sums_do_not_drift() -> None:
+    """A huge loss that has left the window leaves nothing behind, to the last bit."""
+    tail = drawn(100)
+    long, short = fed([(1, 0.0)] * 500 + tail, 100).read(), fed([(1, 0.0), *tail], 100).read()
+    assert all(long[name] == short[name] for name in long if name.endswith("_window"))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 50, 51, 199, 200])
+def test_a_restored_binary_goes_on_bit_for_bit(cut: int) -> None:
+    examples = drawn(200, seed=3)
+    restored = Binary(50)
+    restored.load_state_dict(fed(examples[:cut], 50).state_dict())
+    for label, score in examples[cut:]:
+        served = np.array([score], np.float32)
+        restored.add(label, served, restored.loss(label, served))
+    assert restored.read() == fed(examples, 50).read()
