@@ -1,0 +1,259 @@
+"""What Prometheus and the kubelet see of a worker, over real HTTP."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from streamcl import telemetry
+from streamcl.config import Config
+from streamcl.records import DeadLetter, Origin, Record, Signal, Stream, Turn
+from streamcl.telemetry import FATES, PARTS, QUALITY, REASONS, Telemetry, TelemetryError
+
+EVENTS_0 = Stream("events", 0)
+READINGS = {"log_loss": 0.5, "log_loss_window": 0.25, "auc": 0.75, "tickets": 3.0, "watermark_s": 99.5, "mean": 0.4}
+
+Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def settings(port: int) -> Config:
+    data = {
+        "name": "shop",
+        "events": {"url": "memory://b/views", "label": "y"},
+        "features": {"user": "categorical"},
+        "telemetry": {"port": port},
+    }
+    return Config.parse(data)
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def watching() -> Iterator[tuple[Telemetry, httpx.Client]]:
+    with closing(Telemetry(settings(free_port()))) as watcher:
+        url = watcher.start()
+        assert url is not None
+        with httpx.Client(base_url=url) as client:
+            yield watcher, client
+
+
+def turn(records: int = 4) -> Turn:
+    origin = Origin("events", 0, 7)
+    return Turn(
+        records=records,
+        position={EVENTS_0: 11},
+        dead_letters=(DeadLetter(Record(origin, "views", 0.0, b"{"), "undecodable", "not JSON"),),
+        signals=(Signal("drift", "loss", origin), Signal("clock", "day", origin)),
+        counts={"predicted": 3, "joined": 2, "dead_letter": 1},
+    )
+
+
+def scrape(client: httpx.Client) -> Series:
+    response = client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    return {(s.name, frozenset(s.labels.items())): s.value for family in parse(response.text) for s in family.samples}
+
+
+def value(series: Series, name: str, **labels: str) -> float:
+    return series[f"streamcl_{name}", frozenset(labels.items())]
+
+
+def test_a_turn_is_counted_by_fate_reason_and_source(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    for _ in range(2):
+        watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: 5}, readings=READINGS)
+    series = scrape(client)
+    assert value(series, "events_consumed_total") == 8
+    assert value(series, "events_total", fate="predicted") == 6
+    assert value(series, "events_total", fate="joined") == 4
+    assert value(series, "dead_letters_total", reason="undecodable") == 2
+    assert value(series, "drift_alarms_total", source="loss") == 2
+    assert value(series, "turn_seconds_count") == 2
+    assert value(series, "turn_seconds_bucket", le="0.025") == 2
+    assert value(series, "position", input="events", partition="0") == 11
+    assert value(series, "lag_records", input="events", partition="0") == 5
+
+
+def test_readings_become_gauges_and_the_window_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=READINGS | {"lag_records": 5.0, "dormant_ratio": 0.1})
+    series = scrape(client)
+    assert value(series, "log_loss", window="whole") == 0.5
+    assert value(series, "log_loss", window="recent") == 0.25
+    assert value(series, "auc", window="whole") == 0.75
+    assert value(series, "tickets") == 3
+    assert value(series, "watermark_timestamp_seconds") == 99.5
+    assert value(series, "drift_loss_mean") == 0.4
+    assert value(series, "dormant_ratio") == 0.1
+
+
+def test_a_reading_that_became_undefined_leaves_no_stale_series(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=READINGS)
+    watcher.observe(turn(), seconds=0.02, lag={}, readings={"log_loss": 0.5})
+    series = scrape(client)
+    assert not any(name == "streamcl_auc" for name, _ in series)
+    assert value(series, "log_loss", window="whole") == 0.5
+
+
+def test_a_turn_without_readings_or_lag_keeps_the_last_ones(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: 5}, readings=READINGS)
+    watcher.observe(turn(), seconds=0.02, lag={}, readings={})
+    series = scrape(client)
+    assert value(series, "tickets") == 3
+    assert value(series, "lag_records", input="events", partition="0") == 5
+
+
+def test_a_negative_lag_reads_as_none(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    watcher.observe(turn(), seconds=0.0, lag={EVENTS_0: -3}, readings={})
+    assert value(scrape(client), "lag_records", input="events", partition="0") == 0
+
+
+def test_what_may_be_incremented_exists_at_zero_from_the_start(watching: tuple[Telemetry, httpx.Client]) -> None:
+    series = scrape(watching[1])
+    assert {value(series, "events_total", fate=fate) for fate in FATES} == {0}
+    assert {value(series, "dead_letters_total", reason=reason) for reason in REASONS} == {0}
+    assert {value(series, "checkpoint_restores_total", result=r) for r in ("ok", "damaged", "none")} == {0}
+    assert value(series, "drift_alarms_total", source="loss") == 0
+    assert value(series, "checkpoint_damaged_total") == value(series, "events_consumed_total") == 0
+    assert value(series, "ready") == 0
+
+
+def test_an_idle_turn_is_no_sample_of_turn_seconds(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    watcher.observe(turn(records=0), seconds=0.1, lag={}, readings={})
+    assert value(scrape(client), "turn_seconds_count") == 0
+
+
+def test_checkpoints_and_restores_are_told(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    began = value(scrape(client), "checkpoint_last_success_timestamp_seconds")
+    watcher.restored(0, "none")
+    watcher.restored(2, "ok")
+    watcher.restored(0, "ok")
+    watcher.checkpointed(0.3, 4096)
+    series = scrape(client)
+    assert value(series, "checkpoint_restores_total", result="none") == 1
+    assert value(series, "checkpoint_restores_total", result="damaged") == 1
+    assert value(series, "checkpoint_restores_total", result="ok") == 1
+    assert value(series, "checkpoint_damaged_total") == 2
+    assert value(series, "checkpoint_seconds_sum") == pytest.approx(0.3)
+    assert value(series, "checkpoint_bytes") == 4096
+    assert value(series, "checkpoint_last_success_timestamp_seconds") >= began > 1.6e9
+
+
+def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
+    watching: tuple[Telemetry, httpx.Client],
+) -> None:
+    watcher, client = watching
+    readings = dict.fromkeys([*QUALITY, *(f"{name}_window" for name in QUALITY), *PARTS], 0.5)
+    watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: 5}, readings=readings)
+    series = scrape(client)
+    labels = {name for _, pairs in series for name, _ in pairs}
+    assert all(name.startswith(("streamcl_", "process_")) for name, _ in series)
+    assert labels <= {
+        "fate",
+        "reason",
+        "source",
+        "result",
+        "input",
+        "partition",
+        "window",
+        "le",
+        "version",
+        "python",
+        "torch",
+    }
+
+
+def test_ready_is_a_503_with_its_reason_until_the_worker_is(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    assert client.get("/readyz").status_code == 503
+    watcher.ready(False, "repeating the logged order")
+    assert client.get("/readyz").json() == {"ok": False, "reason": "repeating the logged order"}
+    watcher.ready(True)
+    assert client.get("/readyz").status_code == 200
+    assert value(scrape(client), "ready") == 1
+
+
+@pytest.mark.parametrize("path", ["/livez", "/healthz"])
+def test_live_means_that_the_loop_turned_or_polled_idle(
+    watching: tuple[Telemetry, httpx.Client], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher, client = watching
+    assert client.get(path).status_code == 200
+    monkeypatch.setattr(telemetry, "LIVE_S", -1.0)
+    response = client.get(path)
+    assert response.status_code == 503
+    assert "has not turned" in response.json()["reason"]
+    monkeypatch.undo()
+    watcher.observe(turn(records=0), seconds=0.1, lag={}, readings={})
+    assert client.get(path).status_code == 200
+
+
+def test_idle_is_measured_from_the_last_turn_with_records() -> None:
+    watcher = Telemetry(settings(0))
+    before = watcher.idle_s()
+    watcher.observe(turn(records=0), seconds=0.0, lag={}, readings={})
+    assert watcher.idle_s() >= before
+    watcher.observe(turn(), seconds=0.0, lag={}, readings={})
+    assert watcher.idle_s() < 1.0
+
+
+def test_port_0_switches_it_off() -> None:
+    with closing(Telemetry(settings(0))) as watcher:
+        assert watcher.start() is None
+
+
+def test_two_workers_in_one_process_do_not_share_numbers() -> None:
+    first, second = Telemetry(settings(0)), Telemetry(settings(0))
+    first.observe(turn(), seconds=0.0, lag={}, readings={})
+    assert second.registry.get_sample_value("streamcl_events_consumed_total") == 0
+
+
+def test_an_address_in_use_is_an_error_that_names_it() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(TelemetryError, match=f"127.0.0.1:{port}"):
+            Telemetry(settings(port)).start()
+
+
+def test_close_ends_the_server() -> None:
+    watcher = Telemetry(settings(free_port()))
+    url = watcher.start()
+    watcher.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/livez")
+
+
+def test_only_telemetry_imports_the_client() -> None:
+    package = Path(telemetry.__file__).parent
+    users = {path.name for path in package.rglob("*.py") if "prometheus_client" in path.read_text()}
+    assert users == {"telemetry.py"}
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None and "prometheus" not in os.environ.get("STREAMCL_REQUIRE", ""),
+    reason="promtool is not on PATH",
+)
+def test_promtool_finds_no_fault(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: 5}, readings=READINGS)
+    text = client.get("/metrics").text
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
