@@ -38,8 +38,8 @@ def check_source(make: Callable[[], Source], count: int, *, finite: bool = True,
     source = make()
     try:
         everything = _drain(source, count, count, timeout_s)
+        _claim(not source.poll(1, timeout_s), "nothing comes behind the last record")
         _check_streams(source, everything, finite)
-        _claim(not source.poll(1, 0.01), "nothing comes behind the last record")
         for limit in (1, 3):
             source.seek({})
             again = _drain(source, count, limit, timeout_s)
