@@ -10,7 +10,6 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 import xxhash
 
 from streamcl import connect
@@ -309,7 +308,6 @@ class Worker:
 
 def build(config: Config) -> Worker:
     """A worker on the configured URLs, its control log not yet opened; see `recovery` for where it starts."""
-    torch.set_num_threads(config.worker.threads)
     source = connect.open_source(config)
     return Worker(
         config,

@@ -1,0 +1,340 @@
+"""The command line. `streamcl COMMAND --help` teaches; results go to stdout, everything else to stderr.
+
+Exit codes: 0 done · 1 something outside failed (broker, file, a bar that was missed) · 2 the command or the config is wrong
+· 3 another worker has taken over this shard · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from streamcl import __version__, connect
+from streamcl.bench.command import bench
+from streamcl.checkpoint import Damaged, Snapshot, Store, difference, environment
+from streamcl.config import Config, ConfigError, changes, fingerprint
+from streamcl.protocols import Fenced, StreamclError
+from streamcl.records import EVENTS, LABELS, Turn
+from streamcl.recovery import Keeper, store_of
+from streamcl.serve import serve as serve_forever
+from streamcl.state import digest
+from streamcl.telemetry import Telemetry
+from streamcl.worker import Worker, build
+
+log = logging.getLogger("streamcl")
+app = typer.Typer(
+    name="streamcl",
+    help="Learn from a stream, one example at a time: Kafka in, predictions and metrics out.",
+    epilog="Exit codes: 0 done; 1 something outside failed; 2 wrong command or config; 3 fenced; 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+checkpoints = typer.Typer(name="checkpoint", help="Look at a shard's snapshots.", no_args_is_help=True)
+app.add_typer(checkpoints)
+app.command()(bench)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see `streamcl schema`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Place = Annotated[Path, typer.Argument(metavar="CONFIG|FOLDER", help="A config, or a folder that holds snapshots.")]
+
+
+def out(value: Any) -> None:
+    """One JSON object on stdout, numbers exact."""
+    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str).decode())
+
+
+def main() -> None:
+    """The entry point: turns errors that a user can cure into one line and an exit code."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("kafka").setLevel(logging.ERROR)
+    try:
+        app()
+    except StreamclError as error:
+        typer.secho(f"streamcl: {error}", err=True, fg="red")
+        raise SystemExit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, Fenced) else 1) from None
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    accept_changes: Annotated[
+        bool, typer.Option(help="Go on although the environment or a setting changed without a clean stop.")
+    ] = False,
+    idle_exit_s: Annotated[
+        float | None, typer.Option(min=0.0, help="Leave, cleanly, once nothing has come for this long. Default: never.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a worker until it is told to stop (SIGTERM, Ctrl-C): it finishes its turn, saves, and leaves."""
+    settings = Config.load(config)
+    worker = build(settings)
+    with contextlib.closing(worker), _stopping(worker), contextlib.closing(Telemetry(settings)) as telemetry:
+        telemetry.start()
+        keeper = Keeper(worker, store_of(settings), accept_changes)
+        restored = keeper.restore()
+        telemetry.restored(len(keeper.store.damaged), "ok" if restored else "none")
+        for turn in _watched(keeper, telemetry):
+            if idle_exit_s is not None and telemetry.idle_s() > idle_exit_s and not turn.recovering:
+                worker.stop()
+        _summary(worker, as_json)
+
+
+def _watched(keeper: Keeper, telemetry: Telemetry) -> Iterator[Turn]:
+    """The keeper's turns, each told to telemetry."""
+    worker, saved, began, told = keeper.worker, keeper.last, time.perf_counter(), 0.0
+    for turn in keeper.run():
+        now = time.perf_counter()
+        readings: dict[str, float] = {}
+        if now - told > 1.0:  # windowed metrics sort their window: once a second is often enough
+            readings, told = worker.readings(), now
+        telemetry.observe(turn, seconds=now - began, lag=worker.source.lag(), readings=readings)
+        telemetry.ready(worker.caught_up, "" if worker.caught_up else "repeating the logged order")
+        for signal_ in turn.signals:
+            log.warning("%s signalled by %s at %s", signal_.kind, signal_.source, signal_.origin)
+        for letter in turn.dead_letters:
+            log.warning("dead letter: topic %s, %s: %s", letter.record.topic, letter.record.origin, letter.error)
+        yield turn
+        began = time.perf_counter()
+        if keeper.last is not saved and keeper.last is not None:
+            saved = keeper.last
+            telemetry.checkpointed(keeper.seconds, saved.size_bytes)
+            log.info("saved %s (%d bytes)", saved.name, saved.size_bytes)
+
+
+@contextlib.contextmanager
+def _stopping(worker: Worker) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C end the loop after its turn; a second Ctrl-C interrupts."""
+
+    def stop(number: int, _frame: object) -> None:
+        worker.stop()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _summary(worker: Worker, as_json: bool) -> None:
+    """What a run has come to; the state's digest proves that two runs are one."""
+    progress = worker.progress.state_dict()
+    result = {
+        "name": worker.config.name,
+        "records": progress["records"],
+        "position": progress["position"],
+        "learned_hash": progress["learned"],
+        "counts": worker.counts.state_dict(),
+        "metrics": worker.readings(),
+        "state_digest": digest(worker.state_dict()),
+    }
+    if as_json:
+        out(result)
+        return
+    table = Table("what", "value", title=f"{worker.config.name}: {result['records']} records", title_justify="left")
+    for name, value in {**result["counts"], **result["metrics"]}.items():
+        table.add_row(name, f"{value:.6g}")
+    table.add_row("state digest", str(result["state_digest"]))
+    Console().print(table)
+
+
+@app.command()
+def replay(
+    config: ConfigFile,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL", help="Read this instead: events=file:///log.jsonl, labels=... (repeatable)."),
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(metavar="URL", help="A control log whose order is followed; default for Kafka: its own.")
+    ] = None,
+    predictions: Annotated[str | None, typer.Option(metavar="URL", help="Also send the predictions somewhere.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Backtest: run the same loop over a recorded stream. Same log, same config: same model, same predictions.
+
+    Nothing is published, and no checkpoint is written. Files are merged by (record timestamp, input, partition, offset).
+    """
+    settings = _redirected(Config.load(config), dict(_pair(text) for text in input or ()), predictions)
+    worker = _backtest(settings)
+    with contextlib.closing(worker), _stopping(worker):
+        worker.progress.position = dict(worker.source.seek({}))
+        url = order or (settings.control_url if _logged(worker) else None)
+        turns = worker.rerun(connect.connector(url).open_control(url, settings).read(0)) if url else worker.run()
+        for _ in _progress(turns, worker):
+            pass
+        worker.flush()
+        _summary(worker, as_json)
+
+
+def _logged(worker: Worker) -> bool:
+    return worker.config.events.url.startswith("kafka:") and len(worker.source.streams()) > 1
+
+
+def _backtest(config: Config) -> Worker:
+    sink = connect.open_sink(config.predictions, config) if config.predictions else None
+    return Worker(config, connect.open_source(config), connect.codec(), sink)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, url = text.partition("=")
+    if name not in (EVENTS, LABELS) or not url:
+        raise ConfigError(f"--input {text}: expected events=URL or labels=URL")
+    return name, url
+
+
+def _redirected(config: Config, inputs: dict[str, str], predictions: str | None) -> Config:
+    data = config.model_dump(mode="json")
+    for name, url in inputs.items():
+        if data[name] is None:
+            raise ConfigError(f"--input {name}: the config has no [{name}]")
+        data[name]["url"] = url
+    return Config.parse({**data, "predictions": predictions}, "--input")
+
+
+def _progress(turns: Iterator[Turn], worker: Worker) -> Iterator[Turn]:
+    """Ends a source that never ends by itself once it has nothing left."""
+    columns = (TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    idle_since = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("replay", total=None, note="")
+        for turn in turns:
+            yield turn
+            lag = sum(worker.source.lag().values())
+            bar.update(task, advance=turn.records, total=worker.progress.records + lag if lag else None)
+            idle_since = time.monotonic() if turn.records else idle_since
+            if not turn.records and not lag and time.monotonic() - idle_since > 5.0:
+                worker.stop()
+
+
+@app.command()
+def serve(
+    config: ConfigFile,
+    host: Annotated[str, typer.Option(help="Where to listen; loopback unless told.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+) -> None:
+    """Answer `POST /v1/predict` from the worker's newest snapshot, following new ones."""
+    serve_forever(Config.load(config), host, port)
+
+
+@app.command()
+def check(config: ConfigFile, as_json: Json = False) -> None:
+    """Validate a config, connect, and print what `run` would do. Changes nothing but an empty checkpoint folder."""
+    settings = Config.load(config)
+    urls = [*settings.inputs.values(), settings.dead_letters_url, *([settings.predictions] if settings.predictions else ())]
+    findings: list[str] = []
+    for scheme in sorted({url.partition(":")[0] for url in urls}):
+        mine = [url for url in urls if url.partition(":")[0] == scheme]
+        findings += connect.connector(mine[0]).check(mine, settings)
+    store = store_of(settings)
+    store.probe()
+    newest = store.newest()
+    changed = changes(newest.manifest["config"], settings) if newest else []
+    plan = {
+        "name": settings.name,
+        "fingerprint": fingerprint(settings),
+        "inputs": settings.inputs,
+        "predictions": settings.predictions,
+        "dead_letters": settings.dead_letters_url,
+        "control": settings.control_url,
+        "checkpoints": str(store.folder),
+        "snapshot": newest.snapshot.name if newest else None,
+        "changed_since": {path: change for path, change in changed},
+        "environment_changed": difference(newest.manifest["environment"], environment()) if newest else [],
+        "findings": findings,
+    }
+    if as_json:
+        out(plan)
+    else:
+        for name, value in plan.items():
+            typer.echo(f"{name:20} {value}")
+    if any(change == "new" for _, change in changed):
+        raise ConfigError(f"{store.folder}: {', '.join(p for p, c in changed if c == 'new')} changed: other state")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config. `change` says what changing a setting means for a live checkpoint."""
+    out(Config.model_json_schema())
+
+
+def _store(place: Path) -> Store:
+    return Store(place, trust_pickle=True) if place.is_dir() else store_of(Config.load(place))
+
+
+def _line(snapshot: Snapshot) -> dict[str, Any]:
+    manifest = snapshot.manifest
+    return {
+        "name": snapshot.name,
+        "records": manifest.get("records"),
+        "clean": manifest.get("clean"),
+        "bytes": snapshot.size_bytes,
+        "digest": snapshot.digest,
+    }
+
+
+@checkpoints.command()
+def ls(place: Place, as_json: Json = False) -> None:
+    """List snapshots, oldest first; damaged ones are named on stderr."""
+    store = _store(place)
+    lines = [_line(snapshot) for snapshot in store.ls()]
+    if as_json:
+        out({"snapshots": lines, "damaged": store.damaged})
+        return
+    table = Table("name", "records", "clean", "bytes", "digest")
+    for line in lines:
+        table.add_row(*(str(value) for value in line.values()))
+    Console().print(table)
+
+
+@checkpoints.command()
+def show(place: Place, name: Annotated[str | None, typer.Argument(help="Default: the newest.")] = None) -> None:
+    """Print what a snapshot says about itself: position, config, environment."""
+    store = _store(place)
+    loaded = store.load(name) if name else store.newest()
+    if loaded is None:
+        raise StreamclError(f"{store.folder}: no snapshot")
+    out({**_line(loaded.snapshot), "format": loaded.snapshot.format, "manifest": dict(loaded.manifest)})
+
+
+@checkpoints.command()
+def verify(place: Place, as_json: Json = False) -> None:
+    """Read every snapshot, byte by byte; exit code 1 when one is damaged."""
+    store = _store(place)
+    good = []
+    for snapshot in store.ls():
+        try:
+            good.append(store.verify(snapshot.name).name)
+        except Damaged as error:
+            store.damaged.append((snapshot.name, str(error)))
+    if as_json:
+        out({"sound": good, "damaged": store.damaged})
+    else:
+        typer.echo("\n".join([*(f"{name}: sound" for name in good), *(f"{n}: {why}" for n, why in store.damaged)]))
+    if store.damaged:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

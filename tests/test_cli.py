@@ -1,0 +1,167 @@
+"""The command line, run as a user runs it: exit codes, JSON, signals, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = """
+name = "shop"
+predictions = "file://{folder}/scores.jsonl"
+features = {{user = {{kind = "categorical", buckets = 31}}, price = "numeric"}}
+model = {{embedding_dim = 2, hidden = [4]}}
+checkpoint = {{folder = "{folder}/checkpoints", every_events = 50}}
+telemetry = {{port = 0}}
+[events]
+url = "file://{folder}/events.jsonl"
+id = "id"
+time = "ts"
+label = "clicked"
+"""
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A folder with a config and 200 events."""
+    (tmp_path / "shop.toml").write_text(CONFIG.format(folder=tmp_path))
+    rows = [{"id": i, "ts": i, "user": i % 7, "price": i % 3, "clicked": i % 2} for i in range(200)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def streamcl(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "streamcl.cli", *arguments]
+    return subprocess.run(program, capture_output=True, text=True, timeout=120, check=False, env=env)
+
+
+def answer(*arguments: str) -> Any:
+    done = streamcl(*arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_run_replay_and_checkpoints_tell_one_story(shop: Path) -> None:
+    config = str(shop / "shop.toml")
+    ran = answer("run", config, "--json")
+    assert ran["records"] == 200
+    assert ran["counts"] == {"inline": 200, "learned": 200, "predicted": 200}
+    assert len((shop / "scores.jsonl").read_text().splitlines()) == 200
+    replayed = answer("replay", config, "--json")
+    assert replayed["state_digest"] == ran["state_digest"]
+    assert replayed["learned_hash"] == ran["learned_hash"]
+
+    [*_, newest] = answer("checkpoint", "ls", config, "--json")["snapshots"]
+    assert (newest["records"], newest["clean"], newest["digest"]) == (200, True, ran["state_digest"])
+    assert answer("checkpoint", "show", config)["manifest"]["position"] == {"events": {"0": 200}}
+    again = answer("run", config, "--json")  # nothing is left to learn, and nothing is learned twice
+    assert again["state_digest"] == ran["state_digest"]
+
+    assert streamcl("checkpoint", "verify", config).returncode == 0
+    arrays = shop / "checkpoints" / "shop-0-of-1" / newest["name"] / "arrays.safetensors"
+    arrays.write_bytes(arrays.read_bytes()[:-1])
+    torn = streamcl("checkpoint", "verify", config)
+    assert torn.returncode == 1
+    assert newest["name"] in torn.stdout
+
+
+def test_sigterm_ends_a_run_cleanly_and_the_next_goes_on(shop: Path) -> None:
+    """A pipe of events that never ends by itself, here by being read one record a turn."""
+    config = shop / "shop.toml"
+    with (shop / "events.jsonl").open("a") as events:
+        events.writelines(json.dumps({"id": i, "ts": i, "user": 1, "clicked": 1}) + "\n" for i in range(200, 40_000))
+    config.write_text("worker = {max_records = 1}\n" + config.read_text())
+    program = [sys.executable, "-m", "streamcl.cli", "run", str(config), "--json"]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((shop / "checkpoints").glob("shop-0-of-1/*-50")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    ran = json.loads(stdout)
+    assert 50 <= ran["records"] < 40_000
+    [*_, newest] = answer("checkpoint", "ls", str(config), "--json")["snapshots"]
+    assert (newest["records"], newest["clean"]) == (ran["records"], True)
+
+
+def test_check_prints_the_plan_and_schema_prints_json(shop: Path) -> None:
+    plan = answer("check", str(shop / "shop.toml"), "--json")
+    assert plan["inputs"] == {"events": f"file://{shop}/events.jsonl"}
+    assert plan["snapshot"] is None
+    schema = json.loads(streamcl("schema").stdout)
+    assert schema["properties"]["seed"]["change"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("edit", "code", "message"),
+    [
+        (("[events]", "[evnts]"), 2, "evnts: unknown key; did you mean 'events'?"),
+        (("embedding_dim", "embeding_dim"), 2, "model.embeding_dim: unknown key; did you mean 'embedding_dim'?"),
+        (('name = "shop"', 'name = "shop'), 2, "not TOML"),
+        (("events.jsonl", "nothing.jsonl"), 1, "nothing.jsonl"),
+        (('url = "file:', 'url = "kefka:'), 1, "kefka"),
+    ],
+)
+def test_an_error_is_one_line_that_names_the_fault(shop: Path, edit: tuple[str, str], code: int, message: str) -> None:
+    config = shop / "shop.toml"
+    config.write_text(config.read_text().replace(*edit))
+    done = streamcl("run", str(config))
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_stops_the_start(shop: Path) -> None:
+    (shop / "checkpoints").write_text("a file where a folder should be")
+    done = streamcl("run", str(shop / "shop.toml"))
+    assert done.returncode == 1
+    assert str(shop / "checkpoints") in done.stderr
+    assert not (shop / "scores.jsonl").exists() or not (shop / "scores.jsonl").read_text()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_checkpoint_folder_stops_the_start(shop: Path) -> None:
+    (shop / "checkpoints").mkdir(mode=0o555)
+    done = streamcl("run", str(shop / "shop.toml"))
+    assert done.returncode == 1
+    assert str(shop / "checkpoints") in done.stderr
+
+
+def test_a_changed_setting_that_means_other_state_is_refused_by_name(shop: Path) -> None:
+    config = shop / "shop.toml"
+    answer("run", str(config), "--json")
+    config.write_text("seed = 5\n" + config.read_text())
+    for command in ("run", "check"):
+        done = streamcl(command, str(config))
+        assert done.returncode == 2
+        assert "seed" in done.stderr
+
+
+def test_replay_follows_a_recorded_order(shop: Path) -> None:
+    """Two inputs merged by time, then in an order of our own."""
+    (shop / "clicks.jsonl").write_text("".join(json.dumps({"id": i, "ts": i + 3}) + "\n" for i in range(0, 200, 2)))
+    config = shop / "shop.toml"
+    labels = f'\n[labels]\nurl = "file://{shop}/clicks.jsonl"\ndefault = 1\ntime = "ts"\n'
+    config.write_text(config.read_text().replace('label = "clicked"', "") + labels)
+    order = {"runs": [["events", 0, 200], ["labels", 0, 100]], "position": {"events": {"0": 200}, "labels": {"0": 100}}}
+    (shop / "order.jsonl").write_text(json.dumps(order) + "\n")
+    merged = answer("replay", str(config), "--json")
+    ordered = answer("replay", str(config), "--order", f"file://{shop}/order.jsonl", "--json")
+    assert merged["records"] == ordered["records"] == 300
+    assert merged["learned_hash"] == ordered["learned_hash"]
+    assert merged["state_digest"] != ordered["state_digest"]
+
+
+def test_help_teaches_every_command() -> None:
+    overview = streamcl("--help").stdout
+    for command in ("run", "replay", "serve", "check", "schema", "checkpoint", "bench"):
+        assert command in overview
+        assert streamcl(command, "--help").returncode == 0
