@@ -1,0 +1,116 @@
+"""End to end on a broker: `streamcl run` in a process of its own, killed and started again, equals a replay of files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kafka.conftest import Cluster
+
+EVENTS = 1200
+CONFIG = """
+name = "{name}"
+predictions = "{url}/{predictions}"
+dead_letters = "{url}/{dead}"
+features = {{user = {{kind = "categorical", buckets = 31}}, price = "numeric"}}
+model = {{embedding_dim = 2, hidden = [4]}}
+replay = {{retention = "reservoir", capacity = 50, per_event = 2}}
+checkpoint = {{folder = "{folder}/checkpoints", every_events = 300}}
+join = {{attribution_window_s = 60.0}}
+worker = {{max_records = 50}}
+telemetry = {{port = 0}}
+[events]
+url = "{url}/{events}"
+id = "id"
+time = "ts"
+"""
+LABELS = '\n[labels]\nurl = "{url}/{labels}"\ndefault = 1\ntime = "ts"\n'
+
+
+def write(cluster: Cluster, folder: Path, own_topic: bool) -> dict[str, str]:
+    """Produce the stream, write the same stream as files, and the config; returns the topics by role."""
+    topics = {role: cluster.topic() for role in ("events", "labels", "predictions", "dead")}
+    events = [{"id": i, "ts": i, "user": i % 7, "price": i % 3} for i in range(EVENTS)]
+    clicks = [{"id": i, "ts": i + i % 90} for i in range(0, EVENTS, 3)]  # a third of them after the window
+    clicks.sort(key=lambda click: click["ts"])
+    if not own_topic:
+        events = [{**event, "clicked": int(event["id"] % 3 == 0)} for event in events]
+    for role, rows in {"events": events, "labels": clicks}.items():
+        lines = [json.dumps(row).encode() for row in rows]
+        cluster.produce(topics[role], [(0, v, 1000 * int(row["ts"])) for v, row in zip(lines, rows, strict=True)])
+        (folder / f"{role}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    text = CONFIG.format(name=cluster.name(), url=cluster.url, folder=folder, **topics)
+    text += LABELS.format(url=cluster.url, **topics) if own_topic else 'label = "clicked"\n'
+    (folder / "config.toml").write_text(text)
+    return topics
+
+
+def streamcl(folder: Path, command: str, *arguments: str) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "streamcl.cli", command, str(folder / "config.toml"), *arguments, "--json"]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen[str]) -> Any:
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return json.loads(stdout)
+
+
+def kill_once_saved(process: subprocess.Popen[str], folder: Path, records: int) -> None:
+    """kill -9, some time after the checkpoint at `records`."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if f"-{records} (" in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def published(cluster: Cluster, topic: str) -> list[Any]:
+    """Everything on the topic; read again while a busy broker still keeps some of it back."""
+    messages: list[Any] = []
+    for _ in range(5):
+        messages = cluster.read(topic)
+        if len(messages) >= EVENTS:
+            break
+    return messages
+
+
+@pytest.mark.parametrize("own_topic", [False, True], ids=["labels inline", "labels on their own topic"])
+def test_a_killed_worker_on_kafka_equals_a_replay_of_the_files(
+    cluster: Cluster, tmp_path: Path, own_topic: bool
+) -> None:
+    topics = write(cluster, tmp_path, own_topic)
+    kill_once_saved(streamcl(tmp_path, "run"), tmp_path, 300)
+    ran = answer(streamcl(tmp_path, "run", "--idle-exit-s", "3"))
+
+    inputs = ["--input", f"events=file://{tmp_path}/events.jsonl"]
+    if own_topic:
+        name = [line for line in (tmp_path / "config.toml").read_text().splitlines() if line.startswith("name")][0]
+        control = f"{cluster.url}/{name.split(chr(34))[1]}-control"
+        inputs += ["--input", f"labels=file://{tmp_path}/labels.jsonl", "--order", control]
+        assert ran["counts"]["late"] > 0
+        assert ran["counts"]["expired"] > 0
+    replayed = answer(streamcl(tmp_path, "replay", *inputs))
+    assert ran["counts"]["predicted"] == EVENTS
+    assert ran["state_digest"] == replayed["state_digest"]
+    assert ran["learned_hash"] == replayed["learned_hash"]
+
+    answers = defaultdict(set)
+    for message in published(cluster, topics["predictions"]):
+        answers[dict(message.headers)["streamcl-input"]].add((message.key, message.value))
+    assert set(answers) == {f"events:0:{i}".encode() for i in range(EVENTS)}
+    assert all(len(values) == 1 for values in answers.values())  # what was sent twice was the same twice
+
+
+def test_an_undisturbed_run_sends_exactly_one_prediction_for_each_event(cluster: Cluster, tmp_path: Path) -> None:
+    topics = write(cluster, tmp_path, own_topic=False)
+    answer(streamcl(tmp_path, "run", "--idle-exit-s", "3"))
+    assert len(published(cluster, topics["predictions"])) == EVENTS
