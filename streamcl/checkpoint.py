@@ -227,7 +227,7 @@ class Store:
         try:
             return (path / file).read_bytes()
         except OSError as error:
-            if not path.exists():
+            if not (path.exists() or path.is_symlink()):
                 raise Vanished(f"{path}: no such checkpoint") from error
             if error.errno in _DAMAGE:
                 raise self._damage(name, f"{file}: {error.strerror}") from error
@@ -256,7 +256,7 @@ class Store:
     def _names(self) -> list[str]:
         """Oldest first, by sequence: a stream begun anew counts records from 0, and must not sort before the old."""
         try:
-            return sorted(f.name for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir())
+            return sorted(f.name for f in self.folder.iterdir() if _NAME.fullmatch(f.name))
         except FileNotFoundError:
             return []
         except OSError as error:

@@ -22,6 +22,9 @@ Arrays = dict[str, torch.Tensor]
 """By JSON pointer into the tree; contiguous, on the CPU."""
 
 
+_SCALARS = {str, int, float, bool, NoneType}
+
+
 class StateError(StreamclError):
     """A state holds something that would not come back as it was. The text names its path."""
 
@@ -98,9 +101,11 @@ def _pack(value: Any, path: str, arrays: Arrays) -> Any:
 def _plain(values: list[Any]) -> bool:
     """True if a list is JSON as it stands: a list of a million ids needs no visit of each."""
     kinds = set(map(type, values))
-    if kinds == {int}:
-        return bool(max(max(values), -min(values)) < 1 << 63)
-    return kinds <= {str, bool, NoneType} or (kinds == {float} and all(map(math.isfinite, values)))
+    if not kinds <= _SCALARS:
+        return False
+    if int in kinds and any(type(v) is int and v.bit_length() > 63 for v in values):
+        return False
+    return float not in kinds or all(map(math.isfinite, (v for v in values if type(v) is float)))
 
 
 def _escape(key: Any, path: str) -> str:
@@ -133,7 +138,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 def _unpack(value: Any, arrays: Mapping[str, torch.Tensor]) -> Any:
     if type(value) is list:
-        return value if _plain(value) else [_unpack(item, arrays) for item in value]
+        return value if _SCALARS.issuperset(map(type, value)) else [_unpack(item, arrays) for item in value]
     if type(value) is not dict:
         return value
     if len(value) == 1:

@@ -144,10 +144,12 @@ def test_a_foreign_folder_is_passed_over_and_other_names_are_ignored(tmp_path: P
     saved(tmp_path, 1)
     (tmp_path / "0000000007-12").mkdir()
     (tmp_path / "0000000008-12").write_text("a file")
+    (tmp_path / "0000000009-12").symlink_to(tmp_path / "nowhere")
     (tmp_path / "lost+found").mkdir()
     store = Store(tmp_path)
     assert [s.name for s in store.ls()] == ["0000000001-0"]
-    assert [name for name, _ in store.damaged] == ["0000000007-12"]
+    assert [name for name, _ in store.damaged] == ["0000000007-12", "0000000008-12", "0000000009-12"]
+    assert newest_version(tmp_path) == 0
 
 
 def test_all_damaged_is_none_and_not_a_crash(tmp_path: Path) -> None:
