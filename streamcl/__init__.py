@@ -17,6 +17,7 @@ Table of contents, in the order of the journey (start with `worker`):
     memory         replay and its retention policies
     metrics        prequential metrics
     drift          detectors, and the signals they emit
+    state          a state tree as JSON and arrays, and its digest
     checkpoint     atomic, verified snapshots
     telemetry      turns to Prometheus
     serve          predictions over HTTP from the newest snapshot
