@@ -269,7 +269,7 @@ class MemorySource:
         topic, offset = self._topics[stream.input], self._next[stream]
         for message in self._broker.read(topic, stream.partition, offset, 1):
             origin = Origin(stream.input, stream.partition, offset)
-            return Record(origin, topic, message.time_s, message.value, message.key, message.headers)
+            return Record(origin, topic, message.time_s or 0.0, message.value, message.key, message.headers)
         return None
 
     def _take(self, streams: Sequence[Stream], limit: int) -> list[Record]:

@@ -24,13 +24,14 @@ def prediction_message(prediction: Prediction, codec: Codec) -> Message:
         "id": prediction.id,
         **scores_to_json(prediction.scores),
         "version": prediction.scores.version,
+        "time": prediction.time_s,
         "input": str(prediction.origin),
     }
     headers: Headers = (
         ("streamcl-input", str(prediction.origin).encode()),
         ("streamcl-weights", str(prediction.scores.version).encode()),
     )
-    return Message(codec.encode(body), prediction.key.encode("utf-8", "surrogatepass"), headers, prediction.time_s)
+    return Message(codec.encode(body), prediction.key.encode("utf-8", "surrogatepass"), headers)
 
 
 def dead_letter_message(letter: DeadLetter, codec: Codec, max_bytes: int) -> Message:
@@ -51,4 +52,4 @@ def dead_letter_message(letter: DeadLetter, codec: Codec, max_bytes: int) -> Mes
         "version": __version__,
     }
     headers = tuple((f"streamcl-{name}", text.encode()) for name, text in ours.items())
-    return Message(value, record.key, record.headers + headers, record.time_s)
+    return Message(value, record.key, record.headers + headers)

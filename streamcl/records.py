@@ -64,12 +64,15 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What a sink sends, encoded. `time_s` is event time, so that a second run writes the same bytes."""
+    """What a sink sends, encoded. Without `time_s` the record's timestamp is the time of sending.
+
+    An answer must not take its event's time: a broker deletes what is older than its retention, however new it is.
+    """
 
     value: bytes | None
     key: bytes | None = None
     headers: Headers = ()
-    time_s: float = 0.0
+    time_s: float | None = None
 
 
 class Encoded(NamedTuple):
