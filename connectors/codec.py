@@ -52,8 +52,8 @@ def envelope(message: Message) -> bytes:
 
         {"key": T, "value": T, "headers": [[name, T], ...], "time_s": 12.5}
 
-    T is the text of the bytes; {"base64": "..."} where they are not UTF-8; null where there are none. `opened` is the
-    inverse.
+    T is the text of the bytes; {"base64": "..."} where they are not UTF-8; null where there are none. The time is null
+    where it is the time of sending. `opened` is the inverse.
     """
     headers = [[name, _text(value)] for name, value in message.headers]
     content = {"key": _text(message.key), "value": _text(message.value), "headers": headers, "time_s": message.time_s}
@@ -64,7 +64,8 @@ def opened(line: bytes) -> Message:
     """The message in an envelope. Raises ValueError, KeyError or TypeError when it is none."""
     content = orjson.loads(line)
     headers = tuple((str(name), _bytes(text) or b"") for name, text in content["headers"])
-    return Message(_bytes(content["value"]), _bytes(content["key"]), headers, float(content["time_s"]))
+    time_s = content["time_s"]
+    return Message(_bytes(content["value"]), _bytes(content["key"]), headers, None if time_s is None else float(time_s))
 
 
 def _text(raw: bytes | None) -> Any:

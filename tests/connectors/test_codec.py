@@ -28,7 +28,7 @@ messages = st.builds(
     value=st.none() | st.binary(max_size=30) | st.text(max_size=10).map(str.encode),
     key=st.none() | st.binary(max_size=5),
     headers=st.lists(st.tuples(st.text(max_size=5), st.binary(max_size=5)), max_size=3).map(tuple),
-    time_s=st.floats(allow_nan=False, allow_infinity=False),
+    time_s=st.none() | st.floats(allow_nan=False, allow_infinity=False),
 )
 
 

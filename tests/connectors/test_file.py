@@ -17,7 +17,10 @@ from connectors.codec import opened
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Fenced
 from streamcl.records import Message, Order, Record, Run, Stream
+from streamcl.recovery import Keeper, store_of
+from streamcl.state import digest
 from streamcl.testing import check_control_log, check_sink, check_source
+from streamcl.worker import build
 
 EVENTS = Stream("events", 0)
 ORDER = Order((Run(EVENTS, 3),), {EVENTS: 3})
@@ -405,3 +408,38 @@ def test_check_refuses_an_empty_csv_and_an_output_below_a_file(tmp_path: Path) -
     path = lines(tmp_path / "e.jsonl", {})
     with pytest.raises(ConnectorError, match="read-only or no folder"):
         file.check([path.as_uri() + "/out.jsonl"], config(path))
+
+
+def test_a_worker_on_files_that_is_killed_comes_to_the_same_state_and_answers(tmp_path: Path) -> None:
+    rows: list[object] = [{"id": str(n), "t": n, "a": n % 5} for n in range(60)]
+    rows[7] = b'{"torn'
+    events = lines(tmp_path / "e.jsonl.gz", *rows)
+    labels = tmp_path / "l.csv"
+    labels.write_text("id,at,label\n" + "".join(f"{n},{1000 * n + 2500},1\n" for n in range(0, 60, 3)) + "9,ragged\n")
+    whole = run_to_the_end(tmp_path / "a", events, labels, kills=[])
+    assert (len(whole[1]), whole[2]) == (59, 2)
+    assert run_to_the_end(tmp_path / "b", events, labels, kills=[3, 1, 8]) == whole
+
+
+def run_to_the_end(folder: Path, events: Path, labels: Path, kills: Sequence[int]) -> tuple[str, set[bytes], int]:
+    """The end state's digest, the answers, and the number of different dead letters, after dying as often as asked."""
+    out = folder / "scores.jsonl"
+    settings = config(
+        events,
+        labels,
+        events={"url": events.as_uri(), "id": "id", "time": "t"},
+        predictions=out.as_uri(),
+        checkpoint={"folder": str(folder), "every_events": 20},
+        worker={"max_records": 4},
+    )
+    for turns in [*kills, 1000]:
+        worker = build(settings)
+        keeper = Keeper(worker, store_of(settings))
+        keeper.restore()
+        for _, _turn in zip(range(turns), keeper.run(), strict=False):
+            pass
+        reached = digest(worker.state_dict())
+        with out.open("ab") as torn:
+            torn.write(b'{"torn')
+    letters = set((folder / "app-dead-letters.jsonl").read_bytes().splitlines())
+    return reached, set(out.read_bytes().splitlines()[:-1]), len(letters)
