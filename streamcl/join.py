@@ -189,7 +189,7 @@ class Joiner:
             "tickets": tickets_to_state(list(self.tickets.values())),
             "orphans": [[o.id, o.value, o.time_s, *o.origin] for o in self.orphans.values()],
             "closed": {"ids": list(self.closed), "joined": np.array(list(self.closed.values()), np.bool_)},
-            "alarms": [[due, *origin, alarm, id] for due, origin, alarm, id in sorted(self.alarms)],
+            "alarms": _alarms_to_state(sorted(self.alarms)),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -198,7 +198,22 @@ class Joiner:
         self.tickets = {ticket.id: ticket for ticket in tickets_from_state(state["tickets"])}
         self.orphans = {o[0]: Label(o[0], o[1], o[2], Origin(*o[3:])) for o in state["orphans"]}
         self.closed = dict(zip(state["closed"]["ids"], state["closed"]["joined"].tolist(), strict=True))
-        self.alarms = [(due, Origin(i, p, o), alarm, id) for due, i, p, o, alarm, id in state["alarms"]]
+        self.alarms = _alarms_from_state(state["alarms"])
+
+
+def _alarms_to_state(alarms: Sequence[Entry]) -> State:
+    """Columns, for the same reason as the tickets'."""
+    return {
+        "due": np.array([due for due, _, _, _ in alarms], np.float64),
+        "input": [origin.input for _, origin, _, _ in alarms],
+        "numbers": np.array([(*origin[1:], alarm) for _, origin, alarm, _ in alarms], np.int64).reshape(-1, 3),
+        "id": [id for _, _, _, id in alarms],
+    }
+
+
+def _alarms_from_state(state: State) -> list[Entry]:
+    columns = zip(state["due"].tolist(), state["input"], state["numbers"].tolist(), state["id"], strict=True)
+    return [(due, Origin(input, p, o), alarm, id) for due, input, (p, o, alarm), id in columns]
 
 
 def tickets_to_state(tickets: Sequence[Ticket]) -> State:
