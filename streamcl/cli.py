@@ -1,7 +1,7 @@
 """The command line. `streamcl COMMAND --help` teaches; results go to stdout, everything else to stderr.
 
-Exit codes: 0 done · 1 something outside failed (broker, file, a bar that was missed) · 2 the command or the config is wrong
-· 3 another worker has taken over this shard · 130 interrupted.
+Exit codes: 0 done · 1 something outside failed (broker, file, a bar that was missed) · 2 the command or the config is
+wrong · 3 another worker has taken over this shard · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -167,14 +167,14 @@ def replay(
         typer.Option(metavar="NAME=URL", help="Read this instead: events=file:///log.jsonl, labels=... (repeatable)."),
     ] = None,
     order: Annotated[
-        str | None, typer.Option(metavar="URL", help="A control log whose order is followed; default for Kafka: its own.")
+        str | None, typer.Option(metavar="URL", help="A control log to follow; default for Kafka inputs: their own.")
     ] = None,
     predictions: Annotated[str | None, typer.Option(metavar="URL", help="Also send the predictions somewhere.")] = None,
     as_json: Json = False,
 ) -> None:
     """Backtest: run the same loop over a recorded stream. Same log, same config: same model, same predictions.
 
-    Nothing is published, and no checkpoint is written. Files are merged by (record timestamp, input, partition, offset).
+    Nothing is published and no checkpoint written. Files are merged by (record timestamp, input, partition, offset).
     """
     settings = _redirected(Config.load(config), dict(_pair(text) for text in input or ()), predictions)
     worker = _backtest(settings)
@@ -215,10 +215,10 @@ def _redirected(config: Config, inputs: dict[str, str], predictions: str | None)
 
 def _progress(turns: Iterator[Turn], worker: Worker) -> Iterator[Turn]:
     """Ends a source that never ends by itself once it has nothing left."""
-    columns = (TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    columns = (TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     idle_since = time.monotonic()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("replay", total=None, note="")
+        task = bar.add_task("replay", total=None)
         for turn in turns:
             yield turn
             lag = sum(worker.source.lag().values())
@@ -242,7 +242,8 @@ def serve(
 def check(config: ConfigFile, as_json: Json = False) -> None:
     """Validate a config, connect, and print what `run` would do. Changes nothing but an empty checkpoint folder."""
     settings = Config.load(config)
-    urls = [*settings.inputs.values(), settings.dead_letters_url, *([settings.predictions] if settings.predictions else ())]
+    urls = [*settings.inputs.values(), settings.dead_letters_url]
+    urls += [settings.predictions] if settings.predictions else []
     findings: list[str] = []
     for scheme in sorted({url.partition(":")[0] for url in urls}):
         mine = [url for url in urls if url.partition(":")[0] == scheme]
@@ -260,7 +261,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
         "control": settings.control_url,
         "checkpoints": str(store.folder),
         "snapshot": newest.snapshot.name if newest else None,
-        "changed_since": {path: change for path, change in changed},
+        "changed_since": dict(changed),
         "environment_changed": difference(newest.manifest["environment"], environment()) if newest else [],
         "findings": findings,
     }

@@ -61,7 +61,8 @@ class Keeper:
         worker = self.worker
         if self.store.damaged:
             names = ", ".join(name for name, _ in self.store.damaged)
-            raise StreamclError(f"{self.store.folder}: every snapshot is damaged ({names}); restore one or move them away")
+            where = self.store.folder
+            raise StreamclError(f"{where}: every snapshot is damaged ({names}); restore one or move them away")
         if worker.control and next(iter(worker.control.read(0)), None) is not None:
             raise StreamclError(
                 f"{self.store.folder} holds no snapshot, but {worker.config.control_url} says that this shard has "

@@ -1,7 +1,7 @@
 """START HERE: the loop. Poll, log the order, then record by record: decode, predict, join, learn, answer.
 
 State is a pure function of (config, seed, the ordered sequence of records): no clock, no poll boundary, no thread
-enters it. The loop is a generator of turns, so that checkpoints, metrics, progress bars and tests watch it from outside.
+enters it. The loop is a generator of turns: checkpoints, metrics, progress bars and tests watch it from outside.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""End to end on a broker: `streamcl run` in a process of its own, killed and started again, equals a replay of files."""
+"""End to end on a broker: `streamcl run` as a process, killed and started again, equals a replay of the files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from streamcl.config import Config
 from tests.kafka.conftest import Cluster
 
 EVENTS = 1200
@@ -93,8 +94,7 @@ def test_a_killed_worker_on_kafka_equals_a_replay_of_the_files(
 
     inputs = ["--input", f"events=file://{tmp_path}/events.jsonl"]
     if own_topic:
-        name = [line for line in (tmp_path / "config.toml").read_text().splitlines() if line.startswith("name")][0]
-        control = f"{cluster.url}/{name.split(chr(34))[1]}-control"
+        control = Config.load(tmp_path / "config.toml").control_url
         inputs += ["--input", f"labels=file://{tmp_path}/labels.jsonl", "--order", control]
         assert ran["counts"]["late"] > 0
         assert ran["counts"]["expired"] > 0
