@@ -47,20 +47,24 @@ class ConfigError(StreamclError):
 
 
 class Station(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+FieldPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
+"""The name of a field of the payload; dots go into nested objects."""
 
 
 class Events(Station):
     """Where events come from, and where in the payload things are (dots go into nested objects)."""
 
     url: str = Free(description="kafka://host:port/topic, file:///path/to/events.jsonl, memory://name/topic")
-    id: str | None = Stop(None, description="field of the event id; without it the id is input:partition:offset")
-    key: str | None = Stop(None, description="field of the key (user, session); without it the record's key")
-    time: str | None = Stop(None, description="field of the event time in seconds since the epoch; without it the record's timestamp")
+    id: FieldPath | None = Stop(None, description="field of the event id; without it the id is input:partition:offset")
+    key: FieldPath | None = Stop(None, description="field of the key (user, session); without it the record's key")
+    time: FieldPath | None = Stop(None, description="field of the event time; without it the record's timestamp")
     time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field")
-    label: str | None = Stop(None, description="field of an inline label; may be absent in single events")
+    label: FieldPath | None = Stop(None, description="field of an inline label; may be absent in single events")
     max_bytes: int = Stop(1_048_576, ge=1, description="a larger payload goes to the dead letters")
-    unknown_fields: Literal["ignore", "dead_letter"] = Stop("ignore", description="fields that the config does not name")
+    unknown_fields: Literal["ignore", "dead_letter"] = Stop("ignore", description="fields the config does not name")
     max_future_s: float = Stop(
         86_400.0, gt=0, description="an event time further ahead of its record's timestamp goes to the dead letters"
     )
@@ -70,20 +74,20 @@ class Labels(Station):
     """Labels on a stream of their own, joined to events by id."""
 
     url: str = Free(description="URL of the labels; same scheme and host as events.url")
-    id: str = Stop("id", description="field of the event id")
-    label: str = Stop("label", description="field of the label")
+    id: FieldPath = Stop("id", description="field of the event id")
+    label: FieldPath = Stop("label", description="field of the label")
     default: float | None = Stop(None, description="the label when the field is absent: 1 for a stream of clicks")
-    time: str | None = Stop(None, description="field of the label's time; without it the record's timestamp")
+    time: FieldPath | None = Stop(None, description="field of the label's time; without it the record's timestamp")
     time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field")
 
 
 class Join(Station):
     """What waiting for a label means. All times are event time, in seconds."""
 
-    attribution_window_s: float = Stop(1800.0, gt=0, description="a label counts if it comes within this time of its event")
+    attribution_window_s: float = Stop(1800.0, gt=0, description="a label counts that comes this soon after its event")
     on_close: Literal["negative", "drop"] = Stop("negative", description="what a window without a label means")
     allowed_lateness_s: float = Stop(0.0, ge=0, description="how far the watermark stays behind the newest event")
-    idle_s: float = Stop(60.0, gt=0, description="a partition this far behind the others no longer holds the watermark back")
+    idle_s: float = Stop(60.0, gt=0, description="a partition this far behind the others doesn't hold the watermark")
     orphan_s: float = Stop(60.0, ge=0, description="how long a label waits for an event that it overtook")
     max_tickets: int = Stop(1_000_000, ge=1, description="beyond it the ticket that came first is dropped, counted")
     max_expiries_per_event: int = Stop(100, ge=1, description="bounds the work of one event after a gap in the stream")
@@ -101,8 +105,8 @@ class Bag(Station):
 
     kind: Literal["bag"] = "bag"
     buckets: int = New(1 << 16, ge=2, le=1 << 26, description="rows of the table (count)")
-    max_items: int = New(32, ge=1, le=4096, description="items beyond it are ignored, counted")
-    pooling: Literal["mean", "sum"] = New("mean")
+    max_items: int = New(32, ge=1, le=4096, description="items beyond it are ignored")
+    pooling: Literal["mean", "sum"] = New("mean", description="of the rows of its items")
 
 
 class Numeric(Station):
@@ -115,28 +119,31 @@ def _named_kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+KINDS: dict[str, type[Station]] = {"categorical": Categorical, "bag": Bag, "numeric": Numeric}
 Feature = Annotated[Categorical | Bag | Numeric, Field(discriminator="kind"), BeforeValidator(_named_kind)]
 
 
 class Model(Station):
-    kind: Literal["logistic", "mlp", "deepfm"] = New("deepfm")
+    kind: Literal["logistic", "mlp", "deepfm"] = New("deepfm", description="what learns, unless river is set")
     embedding_dim: int = New(16, ge=1, le=1024, description="width of a row (count)")
-    hidden: tuple[int, ...] = New((64, 32), description="units per hidden layer")
+    hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = New((64, 32), description="units per hidden layer")
     classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")
     init_scale: float = New(0.01, gt=0, description="standard deviation of a fresh embedding")
 
 
 class Optimizer(Station):
-    kind: Literal["sgd", "adagrad", "adam", "ftrl"] = Stop("adagrad")
-    learning_rate: float = Stop(0.05, gt=0)
-    embedding_learning_rate: float | None = Stop(None, gt=0, description="for the rows of tables; default: learning_rate")
+    kind: Literal["sgd", "adagrad", "adam", "ftrl"] = New("adagrad", description="its state is part of a checkpoint")
+    learning_rate: float = Stop(0.05, gt=0, description="step size; FTRL: alpha")
+    embedding_learning_rate: float | None = Stop(
+        None, gt=0, description="for rows of the table; default: 4 x learning_rate"
+    )
     l1: float = Stop(0.0, ge=0, description="FTRL only")
-    l2: float = Stop(0.0, ge=0, description="added to the gradient of what an example touches; FTRL: in the closed form")
+    l2: float = Stop(0.0, ge=0, description="times the weight, part of its gradient; FTRL: in the closed form")
     max_grad_norm: float = Stop(1e4, gt=0, description="an example whose gradient is larger is quarantined")
 
 
 class Replay(Station):
-    retention: Literal["none", "reservoir", "recency", "class_balanced"] = New("recency", description="which examples stay")
+    retention: Literal["none", "reservoir", "recency", "class_balanced"] = New("recency", description="who stays")
     capacity: int = New(20_000, ge=1, description="most examples held (count)")
     per_event: int = Stop(0, ge=0, description="rows replayed beside each live example")
     weight: float = Stop(1.0, ge=0, description="weight of the replayed rows' mean loss; the live example's is 1")
@@ -162,8 +169,8 @@ class Checkpoint(Station):
 class Shard(Station):
     """Static assignment: shard `index` of `count` holds the partitions p with p % count == index."""
 
-    index: int = New(0, ge=0)
-    count: int = New(1, ge=1)
+    index: int = New(0, ge=0, description="which shard this worker is, from 0")
+    count: int = New(1, ge=1, description="of all shards")
 
     @model_validator(mode="after")
     def _inside(self) -> Self:
@@ -174,9 +181,9 @@ class Shard(Station):
 
 class Worker(Station):
     max_records: int = Free(500, ge=1, description="most records of a turn; never changes a result")
-    poll_timeout_s: float = Free(0.1, gt=0)
-    engine: Literal["auto", "eager"] = Stop("auto")
-    device: Literal["cpu"] = Stop("cpu")
+    poll_timeout_s: float = Free(0.1, gt=0, description="a turn waits no longer for its first record")
+    engine: Literal["auto", "eager"] = Stop("auto", description="how steps are computed")
+    device: Literal["cpu"] = Stop("cpu", description="where steps are computed")
     threads: int = Stop(1, ge=1, description="torch threads; more than one is slower at batch size one")
     max_bad_ratio: float = Free(0.5, gt=0, le=1, description="stop when more of the last 1,000 records are bad")
 
@@ -189,25 +196,27 @@ class Telemetry(Station):
 class Kafka(Station):
     """Settings of the Kafka connector. Secrets are named, never written: an environment variable or a file."""
 
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Free("PLAINTEXT")
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Free("PLAIN")
-    sasl_username: str | None = Free(None)
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Free(
+        "PLAINTEXT", description="TLS, login"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Free("PLAIN", description="of the brokers")
+    sasl_username: str | None = Free(None, description="who logs in")
     sasl_password_env: str | None = Free(None, description="environment variable that holds the password")
     sasl_password_file: Path | None = Free(None, description="file that holds the password")
-    ssl_cafile: Path | None = Free(None)
-    ssl_certfile: Path | None = Free(None)
-    ssl_keyfile: Path | None = Free(None)
+    ssl_cafile: Path | None = Free(None, description="PEM file of the authorities to trust")
+    ssl_certfile: Path | None = Free(None, description="PEM file of the client's certificate")
+    ssl_keyfile: Path | None = Free(None, description="PEM file of the client's key")
     start_at: Literal["earliest", "latest"] = Free("earliest", description="where a shard without any state starts")
-    request_timeout_s: float = Free(30.0, gt=0)
+    request_timeout_s: float = Free(30.0, gt=0, description="how long a broker may take to answer")
     connect_timeout_s: float = Free(30.0, gt=0, description="how long a start waits for an unreachable broker")
-    fetch_max_wait_s: float = Free(0.1, gt=0)
+    fetch_max_wait_s: float = Free(0.1, gt=0, description="how long a broker may wait for records to come")
     delivery_timeout_s: float = Free(120.0, gt=0, description="how long a prediction may be on its way")
-    linger_s: float = Free(0.005, ge=0)
+    linger_s: float = Free(0.005, ge=0, description="how long a prediction waits for others to travel with")
     max_inflight_records: int = Free(20_000, ge=1, description="unacknowledged predictions; beyond it the loop waits")
-    max_inflight_bytes: int = Free(64 << 20, ge=1024)
+    max_inflight_bytes: int = Free(64 << 20, ge=1024, description="the same in bytes")
     max_request_bytes: int = Free(1_048_576, ge=1024, description="a larger message is a dead letter's stub")
-    compression: Literal["none", "gzip", "lz4", "zstd"] = Free("lz4")
-    transaction_timeout_s: float = Free(60.0, gt=0)
+    compression: Literal["none", "gzip", "lz4", "zstd"] = Free("lz4", description="of what is sent")
+    transaction_timeout_s: float = Free(60.0, gt=0, description="after it the brokers give up a silent worker's write")
 
 
 class Config(Station):
@@ -218,19 +227,21 @@ class Config(Station):
     """
 
     name: str = New(pattern=r"^[A-Za-z0-9._-]{1,100}$", description="of the application; prefix of its control topic")
-    task: Task = New("binary")
-    seed: int = New(0, ge=0, lt=1 << 63)
+    task: Task = New("binary", description="what a label is: 0 or 1, a class, or a number")
+    seed: int = New(0, ge=0, lt=1 << 63, description="of everything random")
     events: Events
     labels: Labels | None = None
     predictions: str | None = Free(None, description="URL that predictions are sent to")
-    dead_letters: str | None = Free(None, description="URL for what can't be used; default: NAME-dead-letters beside the events")
+    dead_letters: str | None = Free(
+        None, description="URL of bad records; default: NAME-dead-letters beside the events"
+    )
     control: str | None = Free(None, description="URL of the control log; default: NAME-control beside the events")
     join: Join = Join()
-    features: dict[str, Feature] = New(min_length=1, description="by name; a dotted name goes into nested objects")
+    features: dict[FieldPath, Feature] = New(min_length=1, description="by name; dots go into nested objects")
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     replay: Replay = Replay()
-    river: str | None = New(None, description="import path of a River model that learns instead, e.g. river.linear_model:LogisticRegression")
+    river: str | None = New(None, description="a River model instead, e.g. river.linear_model:LogisticRegression")
     trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
     metrics: Metrics = Metrics()
     drift: Drift = Drift()
@@ -241,21 +252,42 @@ class Config(Station):
     kafka: Kafka = Kafka()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _labels_fit(self) -> Self:
         if self.labels is None and self.events.label is None:
-            raise ValueError("no label: set events.label (inline) or a [labels] table (their own stream)")
-        if self.labels is not None:
-            if self.events.id is None:
-                raise ValueError("events.id is needed to join labels")
-            if _site(self.labels.url) != _site(self.events.url):
-                raise ValueError("labels.url must have the scheme and host of events.url")
-            if self.labels.url == self.events.url:
-                raise ValueError("labels.url equals events.url")
-        if self.replay.retention == "class_balanced" and self.task == "regression":
-            raise ValueError("replay.retention class_balanced needs classes; use reservoir or recency for regression")
-        if self.river is not None and not self.trust_pickle:
-            raise ValueError("a River model is saved as a pickle: set trust_pickle = true if you trust the checkpoint folder")
+            raise ValueError("events.label: no label; set it (inline) or a [labels] table (their own stream)")
+        if self.events.label in self.features:
+            raise ValueError(f"features.{self.events.label}: is the label; nothing is learned from being told")
+        if self.labels is None:
+            return self
+        if self.events.id is None:
+            raise ValueError("events.id: needed to join labels")
+        if _site(self.labels.url) != _site(self.events.url):
+            raise ValueError("labels.url: must have the scheme and host of events.url")
+        if self.labels.url == self.events.url:
+            raise ValueError("labels.url: equals events.url")
+        if self.labels.default is not None and not self.allows(self.labels.default):
+            raise ValueError(f"labels.default: no label of task {self.task}")
         return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.replay.retention == "class_balanced" and self.task == "regression":
+            raise ValueError("replay.retention: class_balanced needs classes; regression has reservoir and recency")
+        if self.replay.retention == "none" and self.replay.per_event:
+            raise ValueError("replay.per_event: nothing to replay with retention none")
+        if self.river is not None and not self.trust_pickle:
+            raise ValueError("river: is saved as a pickle; set trust_pickle = true if you trust the checkpoint folder")
+        urls = self.inputs | {name: getattr(self, name) for name in ("predictions", "dead_letters", "control")}
+        for name, url in urls.items():
+            if "@" in urlsplit(url or "").netloc:
+                raise ValueError(f"{name}: no user or password in a URL; see [kafka]")
+        return self
+
+    def allows(self, label: float) -> bool:
+        """Whether a finite number is a label of the task."""
+        if self.task == "regression":
+            return True
+        return label in (0.0, 1.0) if self.task == "binary" else label.is_integer() and 0 <= label < self.model.classes
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -320,8 +352,12 @@ def _settings(station: BaseModel, prefix: str) -> Iterator[tuple[str, Change, An
 
 
 def changes(old: Mapping[str, Any], config: Config) -> list[tuple[str, Change]]:
-    """What of a checkpoint's configuration (`Config.model_dump(mode="json")`) has changed, and what each change needs."""
-    before = {path: value for path, _, value in Config.model_validate(old).settings()}
+    """What has changed since a checkpoint's configuration (`Config.model_dump(mode="json")`), and what that needs.
+
+    Raises:
+        ConfigError: this version doesn't understand the checkpoint's configuration.
+    """
+    before = {path: value for path, _, value in Config.parse(old, "checkpoint").settings()}
     after = {path: (change, value) for path, change, value in config.settings()}
     found = [(path, change) for path, (change, value) in after.items() if before.get(path, value) != value]
     # A whole table that came or went ([labels]) has paths on one side only.
@@ -332,7 +368,7 @@ def changes(old: Mapping[str, Any], config: Config) -> list[tuple[str, Change]]:
 def fingerprint(config: Config) -> str:
     """A hash of every setting that state depends on."""
     state = {path: value for path, change, value in config.settings() if change != "free"}
-    return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY)).hexdigest()[:16]
+    return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def _site(url: str) -> tuple[str, str]:
@@ -342,7 +378,9 @@ def _site(url: str) -> tuple[str, str]:
 
 def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
     for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"] if part not in ("categorical", "bag", "numeric"))
+        # pydantic puts a feature's kind behind its name; no user has written it there.
+        loc = [part for i, part in enumerate(item["loc"]) if i != 2 or item["loc"][0] != "features"]
+        path = ".".join(map(str, loc))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             known = list(_fields_at(root, item["loc"][:-1]))
@@ -352,14 +390,10 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    kinds: dict[str, type[BaseModel]] = {"categorical": Categorical, "bag": Bag, "numeric": Numeric}
+    if loc[:1] == ("features",) and len(loc) == 3:
+        return list(KINDS[str(loc[2])].model_fields)
     for part in loc:
-        if str(part) in kinds:
-            model = kinds[str(part)]
-            continue
-        info = model.model_fields.get(str(part))
-        if info is None:
-            continue
-        nested = [t for t in (info.annotation, *getattr(info.annotation, "__args__", ())) if isinstance(t, type)]
-        model = next((t for t in nested if issubclass(t, BaseModel)), model)
+        annotation = model.model_fields[str(part)].annotation
+        choices = (annotation, *getattr(annotation, "__args__", ()))  # Labels | None
+        model = next(t for t in choices if isinstance(t, type) and issubclass(t, BaseModel))
     return list(model.model_fields)

@@ -7,7 +7,6 @@ config file means nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +60,7 @@ def number(field: str, value: Any) -> float:
     """A finite number that fits float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadInput("schema", f"field {field!r}: expected a number, not {kind_of(value)}")
-    if not math.isfinite(value) or abs(value) > FLOAT32_MAX:
+    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:  # false for NaN; exact for integers too large for a float
         raise BadInput("non_finite", f"field {field!r}: not a finite 32-bit number")
     return float(value)
 
@@ -177,7 +176,7 @@ class RunningNorm:
 
     Differs from the source:
         Missing values (NaN) are skipped, and read as the mean; results are clipped to +-`clip` deviations, so that one
-        wild number can't blow up a gradient.
+        wild number can't blow up a gradient. Infinity moves nothing and reads as the clip.
     """
 
     def __init__(self, width: int, clip: float = 10.0) -> None:
@@ -187,24 +186,30 @@ class RunningNorm:
         self.clip = clip
 
     def update(self, row: NDArray[np.float32]) -> None:
-        seen = ~np.isnan(row)
-        delta = np.where(seen, row.astype(np.float64) - self.mean, 0.0)
-        self.count += seen
-        self.mean += delta / np.maximum(self.count, 1.0)
-        self.m2 += np.where(seen, delta * (row - self.mean), 0.0)
+        if not len(row):
+            return
+        seen = np.isfinite(row)
+        value = np.where(seen, row, self.mean)  # float64; what is missing stands at the mean, and so adds nothing
+        delta = value - self.mean
+        # New arrays, never changed in place: whoever holds a state holds it for good.
+        self.count = self.count + seen
+        self.mean = self.mean + delta / np.maximum(self.count, 1.0)
+        self.m2 = self.m2 + delta * (value - self.mean)
 
     def deviation(self) -> NDArray[np.float64]:
         """Standard deviation (N,); 1 until two different values have been seen."""
         variance = self.m2 / np.maximum(self.count, 1.0)
-        return np.where(variance > 1e-24, np.sqrt(variance), 1.0)
+        return np.where(variance > 0.0, np.sqrt(variance), 1.0)
 
     def apply(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not rows.size:
+            return rows
         scaled = (rows - self.mean) / self.deviation()
-        return np.nan_to_num(np.clip(scaled, -self.clip, self.clip), nan=0.0).astype(np.float32)
+        scaled[np.isnan(scaled)] = 0.0
+        return scaled.clip(-self.clip, self.clip).astype(np.float32)
 
     def state_dict(self) -> State:
-        return {"count": self.count.copy(), "mean": self.mean.copy(), "m2": self.m2.copy()}
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
 
     def load_state_dict(self, state: State) -> None:
-        for name in ("count", "mean", "m2"):
-            getattr(self, name)[:] = state[name]
+        self.count, self.mean, self.m2 = (np.array(state[name], np.float64) for name in ("count", "mean", "m2"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from streamcl.config import Config
 from streamcl.engine.eager import Eager, as_tensors
-from streamcl.features import Featurizer, RunningNorm
+from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
 from streamcl.memory import Replay
 from streamcl.protocols import State
 from streamcl.records import Encoded, Outcome, Scores
@@ -26,13 +28,16 @@ class Learner:
 
     Errors:
         None are raised for data: `learn` returns False, and nothing has changed, when the label would make the loss
-        or the gradient non-finite or larger than `optimizer.max_grad_norm` (the outcome is to be quarantined).
+        or the gradient non-finite or larger than `optimizer.max_grad_norm` (the outcome is to be quarantined). An
+        example is left out for its own gradient only: when the replayed rows are what is too large, it is learned
+        without them.
     """
 
     def __init__(self, config: Config) -> None:
         layout = Featurizer(config).layout
         self.task = config.task
-        self.per_event = config.replay.per_event
+        # Weightless rows would still move Adam's moments and what l2 pulls at.
+        self.per_event = config.replay.per_event if config.replay.weight else 0
         self.replay_weight = config.replay.weight
         self.engine = Eager(config, layout)
         self.numerics = RunningNorm(len(layout.numerics))
@@ -46,10 +51,10 @@ class Learner:
         return Scores(output, self._serve(output), self.version)
 
     def _serve(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
-        raw = output.astype(np.float64)
         if self.task == "binary":
-            served = 1.0 / (1.0 + np.exp(-np.clip(raw, -500.0, 500.0)))
-        elif self.task == "multiclass":
+            return np.array([_sigmoid(float(output[0]))], np.float32)
+        raw = output.astype(np.float64)
+        if self.task == "multiclass":
             powers = np.exp(raw - raw.max())
             served = powers / powers.sum()
         else:
@@ -58,38 +63,38 @@ class Learner:
 
     def learn(self, outcome: Outcome) -> bool:
         """Learn from one outcome; False when it had to be left out."""
-        label = np.float32(outcome.label)
+        if not abs(outcome.label) <= FLOAT32_MAX:
+            return False
         features = outcome.ticket.features
-        before = self._norms()
+        before = self.numerics.state_dict(), self.target.state_dict()
         self.numerics.update(features.dense)
         if self.task == "regression":
-            self.target.update(np.array([label]))
-        if not self.engine.step(*self._batch(features, label)):
-            self._restore(before)
+            self.target.update(np.array([outcome.label], np.float32))
+        if not self._step(features, outcome.label):
+            self.numerics.load_state_dict(before[0])
+            self.target.load_state_dict(before[1])
             return False
         self.version += 1
         self.memory.write(features, outcome.label)
         return True
 
-    def _batch(self, features: Encoded, label: np.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _step(self, features: Encoded, label: float) -> bool:
+        replayed = self.per_event if len(self.memory) else 0
+        if self.engine.step(*self._batch(features, label, replayed)):
+            return True
+        return replayed > 0 and self.engine.step(*self._batch(features, label, 0))
+
+    def _batch(self, features: Encoded, label: float, replayed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         ids, weights, dense = as_tensors(*features)
         y, share = torch.tensor([label]), torch.ones(1)
-        if self.per_event and len(self.memory):
-            old = self.memory.draw(self.per_event, self.version)
+        if replayed:
+            old = self.memory.draw(replayed, self.version)
             ids, weights, dense, y = (torch.cat(pair) for pair in zip((ids, weights, dense, y), old, strict=True))
-            share = torch.full((1 + self.per_event,), self.replay_weight / self.per_event)
-            share[0] = 1.0
+            share = torch.tensor([1.0] + [self.replay_weight / replayed] * replayed)
         dense = torch.from_numpy(self.numerics.apply(dense.numpy()))
         if self.task == "regression":
             y = torch.from_numpy(self.target.apply(y.unsqueeze(1).numpy())).squeeze(1)
         return ids, weights, dense, y, share
-
-    def _norms(self) -> tuple[State, State]:
-        return self.numerics.state_dict(), self.target.state_dict()
-
-    def _restore(self, norms: tuple[State, State]) -> None:
-        self.numerics.load_state_dict(norms[0])
-        self.target.load_state_dict(norms[1])
 
     def read(self) -> dict[str, float]:
         return {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
@@ -107,3 +112,7 @@ class Learner:
         for name in ("engine", "numerics", "target", "memory"):
             getattr(self, name).load_state_dict(state[name])
         self.version = int(state["version"])
+
+
+def _sigmoid(logit: float) -> float:
+    return 1.0 / (1.0 + math.exp(-logit)) if logit > -700.0 else 0.0

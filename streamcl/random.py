@@ -39,17 +39,17 @@ def below(n: int, key: int, step: int, index: int = 0) -> int:
     return (bits(key, step, index) * n) >> 64
 
 
-def uniform_array(key: int, count: int) -> NDArray[np.float64]:
-    """`count` uniform numbers in (0, 1): element i is the same for every `count` > i."""
-    counter = np.arange(1, count + 1, dtype=np.uint64)
+def uniform_array(key: int, count: int, start: int = 0) -> NDArray[np.float64]:
+    """Elements `start` to `start + count` of an endless row of uniform numbers in (0, 1): the bits of step 0."""
+    counter = np.arange(start + 1, start + count + 1, dtype=np.uint64)
     z = np.uint64(_mix(key)) + counter * np.uint64(_GOLDEN)  # wraps: arithmetic modulo 2^64 is meant
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
     z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((z >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # 53 bits and a half would round up to 1
 
 
-def normal_array(key: int, count: int) -> NDArray[np.float64]:
-    """`count` standard normal numbers by Box and Muller; element i is the same for every `count` > i."""
-    u = uniform_array(key, 2 * count)
+def normal_array(key: int, count: int, start: int = 0) -> NDArray[np.float64]:
+    """Elements `start` to `start + count` of an endless row of standard normal numbers, by Box and Muller."""
+    u = uniform_array(key, 2 * count, 2 * start)
     return np.asarray(np.sqrt(-2.0 * np.log(u[0::2])) * np.cos(2.0 * np.pi * u[1::2]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pickle
 from typing import Any
 
 import numpy as np
 import torch
 
-from streamcl.config import Config, ConfigError
+from streamcl.config import Config, ConfigError, Task
 from streamcl.features import Featurizer
 from streamcl.protocols import State
 from streamcl.records import Encoded, Outcome, Scores
@@ -25,14 +26,15 @@ class RiverLearner:
     version: the config must say `trust_pickle = true`.
 
     Raises:
-        ConfigError: the path names no River model.
+        ConfigError: the path names no River model, or none for the task.
     """
 
     def __init__(self, config: Config) -> None:
         self.task = config.task
         self.classes = config.model.classes
         self.layout = Featurizer(config).layout
-        self.model = _build(config.river or "")
+        self.names = [self.layout.fields[f] for f in self.layout.slot_field]  # (S,)
+        self.model = _build(config.river or "", config.task)
         self.version = 0
 
     def predict(self, features: Encoded) -> Scores:
@@ -55,11 +57,12 @@ class RiverLearner:
 
     def _dict(self, features: Encoded) -> dict[str, float]:
         layout = self.layout
-        used = np.flatnonzero(features.weights)
-        x = {f"{layout.fields[layout.slot_field[s]]}={features.ids[s]}": float(features.weights[s]) for s in used}
-        return x | {
-            name: float(v) for name, v in zip(layout.numerics, features.dense, strict=True) if not np.isnan(v)
-        }
+        x = {n: v for n, v in zip(layout.numerics, features.dense.tolist(), strict=True) if not math.isnan(v)}
+        for field, row, weight in zip(self.names, features.ids.tolist(), features.weights.tolist(), strict=True):
+            if weight:
+                name = f"{field}={row}"
+                x[name] = x.get(name, 0.0) + weight  # a bag may hold one category twice
+        return x
 
     def read(self) -> dict[str, float]:
         return {"weights_version": float(self.version)}
@@ -74,12 +77,17 @@ class RiverLearner:
         self.version = int(state["version"])
 
 
-def _build(path: str) -> Any:
+def _build(path: str, task: Task) -> Any:
     module, _, name = path.partition(":")
     try:
         model = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"river: {path!r} can't be built: {error}") from error
-    if not (hasattr(model, "learn_one") and hasattr(model, "predict_one")):
-        raise ConfigError(f"river: {path!r} is no River classifier or regressor")
+    from river import base  # slow to import, and only needed here
+
+    wanted: Any = base.Regressor if task == "regression" else base.Classifier
+    if not isinstance(model, wanted):
+        raise ConfigError(f"river: {path!r} is no River {wanted.__name__.lower()}, which task {task} needs")
+    if task == "multiclass" and not model._multiclass:  # River's own word for it; it would learn nonsense in silence
+        raise ConfigError(f"river: {path!r} can't tell more than two classes")
     return model

@@ -16,6 +16,11 @@ from streamcl.models import build_model
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
 
+BLOCK = 1 << 20  # numbers drawn at once for a fresh table: bounds what its start needs besides the table
+
+ROWS_FASTER = 4.0
+"""A row is touched by few events, dense weights by all: see "Learning" in DECISIONS.md."""
+
 
 class Eager:
     """The table of rows, the model, the optimiser's slots, and one step of learning.
@@ -29,6 +34,7 @@ class Eager:
     """
 
     def __init__(self, config: Config, layout: Layout) -> None:
+        torch.set_num_threads(config.worker.threads)  # of the process: two are 10 to 40 times slower on a busy box
         self.task = config.task
         self.outputs = config.outputs
         self.fields = len(layout.fields)
@@ -36,20 +42,24 @@ class Eager:
         self.one_slot_each = len(layout.slot_field) == self.fields
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.model = build_model(config, layout)
+        self.first = self.outputs if self.model.first_order else 0
         self.table = self._fresh_table(config, layout.rows)  # (R, W)
         self.params = dict(self.model.named_parameters())
+        self.flat = _flatten(list(self.params.values()))  # (P,)
         rate = config.optimizer.learning_rate
         self.rule = build_rule(config.optimizer, rate)
-        self.row_rule = build_rule(config.optimizer, config.optimizer.embedding_learning_rate or rate)
-        self.slots = {name: self.rule.slots(param.detach()) for name, param in self.params.items()}
+        self.row_rule = build_rule(config.optimizer, config.optimizer.embedding_learning_rate or ROWS_FASTER * rate)
+        self.slots = self.rule.slots(self.flat)
         self.row_slots = self.row_rule.slots(self.table)
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
-        first = self.outputs if self.model.first_order else 0
         dim = config.model.embedding_dim if self.model.embedding else 0
-        table = torch.zeros(rows, first + dim)
-        draw = normal_array(key_of(config.seed, "table"), rows * dim) * config.model.init_scale
-        table[:, first:] = torch.from_numpy(draw).view(rows, dim)
+        table = torch.zeros(rows, self.first + dim)
+        key, block = key_of(config.seed, "table"), BLOCK // max(dim, 1)
+        for start in range(0, rows if dim else 0, block):
+            part = table[start : start + block, self.first :]
+            draw = normal_array(key, part.numel(), start * dim) * config.model.init_scale
+            part.copy_(torch.from_numpy(draw).view_as(part))
         return table
 
     def predict(self, ids: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
@@ -61,8 +71,7 @@ class Eager:
         if not self.one_slot_each:
             pooled = weighted.new_zeros(len(rows), self.fields, rows.shape[2])
             weighted = pooled.index_add(1, self.slot_field, weighted)  # (B, F, W)
-        first = self.outputs if self.model.first_order else 0
-        out: Tensor = self.model(weighted[:, :, :first], weighted[:, :, first:], dense)
+        out: Tensor = self.model(weighted[:, :, : self.first], weighted[:, :, self.first :], dense)
         return out
 
     def losses(self, output: Tensor, y: Tensor) -> Tensor:
@@ -75,53 +84,55 @@ class Eager:
 
     def step(self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor, share: Tensor) -> bool:
         """One update on sum(share * loss). Returns False, and changes nothing, when the gradient is unusable."""
+        rows = self.table[ids].requires_grad_()  # (B, S, W)
+        loss = self.losses(self._forward(rows, weights, dense), y).dot(share)
+        by_slot, *by_param = torch.autograd.grad(loss, [rows, *self.params.values()], materialize_grads=True)
         touched, inverse = torch.unique(ids, return_inverse=True)
-        rows = self.table[touched].requires_grad_()  # (U, W): a row that stands twice gets one summed gradient
-        params = list(self.params.values())
-        loss = (self.losses(self._forward(rows[inverse], weights, dense), y) * share).sum()
-        gradients = torch.autograd.grad(loss, [rows, *params], allow_unused=True)
-        used = [g for g in gradients if g is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in used])))
-        if not norm <= self.max_grad_norm:  # also when the norm is NaN
+        row_gradient = self.table.new_zeros(len(touched), self.table.shape[1])  # (U, W): one sum for a row's every use
+        row_gradient.index_add_(0, inverse.view(-1), by_slot.reshape(-1, self.table.shape[1]))
+        gradient = torch.cat([g.reshape(-1) for g in by_param])  # (P,)
+        norm = torch.hypot(torch.linalg.vector_norm(row_gradient), torch.linalg.vector_norm(gradient))
+        if not float(norm) <= self.max_grad_norm:  # also when the norm is NaN
             return False
         with torch.no_grad():
-            self._update(touched, rows, gradients[0], gradients[1:])
+            self._update(touched, row_gradient, gradient)
         return True
 
-    def _update(
-        self, touched: Tensor, rows: Tensor, row_gradient: Tensor | None, gradients: tuple[Tensor | None, ...]
-    ) -> None:
-        if row_gradient is not None and row_gradient.numel():
-            value, slots = self.row_rule.step(rows, row_gradient, [s[touched] for s in self.row_slots])
-            self.table.index_copy_(0, touched, value)
-            for slot, new in zip(self.row_slots, slots, strict=True):
-                slot.index_copy_(0, touched, new)
-        for (name, param), gradient in zip(self.params.items(), gradients, strict=True):
-            if gradient is None or not gradient.numel():
-                continue
-            value, slots = self.rule.step(param, gradient, self.slots[name])
-            param.copy_(value)
-            for slot, new in zip(self.slots[name], slots, strict=True):
-                slot.copy_(new)
+    def _update(self, touched: Tensor, row_gradient: Tensor, gradient: Tensor) -> None:
+        rows, row_slots = self.row_rule.step(
+            self.table[touched], row_gradient, [slot[touched] for slot in self.row_slots]
+        )
+        for column, new in zip((self.table, *self.row_slots), (rows, *row_slots), strict=True):
+            column.index_copy_(0, touched, new)
+        flat, slots = self.rule.step(self.flat, gradient, self.slots)
+        for column, new in zip((self.flat, *self.slots), (flat, *slots), strict=True):
+            column.copy_(new)
 
     def state_dict(self) -> State:
         return {
             "table": self.table.clone(),
             "row_slots": {str(i): s.clone() for i, s in enumerate(self.row_slots)},
             "params": {name: p.detach().clone() for name, p in self.params.items()},
-            "slots": {name: {str(i): s.clone() for i, s in enumerate(slots)} for name, slots in self.slots.items()},
+            "slots": {str(i): s.clone() for i, s in enumerate(self.slots)},
         }
 
     def load_state_dict(self, state: State) -> None:
         # Copied into the tensors that exist: their alignment, on which kernels may depend, stays what it was.
         with torch.no_grad():
             self.table.copy_(state["table"])
-            for i, slot in enumerate(self.row_slots):
-                slot.copy_(state["row_slots"][str(i)])
             for name, param in self.params.items():
                 param.copy_(state["params"][name])
-                for i, slot in enumerate(self.slots[name]):
-                    slot.copy_(state["slots"][name][str(i)])
+        for own, slots in ((self.row_slots, state["row_slots"]), (self.slots, state["slots"])):
+            for i, slot in enumerate(own):
+                slot.copy_(slots[str(i)])
+
+
+def _flatten(params: list[torch.nn.Parameter]) -> Tensor:
+    """Lay parameters end to end and make each a view of its part, so that an optimiser does one update, not many."""
+    flat = torch.cat([param.detach().reshape(-1) for param in params])
+    for param, part in zip(params, torch.split(flat, [param.numel() for param in params]), strict=True):
+        param.data = part.view_as(param)
+    return flat
 
 
 def as_tensors(*arrays: NDArray[Any]) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
-"""Optimisers as pure functions of (value, gradient, slots), for dense weights and for the touched rows of a table alike.
+"""Optimisers as pure functions of (value, gradient, slots), for dense weights and for a table's touched rows alike.
 
-torch.optim holds one step count per tensor and walks whole tensors; here every row has its own slots, so an update costs
-O(rows touched), and a row that is dropped or reset leaves nothing behind.
+torch.optim holds one step count per tensor and walks whole tensors; here every row has its own slots, so an update
+costs O(rows touched), and a row that is dropped or reset leaves nothing behind.
 
 Shape:
     `slots(value)` gives tensors whose first axis is the value's; `step(value, gradient, slots)` gives the new value
@@ -10,6 +10,7 @@ Shape:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,9 +23,9 @@ Slots = tuple[Tensor, ...]
 
 
 class Rule(Protocol):
-    def slots(self, value: Tensor) -> Slots: ...
+    def slots(self, value: Tensor, /) -> Slots: ...
 
-    def step(self, value: Tensor, gradient: Tensor, slots: Sequence[Tensor]) -> tuple[Tensor, Slots]: ...
+    def step(self, value: Tensor, gradient: Tensor, slots: Sequence[Tensor], /) -> tuple[Tensor, Slots]: ...
 
 
 class SGD:
@@ -33,10 +34,10 @@ class SGD:
     def __init__(self, config: Optimizer, rate: float) -> None:
         self.rate, self.l2 = rate, config.l2
 
-    def slots(self, value: Tensor) -> Slots:
+    def slots(self, _value: Tensor) -> Slots:
         return ()
 
-    def step(self, value: Tensor, gradient: Tensor, slots: Sequence[Tensor]) -> tuple[Tensor, Slots]:
+    def step(self, value: Tensor, gradient: Tensor, _slots: Sequence[Tensor]) -> tuple[Tensor, Slots]:
         return value - self.rate * (gradient + self.l2 * value if self.l2 else gradient), ()
 
 
@@ -90,8 +91,10 @@ class Adam:
         first = torch.lerp(slots[0], gradient, 1.0 - self.BETA1)
         second = torch.lerp(slots[1], gradient * gradient, 1.0 - self.BETA2)
         steps = slots[2] + 1.0
-        scale = (second / (1.0 - self.BETA2**steps)).sqrt() + self.EPSILON
-        return value - self.rate * (first / (1.0 - self.BETA1**steps)) / scale, (first, second, steps)
+        # 1 - beta^t, by expm1: the subtraction would lose a third of float32's digits in the first steps.
+        unbias1, unbias2 = (-torch.expm1(steps * math.log(beta)) for beta in (self.BETA1, self.BETA2))
+        scale = (second / unbias2).sqrt() + self.EPSILON
+        return value - self.rate * (first / unbias1) / scale, (first, second, steps)
 
 
 class FTRL:

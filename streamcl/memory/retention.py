@@ -15,7 +15,7 @@ from streamcl.random import below, key_of
 
 
 class Retention(Protocol):
-    def place(self, label: float) -> int | None: ...
+    def place(self, label: float, /) -> int | None: ...
 
     def __len__(self) -> int: ...
 
@@ -27,13 +27,13 @@ class Retention(Protocol):
 class Recency:
     """The last `capacity` examples: a memory that moves with the stream."""
 
-    def __init__(self, capacity: int, seed: int) -> None:
+    def __init__(self, capacity: int, _seed: int) -> None:
         self.capacity, self.seen = capacity, 0
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
 
-    def place(self, label: float) -> int | None:
+    def place(self, _label: float, /) -> int | None:
         slot = self.seen % self.capacity
         self.seen += 1
         return slot
@@ -59,7 +59,7 @@ class Reservoir(Recency):
         super().__init__(capacity, seed)
         self.key = key_of(seed, "replay.reservoir")
 
-    def place(self, label: float) -> int | None:
+    def place(self, _label: float, /) -> int | None:
         self.seen += 1
         if self.seen <= self.capacity:
             return self.seen - 1
@@ -74,7 +74,8 @@ class ClassBalanced:
         Class-balancing reservoir sampling, Chrysakis & Moens 2020 (ICML), algorithm 1.
 
     Differs from the source:
-        Of several largest classes the smallest label gives way, where the paper leaves the choice open.
+        Of several largest classes the smallest label gives way, where the paper leaves the choice open. One draw both
+        accepts an example and picks its slot.
     """
 
     def __init__(self, capacity: int, seed: int) -> None:
@@ -82,27 +83,32 @@ class ClassBalanced:
         self.key = key_of(seed, "replay.class_balanced")
         self.seen: dict[float, int] = {}
         self.members: dict[float, list[int]] = {}
-        self.full: set[float] = set()
-        self.size = 0
+        self.full: set[float] = set()  # classes that are or were the largest, since the memory filled up
+        self.size = self.step = 0
 
     def __len__(self) -> int:
         return self.size
 
-    def place(self, label: float) -> int | None:
+    def place(self, label: float, /) -> int | None:
+        self.step += 1
         count = self.seen[label] = self.seen.get(label, 0) + 1
         mine = self.members.setdefault(label, [])
-        step = sum(self.seen.values())
         if self.size < self.capacity:
             mine.append(self.size)
             self.size += 1
             return mine[-1]
-        largest = min(self.members, key=lambda c: (-len(self.members[c]), c))
-        self.full.add(largest)
+        if label not in self.full:  # sizes change below only, so to look here misses no largest class
+            most = max(map(len, self.members.values()))
+            self.full.update(c for c, slots in self.members.items() if len(slots) == most)
         if label in self.full:
-            place = below(count, self.key, step)
+            place = below(count, self.key, self.step)
             return mine[place] if place < len(mine) else None
-        theirs = self.members[largest]
-        place = below(len(theirs), self.key, step)
+        return self._take(mine, most)
+
+    def _take(self, mine: list[int], most: int) -> int:
+        """A slot for `mine`, from the largest class."""
+        theirs = self.members[min(c for c, slots in self.members.items() if len(slots) == most)]
+        place = below(len(theirs), self.key, self.step)
         slot = theirs[place]
         theirs[place] = theirs[-1]  # swap-remove: O(1), and the order is part of the state
         theirs.pop()
@@ -120,15 +126,12 @@ class ClassBalanced:
         }
 
     def load_state_dict(self, state: State) -> None:
-        labels = [float(c) for c in state["labels"]]
-        ends = np.cumsum(state["held"])
-        slots = state["slots"].tolist()
-        self.seen = dict(zip(labels, state["seen"].tolist(), strict=True))
-        self.members = {
-            c: slots[end - held : end] for c, end, held in zip(labels, ends.tolist(), state["held"].tolist(), strict=True)
-        }
-        self.full = {c for c, full in zip(labels, state["full"].tolist(), strict=True) if full}
-        self.size = len(slots)
+        labels, seen, full = (state[name].tolist() for name in ("labels", "seen", "full"))
+        parts = np.split(state["slots"], np.cumsum(state["held"])[:-1]) if labels else []
+        self.seen = dict(zip(labels, seen, strict=True))
+        self.members = {c: part.tolist() for c, part in zip(labels, parts, strict=True)}
+        self.full = {c for c, is_full in zip(labels, full, strict=True) if is_full}
+        self.size, self.step = len(state["slots"]), sum(seen)
 
 
 RETENTIONS: dict[str, type[Recency] | type[ClassBalanced]] = {

@@ -8,6 +8,7 @@ say which of the two a model reads, and so what a row of the table holds.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +19,27 @@ from streamcl.features import Layout
 from streamcl.random import key_of, uniform_array
 
 
+class Shape(NamedTuple):
+    """What a model is built for: F fields, D numbers per embedding, N numerics, O outputs, units per hidden layer."""
+
+    fields: int
+    dim: int
+    numerics: int
+    outputs: int
+    hidden: tuple[int, ...]
+
+
 class Logistic(nn.Module):
     """A linear model on one weight per category and output: the baseline that is hard to beat on ids alone."""
 
     first_order, embedding = True, False
 
-    def __init__(self, fields: int, dim: int, numerics: int, outputs: int, hidden: tuple[int, ...]) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, numerics))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.weight = nn.Parameter(torch.zeros(shape.outputs, shape.numerics))
+        self.bias = nn.Parameter(torch.zeros(shape.outputs))
 
-    def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
+    def forward(self, first: Tensor, _vectors: Tensor, dense: Tensor) -> Tensor:
         out: Tensor = first.sum(1) + functional.linear(dense, self.weight, self.bias)  # (B, O)
         return out
 
@@ -38,13 +49,13 @@ class MLP(nn.Module):
 
     first_order, embedding = False, True
 
-    def __init__(self, fields: int, dim: int, numerics: int, outputs: int, hidden: tuple[int, ...]) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        widths = (fields * dim + numerics, *hidden)
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, hidden, strict=False))
-        self.head = nn.Linear(widths[-1], outputs)
+        widths = (shape.fields * shape.dim + shape.numerics, *shape.hidden)
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, shape.hidden, strict=False))
+        self.head = nn.Linear(widths[-1], shape.outputs)
 
-    def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
+    def forward(self, _first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         h = torch.cat((vectors.flatten(1), dense), 1)  # (B, F*D + N)
         for layer in self.hidden:
             h = torch.relu(layer(h))
@@ -65,11 +76,11 @@ class DeepFM(nn.Module):
 
     first_order, embedding = True, True
 
-    def __init__(self, fields: int, dim: int, numerics: int, outputs: int, hidden: tuple[int, ...]) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.linear = Logistic(fields, dim, numerics, outputs, hidden)
-        self.deep = MLP(fields, dim, numerics, outputs, hidden)
-        self.pairs = nn.Linear(dim, outputs, bias=False) if outputs > 1 else None
+        self.linear = Logistic(shape)
+        self.deep = MLP(shape)
+        self.pairs = nn.Linear(shape.dim, shape.outputs, bias=False) if shape.outputs > 1 else None
 
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         total = vectors.sum(1)  # (B, D)
@@ -84,10 +95,9 @@ MODELS: dict[str, type[Logistic] | type[MLP] | type[DeepFM]] = {"logistic": Logi
 
 def build_model(config: Config, layout: Layout) -> Logistic | MLP | DeepFM:
     """The configured model, freshly initialised from the seed alone."""
-    kind = MODELS[config.model.kind]
-    shape = (len(layout.fields), config.model.embedding_dim, len(layout.numerics), config.outputs, config.model.hidden)
+    sizes = len(layout.fields), config.model.embedding_dim, len(layout.numerics), config.outputs
     with torch.device("meta"):  # no draw from the global generator
-        model = kind(*shape)
+        model = MODELS[config.model.kind](Shape(*sizes, config.model.hidden))
     model.to_empty(device="cpu")
     for name, param in model.named_parameters():
         _initialise(name, param, config.seed)
