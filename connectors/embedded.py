@@ -87,7 +87,7 @@ class EmbeddedBroker:
         self._process.send_signal(signal.SIGCONT)  # a frozen process does not hear SIGTERM
         self._process.terminate()
         try:
-            self._process.wait(5.0)
+            self._process.wait(1.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

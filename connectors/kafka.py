@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -33,8 +34,8 @@ _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 5.0
 class KafkaSource:
     """The partitions p of every input topic with p % shard.count == shard.index, read committed.
 
-    `seek` comes before the first `poll`. At most about 3 * worker.max_records records wait per partition: above
-    2 * max_records a partition is paused, at max_records it is resumed.
+    `seek` comes before the first `poll`. Per partition at most 2 * worker.max_records records and one fetch (1 MiB)
+    wait: above 2 * max_records a partition is paused, at max_records it is resumed.
 
     Attributes:
         retries: How often polling failed because brokers were away (count).
@@ -50,14 +51,14 @@ class KafkaSource:
         self._servers, _ = client.locate(next(iter(inputs.values())))
         self._topics = {name: client.locate(url)[1] for name, url in sorted(inputs.items())}
         self._consumer = client.connect(KafkaConsumer, client.consumer_settings(self._servers, config), config)
-        self._committer: Any = None
+        self._committer = self._open_committer()
         self.retries = self.commit_failures = 0
         self._backoff_s, self._retry_at = 0.0, 0.0
         try:
             counts = client.partition_counts(self._consumer, self._topics.values(), self._servers)
             self._partitions = _assigned(self._topics, counts, config)
         except ConnectorError:
-            self._consumer.close()
+            self.close()
             raise
         self._streams = {partition: stream for stream, partition in self._partitions.items()}
         self._buffers: dict[Stream, deque[Any]] = {stream: deque() for stream in self._partitions}
@@ -118,13 +119,8 @@ class KafkaSource:
         """See `Source.commit`. Returns at once; what fails is counted and logged, for it is only a gauge."""
         offsets = {self._partitions[each]: OffsetAndMetadata(offset, "", -1) for each, offset in position.items()}
         try:
-            if self._committer is None:
-                # A client of its own: with a group, `poll` would wait for a coordinator and could fail for lack of one.
-                group = client.settings(self._servers, self._config)
-                group |= {"group_id": self._config.name, "enable_auto_commit": False, "metrics_enabled": False}
-                self._committer = client.connect(KafkaConsumer, group, self._config)
             self._committer.commit_async(offsets, callback=self._committed)
-        except (kafka_errors.KafkaError, ConnectorError) as error:
+        except kafka_errors.KafkaError as error:
             self._committed(offsets, error)
 
     def lag(self) -> Mapping[Stream, int]:
@@ -134,9 +130,14 @@ class KafkaSource:
         return False
 
     def close(self) -> None:
-        for each in (self._consumer, self._committer):
-            if each is not None:
-                each.close(timeout_ms=1000)
+        self._consumer.close(timeout_ms=1000)
+        self._committer.close(timeout_ms=1000)
+
+    def _open_committer(self) -> Any:
+        """A client of its own: with a group, `poll` would wait for a coordinator and could fail for lack of one."""
+        wanted = client.settings(self._servers, self._config) | {"group_id": self._config.name}
+        wanted |= {"enable_auto_commit": False, "metrics_enabled": False}
+        return client.connect(KafkaConsumer, wanted, self._config)
 
     def _fill(self, timeout_s: float) -> None:
         """One poll of the client into the buffers, or a piece of the back-off while brokers are away."""
@@ -145,7 +146,9 @@ class KafkaSource:
             time.sleep(min(wait_s, timeout_s))
             return
         try:
-            fetched = self._consumer.poll(timeout_ms=timeout_s * 1000)
+            # Everything it holds: a partition that is paused with a part of a fetch still inside the client can stay
+            # silent for ever after it is resumed.
+            fetched = self._consumer.poll(timeout_ms=timeout_s * 1000, max_records=sys.maxsize)
         except kafka_errors.OffsetOutOfRangeError as error:
             raise self._lost(error) from error
         except kafka_errors.KafkaError as error:

@@ -78,7 +78,6 @@ def consumer_settings(servers: str, config: Config) -> dict[str, Any]:
         "auto_offset_reset": "none",
         "allow_auto_create_topics": False,
         "fetch_max_wait_ms": round(config.kafka.fetch_max_wait_s * 1000),
-        "max_poll_records": config.worker.max_records,
         "metrics_enabled": False,
     }
 
@@ -106,19 +105,32 @@ def connect(client: Callable[..., Any], wanted: Mapping[str, Any], config: Confi
         ConnectorError: unreachable, refused, or settings that can't be; names bootstrap servers and mechanism.
     """
     deadline = time.monotonic() + config.kafka.connect_timeout_s
-    attempt_s = 1.0
+    attempt_s = 1.0  # short at first: the client itself would retry a wrong password until its time-out
     while True:
         left_s = max(deadline - time.monotonic(), 0.001)
         with _last_words() as causes:
             try:
                 return _open(client, wanted, min(attempt_s, left_s))
             except kafka_errors.KafkaError as error:
-                cause = causes[-1] if causes else error
+                causes.append(error)
             except (OSError, ValueError, RuntimeError) as error:
                 raise ConnectorError(f"{_who(wanted)}: {error}") from error
-        if isinstance(cause, _DENIED) or not transient(cause) or time.monotonic() >= deadline:
-            raise ConnectorError(f"{_who(wanted)}: {explain(cause)}") from cause
-        attempt_s *= 2  # short at first: the client itself would retry a wrong password until its time-out
+        fatal = [each for each in causes if isinstance(each, _DENIED) or not transient(each)]
+        if fatal or time.monotonic() >= deadline:
+            cause = (fatal or [each for each in causes if not _timed_out(each)] or causes)[0]
+            raise ConnectorError(f"{_who(wanted)}: {explain(cause)}{_hint(cause, wanted)}") from cause
+        attempt_s *= 2
+
+
+def _timed_out(error: Exception) -> bool:
+    return isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.RequestTimedOutError)
+
+
+def _hint(cause: Exception, wanted: Mapping[str, Any]) -> str:
+    """The client can lose the broker's last words: it drops what arrives together with the end of a connection."""
+    if "sasl_mechanism" in wanted and "disconnected" in str(cause):
+        return " while authenticating; wrong user, password or mechanism?"
+    return ""
 
 
 def _open(client: Callable[..., Any], wanted: Mapping[str, Any], timeout_s: float) -> Any:

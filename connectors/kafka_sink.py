@@ -109,7 +109,10 @@ class KafkaSink:
             "allow_auto_create_topics": False,
             "metrics_enabled": False,
         }
-        return client.connect(KafkaProducer, wanted, self._config)
+        producer = client.connect(KafkaProducer, wanted, self._config)
+        with client.plain_errors(self._url):
+            producer.partitions_for(self._topic)  # now, so that no `send` has to wait for it
+        return producer
 
     def _produce(self, message: Message) -> Any:
         value = b"" if message.value is None and message.key is None else message.value
@@ -119,7 +122,7 @@ class KafkaSink:
                 value=value,
                 key=message.key,
                 headers=list(message.headers),
-                timestamp_ms=round(message.time_s * 1000),
+                timestamp_ms=None if message.time_s is None else round(message.time_s * 1000),
             )
 
     def _wait_for_room(self, size: int) -> None:

@@ -1,0 +1,101 @@
+"""The others, on the same events, with the same duties: predict, then learn, one example at a time, one core.
+
+Each returns a `Trace`. Rates count processor seconds of this process, so that a busy machine does not lie.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from river import compose, linear_model, optim, preprocessing
+
+from streamcl.bench.quality import Trace
+from streamcl.bench.streams import LABEL, Dataset
+
+VW_BASE = "--loss_function logistic --link logistic -b 20 --quiet"
+
+
+def vowpal_wabbit_installed() -> bool:
+    return importlib.util.find_spec("vowpalwabbit") is not None
+
+
+def vowpal_wabbit(name: str, data: Dataset, arguments: str = "") -> Trace:
+    """VW's Python API: parse a line, predict, learn. `arguments` come after `VW_BASE`."""
+    from vowpalwabbit import Workspace
+
+    lines = [vw_line(data.features, payload) for payload in data.payloads]
+    vw = Workspace(f"{VW_BASE} {arguments}")
+    scores = np.empty(len(lines))
+    start = time.process_time()
+    for i, line in enumerate(lines):
+        example = vw.parse(line)
+        scores[i] = vw.predict(example)
+        vw.learn(example)
+        vw.finish_example(example)
+    cpu_s = time.process_time() - start
+    vw.finish()
+    return Trace(name, scores, cpu_s)
+
+
+def vw_line(features: Mapping[str, Any], payload: Mapping[str, Any]) -> str:
+    """A labelled example in VW's text format, one namespace for each feature, named by its first letter where unique.
+
+    Which row of the 2^20 a value hashes to depends on the namespace's name: collisions move the fourth digit of an AUC.
+    """
+    parts = [f"|{_namespace(features, name)} {_vw_value(kind, payload[name])}" for name, kind in features.items()]
+    return " ".join(["1" if payload[LABEL] else "-1", *parts])
+
+
+def _namespace(features: Mapping[str, Any], name: str) -> str:
+    return name[0] if sum(other[0] == name[0] for other in features) == 1 else name
+
+
+def _vw_value(kind: str, value: Any) -> str:
+    return f"x:{value}" if kind == "numeric" else str(value)
+
+
+RIVER_OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "sgd .1": lambda: optim.SGD(0.1),
+    "ftrl": lambda: optim.FTRLProximal(alpha=0.1, beta=1.0, l1=0.0, l2=1.0),
+}
+
+
+def river_logistic(optimizer: str, data: Dataset) -> Trace:
+    """River's LogisticRegression on `{"user=1": 1}` dicts made beforehand; numbers pass its StandardScaler."""
+    examples = [river_example(data.features, payload) for payload in data.payloads]
+    model: Any = linear_model.LogisticRegression(optimizer=RIVER_OPTIMIZERS[optimizer]())
+    if any(kind == "numeric" for kind in data.features.values()):
+        model = compose.Pipeline(preprocessing.StandardScaler(), model)
+    labels = [bool(payload[LABEL]) for payload in data.payloads]
+    scores = np.empty(len(labels))
+    start = time.process_time()
+    for i, (x, y) in enumerate(zip(examples, labels, strict=True)):
+        scores[i] = model.predict_proba_one(x).get(True, 0.5)
+        model.learn_one(x, y)
+    return Trace(f"river logistic {optimizer}", scores, time.process_time() - start)
+
+
+def river_example(features: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        **{f"{name}={payload[name]}": 1.0 for name, kind in features.items() if kind != "numeric"},
+        **{name: float(payload[name]) for name, kind in features.items() if kind == "numeric"},
+    }
+
+
+def constant(labels: Sequence[float] | NDArray[np.float64]) -> Trace:
+    """The rate of positives so far (with one of each beforehand): what knowing nothing about an event is worth."""
+    y = np.asarray(labels, dtype=np.float64)
+    before = np.concatenate([[0.0], np.cumsum(y)[:-1]])
+    scores = (before + 1) / (np.arange(len(y)) + 2)
+    return Trace("constant rate", scores)
+
+
+def no_change(labels: Sequence[float] | NDArray[np.float64]) -> Trace:
+    """The label before, again. Its scores are 0 and 1: judge it by accuracy only."""
+    y = np.asarray(labels, dtype=np.float64)
+    return Trace("no-change", np.concatenate([[0.0], y[:-1]]))

@@ -1,0 +1,76 @@
+"""How scores are judged: over a whole stream, each score given before its label was learned from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+CLAMP = 1e-6
+"""Scores are read as at least this far from 0 and 1, for everybody alike: one certain error is not infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a learner said of each event before it saw the label, scores (N,), and the processor seconds it took."""
+
+    name: str
+    scores: Floats
+    cpu_s: float = math.nan
+
+    @property
+    def events_per_s(self) -> float:
+        return len(self.scores) / self.cpu_s if self.cpu_s > 0 else float("nan")
+
+
+def auc(labels: Floats, scores: Floats) -> float:
+    """Exact area under the ROC curve, ties counted half; NaN unless both classes occur.
+
+    Source: the Mann-Whitney statistic with mid-ranks.
+    """
+    positives = float(labels.sum())
+    negatives = len(labels) - positives
+    if positives == 0 or negatives == 0:
+        return float("nan")
+    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    mid_rank = np.cumsum(count) - (count - 1) / 2
+    above = float(mid_rank[place][labels > 0].sum()) - positives * (positives + 1) / 2
+    return above / (positives * negatives)
+
+
+def losses(labels: Floats, scores: Floats) -> Floats:
+    """Log-loss in nats of every example. # (N,)"""
+    p = np.clip(scores, CLAMP, 1 - CLAMP)
+    return np.asarray(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)))
+
+
+def entropy(labels: Floats) -> float:
+    """Entropy in nats of the base rate: what the best constant, known beforehand, would lose."""
+    rate = float(np.clip(labels.mean(), CLAMP, 1 - CLAMP))
+    return float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
+
+
+def quality(labels: Floats, scores: Floats) -> dict[str, float]:
+    """AUC, normalised entropy, log-loss and accuracy (at 1/2) of the whole stream; the first two of its last half."""
+    half = len(labels) // 2
+    loss = losses(labels, scores)
+    return {
+        "auc": auc(labels, scores),
+        "ne": float(loss.mean()) / entropy(labels),
+        "log_loss": float(loss.mean()),
+        "last_half_auc": auc(labels[half:], scores[half:]),
+        "last_half_ne": float(loss[half:].mean()) / entropy(labels[half:]),
+        "accuracy": float(np.mean((scores >= 0.5) == (labels > 0.5))),
+    }
+
+
+def blocks(values: Floats, count: int = 50) -> tuple[Sequence[float], Sequence[float]]:
+    """(end of block in events, mean of block) of `count` equal blocks; a rest that fills no block is left out."""
+    width = max(1, len(values) // count)
+    means = values[: len(values) // width * width].reshape(-1, width).mean(axis=1)
+    return [float(width * (i + 1)) for i in range(len(means))], [float(mean) for mean in means]

@@ -1,0 +1,162 @@
+"""What is streamed: recorded streams from a folder, and synthetic ones whose best possible loss is known."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from streamcl.bench.quality import Floats
+from streamcl.protocols import StreamclError
+
+ML_100K = "ml-100k/ml-100k.inter.gz"
+ELEC = "elec.csv.gz"
+ELEC_STEP_S = 1800.0  # one row for each half hour
+
+LABEL, TIME = "label", "time"
+
+
+class DataError(StreamclError):
+    """A recorded stream that is not there, or is not what it should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A finite stream of labelled events, in the order in which they are to be learned.
+
+    `payloads` hold the features, `time` (seconds, never falling) and `label` (0 or 1). `features` is the
+    configuration's table of that name. `best_losses` (N,) is the expected log-loss, in nats, of the true
+    probabilities, where they are known: nobody can do better on average.
+    """
+
+    name: str
+    features: Mapping[str, Any]
+    payloads: Sequence[Mapping[str, Any]]
+    best_losses: Floats | None = field(default=None, repr=False)
+
+    def labels(self) -> Floats:
+        return np.array([payload[LABEL] for payload in self.payloads], dtype=np.float64)
+
+    def first(self, count: int) -> Dataset:
+        best = None if self.best_losses is None else self.best_losses[:count]
+        return Dataset(self.name, self.features, self.payloads[:count], best)
+
+    def messages(self) -> Iterator[bytes]:
+        return (orjson.dumps(payload) for payload in self.payloads)
+
+
+def recorded(name: str, folder: Path | None) -> Dataset:
+    """The recorded stream `name`. Raises DataError naming the file that is missing."""
+    path, read = {"ml-100k": (ML_100K, ml_100k), "elec": (ELEC, elec)}[name]
+    if folder is None:
+        raise DataError(f"stream {name} is recorded: --data DIR must name the folder that holds {path}")
+    if not (folder / path).is_file():
+        raise DataError(f"{folder / path}: no such file; --data DIR must name the folder that holds {path}")
+    return read(folder / path)
+
+
+def ml_100k(path: Path) -> Dataset:
+    """MovieLens-100k in time order (stable: ties in file order); who and what only; label = rating of 4 or 5.
+
+    Columns of the file, tab-separated, under a header: user_id, item_id, rating, timestamp.
+    """
+    rows = list(csv.reader(_lines(path), delimiter="\t"))[1:]
+    rows.sort(key=lambda row: float(row[3]))
+    payloads = [
+        {"user": user, "item": item, TIME: float(time), LABEL: int(float(rating) >= 4)}
+        for user, item, rating, time in rows
+    ]
+    return Dataset("ml-100k", {"user": "categorical", "item": "categorical"}, payloads)
+
+
+def elec(path: Path) -> Dataset:
+    """Elec2: does the price in New South Wales stand above its mean of the last day? One row for each half hour.
+
+    Beware: labels are runs; saying the last label again (no-change) is right in 85 % of the rows.
+    """
+    rows = list(csv.DictReader(_lines(path)))
+    names = [name for name in rows[0] if name != "class"]
+    payloads = [
+        {**{name: float(row[name]) for name in names}, TIME: i * ELEC_STEP_S, LABEL: int(row["class"])}
+        for i, row in enumerate(rows)
+    ]
+    return Dataset("elec", dict.fromkeys(names, "numeric"), payloads)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return file.read().splitlines()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+SYNTHETIC = ("stationary", "drifting", "switching", "recurring", "sparse")
+CARDINALITIES = (10, 20, 40)
+SPARSE = (1000, 2000, 4000)
+LATENT = 3
+SEGMENTS = 4
+BIAS = -0.8
+
+
+def synthetic(kind: str, events: int, seed: int) -> Dataset:
+    """Categorical click logs whose true probabilities are known; the same for the same arguments.
+
+    Three fields; value = ⌊cardinality · u^1.5⌋, so that few values are frequent; logit = bias + a weight for each value
+    + products of latent vectors for each pair of values. How that moves:
+
+    - `stationary`: not at all.
+    - `drifting`: it turns without a pause, by half a turn over the stream: in the end the opposite is true.
+    - `switching`: two concepts, A-B-A-B in four equal segments, and nothing in an event tells which: what was learned
+      in A contradicts B.
+    - `recurring`: A-B-A-B too, but each concept has values of its own in the first field (another season, other items):
+      A and B contradict each other only where a model mixes them up.
+    - `sparse`: stationary, with so many values that most are seen a few times only.
+    """
+    if kind not in SYNTHETIC:
+        raise DataError(f"no synthetic stream {kind!r}; there are: {', '.join(SYNTHETIC)}")
+    rng = np.random.default_rng([seed, *kind.encode()])
+    sizes = SPARSE if kind == "sparse" else CARDINALITIES
+    values = [np.floor(size * rng.random(events) ** 1.5).astype(np.int64) for size in sizes]
+    first, second = _concept(rng, sizes, values), _concept(rng, sizes, values)
+    progress = np.arange(events, dtype=np.float64) / max(events, 1)
+    which = np.floor(progress * SEGMENTS).astype(np.int64) % 2  # 0 for A, 1 for B
+    logit = BIAS + _mixed(kind, progress, which, first, second)
+    p = 1 / (1 + np.exp(-logit))
+    labels = (rng.random(events) < p).astype(int)
+    texts = [[str(value) for value in column] for column in values]
+    if kind == "recurring":
+        texts[0] = [f"{'AB'[concept]}{text}" for concept, text in zip(which, texts[0], strict=True)]
+    names = [f"f{place}" for place in range(len(sizes))]
+    payloads = [
+        {**dict(zip(names, row, strict=True)), TIME: float(i), LABEL: int(labels[i])}
+        for i, row in enumerate(zip(*texts, strict=True))
+    ]
+    best = -(p * np.log(p) + (1 - p) * np.log1p(-p))
+    return Dataset(kind, dict.fromkeys(names, "categorical"), payloads, best)
+
+
+def _concept(rng: np.random.Generator, sizes: Sequence[int], values: Sequence[NDArray[np.int64]]) -> Floats:
+    """The logit (N,) that one draw of weights and latent vectors gives each event, but for the bias."""
+    weights = [rng.normal(0, 0.3, size)[column] for size, column in zip(sizes, values, strict=True)]
+    latents = [rng.normal(0, 1, (size, LATENT))[column] for size, column in zip(sizes, values, strict=True)]
+    products = sum((a * b).sum(axis=1) for a, b in combinations(latents, 2))
+    scale = 1.2 / np.sqrt(LATENT * len(sizes) * (len(sizes) - 1) / 2)
+    return np.asarray(sum(weights) + scale * products, np.float64)
+
+
+def _mixed(kind: str, progress: Floats, which: NDArray[np.int64], first: Floats, second: Floats) -> Floats:
+    """What is true at each event, of the two concepts. # (N,)"""
+    if kind == "drifting":
+        return np.asarray(np.cos(np.pi * progress) * first + np.sin(np.pi * progress) * second, np.float64)
+    if kind in ("switching", "recurring"):
+        return np.where(which == 0, first, second)
+    return first

@@ -1,0 +1,239 @@
+"""The demo's report: one HTML file with its plots inside. It loads nothing, and follows the reader's light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from streamcl.demo.ledger import BEFORE, FREEZE_AT, Ledger
+from streamcl.demo.view import clock, number
+
+INK = "#010203"  # drawn in this, then replaced by the page's own text colour
+LIVE, FROZEN, BAYES, DRIFT, ALARM = "#3b82f6", "#e08a1e", "#16a085", "#dc4c4c", "#9b59d0"
+SLICES = 60
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "streamcl", "font.family": "sans-serif", "font.size": 11,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": INK, "grid.alpha": 0.12, "axes.grid": True,
+    "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+}  # fmt: skip
+
+
+def write_report(path: Path, ledger: Ledger, summary: Mapping[str, Any]) -> Path:
+    """Write the page; `summary` is what `Result.summary` returned. Returns the path."""
+    with mpl.rc_context(STYLE):
+        loss, calibration = _svg(loss_plot(ledger), "loss"), _svg(calibration_plot(ledger), "calibration")
+    page = Template(PAGE).substitute(
+        subtitle=escape(_subtitle(summary)),
+        cards=_cards(summary),
+        loss=loss,
+        calibration=calibration,
+        figures=_figures(summary),
+        drift=_drift(summary, ledger),
+        run=_run(summary),
+        freeze=f"{FREEZE_AT:.0%}",
+        before=f"{BEFORE:,}",
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def loss_plot(ledger: Ledger) -> Figure:
+    """Prequential log-loss along the stream: live, frozen, best possible; true drifts and alarms marked."""
+    curve, figure = ledger.curve(SLICES), Figure(figsize=(9.6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for point in ledger.simulation.drift_points:
+        axes.axvline(point.impression, color=DRIFT, linestyle="--", linewidth=1.4)
+        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (5, -4)}
+        axes.annotate(point.name, (point.impression, 1.0), color=DRIFT, va="top", fontsize=9.5, **where)
+    axes.plot(curve.impression, curve.base_rate, color=INK, alpha=0.45, linestyle=":", label="base rate (NE = 1)")
+    axes.plot(curve.impression, curve.frozen, color=FROZEN, linewidth=2, label=f"frozen after {FREEZE_AT:.0%}")
+    axes.plot(curve.impression, curve.live, color=LIVE, linewidth=2.4, label="live model")
+    axes.plot(curve.impression, curve.bayes, color=BAYES, linewidth=2, label="best possible")
+    alarms = [alarm.impression for alarm in ledger.alarms]
+    axes.plot(alarms, [0.02] * len(alarms), "^", color=ALARM, markersize=9, label="drift alarm",
+              transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
+    axes.set(xlabel="impression", ylabel="log-loss (nats)", xlim=(0, len(ledger.label)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside upper center", ncols=5)
+    return figure
+
+
+def deciles(ledger: Ledger) -> list[tuple[float, float, float]]:
+    """(mean score, click rate, its standard error) of the settled impressions in ten equal groups by live score."""
+    scores, labels = ledger.live[: ledger.settled], ledger.label[: ledger.settled]
+    groups = [group for group in np.array_split(np.argsort(scores, kind="stable"), 10) if len(group)]
+    rows = [(float(scores[g].mean()), float(labels[g].mean()), len(g)) for g in groups]
+    return [(score, rate, float(np.sqrt(rate * (1 - rate) / n))) for score, rate, n in rows]
+
+
+def calibration_plot(ledger: Ledger) -> Figure:
+    figure = Figure(figsize=(4.8, 4.4), layout="constrained")
+    axes, rows = figure.subplots(), deciles(ledger)
+    top = 1.08 * max([0.1, *(max(score, rate + 2 * error) for score, rate, error in rows)])
+    axes.plot([0, top], [0, top], color=INK, alpha=0.45, linestyle=":", label="perfect")
+    if rows:
+        score, rate, error = (list(column) for column in zip(*rows, strict=True))
+        bars = [2 * each for each in error]
+        axes.errorbar(score, rate, yerr=bars, fmt="o-", color=LIVE, capsize=3, label="live model (± 2 standard errors)")
+    axes.set(xlabel="mean predicted probability", ylabel="observed click rate", xlim=(0, top), ylim=(0, top))
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an element of a page: no prologue, no metadata, ids of its own, the page's text colour."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+
+
+def _subtitle(summary: Mapping[str, Any]) -> str:
+    ended = "" if summary["finished"] else " Interrupted: what follows covers the part that ran."
+    return (
+        f"{summary['impressions']:,} impressions through {summary['transport']}, seed {summary['seed']}, "
+        f"in {clock(summary['seconds'])} minutes.{ended}"
+    )
+
+
+def _cards(summary: Mapping[str, Any]) -> str:
+    last = summary["last_tenth"]
+    cards = (
+        ("log-loss, last tenth", last["live"]["log_loss"], f"{number(last['frozen']['log_loss'])} if frozen"),
+        ("NE, last tenth", last["live"]["ne"], f"{number(last['bayes']['ne'])} is the best possible"),
+        ("AUC, last tenth", last["live"]["auc"], f"{number(last['frozen']['auc'])} if frozen"),
+        ("log-loss at the start", summary["before_learning"]["log_loss"], f"first {BEFORE:,} impressions"),
+    )
+    return "".join(
+        f'<div class="card"><span>{title}</span><b>{number(value)}</b><small>{note}</small></div>'
+        for title, value, note in cards
+    )
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    names = {"live": "live model", "frozen": "frozen model", "bayes": "best possible"}
+    parts = (("whole stream", summary["whole_stream"]), ("last tenth", summary["last_tenth"]))
+    keys = ("log_loss", "ne", "auc", "calibration")
+    rows = [
+        (part, names[name], *(number(values[name][key]) for key in keys)) for part, values in parts for name in names
+    ]
+    return _table(("", "", "log-loss", "NE", "AUC", "calibration"), rows)
+
+
+def _drift(summary: Mapping[str, Any], ledger: Ledger) -> str:
+    rows = []
+    for point in summary["drift_points"]:
+        place = f"{point['impression']:,}"
+        answer = next((a for a in summary["alarms"] if a["drift"] == point["name"] and not a["repeat"]), None)
+        if answer:
+            delay = f"{answer['after_impressions']:,} impressions, {answer['after_s'] / 60:.0f} min of event time"
+        else:
+            delay = "no alarm" if point["impression"] < ledger.seen else "not reached"
+        rows.append((place, escape(point["name"]), f"{answer['impression']:,}" if answer else "-", delay))
+    others = [alarm for alarm in summary["alarms"] if alarm["drift"] is None or alarm["repeat"]]
+    rows += [("-", _other(alarm), f"{alarm['impression']:,}", "-") for alarm in others]
+    return _table(("true drift at", "what changed", "alarm at", "delay"), rows)
+
+
+def _other(alarm: Mapping[str, Any]) -> str:
+    return "none: a false alarm" if alarm["drift"] is None else f"again: {escape(alarm['drift'])}"
+
+
+def _run(summary: Mapping[str, Any]) -> str:
+    rows = [
+        ("impressions answered", f"{summary['impressions']:,}"),
+        ("with an outcome (labelled)", f"{summary['labelled']:,}"),
+        ("still waiting for a label at the end", f"{summary['tickets_waiting']:,}"),
+        ("labels that differ from the simulator's truth", f"{summary['labels_unlike_truth']:,}"),
+        ("click rate", number(summary["click_rate"])),
+        ("events per second, wall time", f"{summary['events_per_s']:,.0f}"),
+        *((f"counted as {escape(name)}", f"{count:,}") for name, count in sorted(summary["counts"].items())),
+    ]
+    return _table(("", ""), rows)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    def line(cells: Iterable[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+    titles = line(head, "th") if any(head) else ""
+    return f'<div class="wide"><table>{titles}{"".join(line(row, "td") for row in rows)}</table></div>'
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>streamcl demo report</title>
+<style>
+:root { color-scheme: light dark; --page: #f6f7f9; --sheet: #ffffff; --ink: #1c2430; --soft: #667085; --line: #e3e6ea; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #11151b; --sheet: #1a2028; --ink: #e6eaf0; --soft: #98a2b3; --line: #2c3440; }
+}
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1000px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { margin: 0; font-size: 1.7rem; } h2 { margin: 0 0 .6rem; font-size: 1.1rem; }
+p { margin: .4rem 0; } .soft { color: var(--soft); }
+section, .card { background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.3rem; }
+section { margin-top: 1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 1rem; margin-top: 1.4rem; }
+.card span, .card small { display: block; color: var(--soft); } .card b { font-size: 1.8rem; line-height: 1.3; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 0 1rem; }
+svg { width: 100%; height: auto; display: block; } svg text { font-family: system-ui, sans-serif !important; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
+th { text-align: left; color: var(--soft); font-weight: 500; }
+th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); } tr:last-child td { border-bottom: 0; }
+</style>
+</head>
+<body>
+<main>
+<h1>streamcl demo</h1>
+<p class="soft">$subtitle</p>
+<div class="cards">$cards</div>
+<section>
+<h2>Learning along the stream</h2>
+$loss
+<p class="soft">Every impression is scored before its label is known, then learned from. The frozen model is a copy of
+the live one that stopped learning after $freeze of the impressions. The best possible loss is that of the simulator's
+own click probabilities, which no model is shown.</p>
+</section>
+<div class="pair">
+<section>
+<h2>Calibration by decile of the score</h2>
+$calibration
+</section>
+<section>
+<h2>Figures</h2>
+$figures
+<p class="soft">Log-loss in nats. NE is log-loss over the entropy of the base rate, lower is better. Calibration is
+predicted over observed clicks, 1 is right. &ldquo;At the start&rdquo; means the first $before impressions, when clicks
+had come in but hardly any window had closed without one.</p>
+</section>
+</div>
+<section>
+<h2>Drift</h2>
+$drift
+<p class="soft">An alarm can't come at once: non-clicks are known only when their attribution window closes.</p>
+</section>
+<section>
+<h2>The run</h2>
+$run
+</section>
+</main>
+</body>
+</html>
+"""

@@ -1,0 +1,319 @@
+"""The source and `check` on real brokers: what a fake can't show."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+
+from connectors import kafka, kafka_client
+from connectors.kafka import KafkaSource
+from streamcl.config import Config
+from streamcl.protocols import ConnectorError
+from streamcl.records import Message, Record, Stream
+
+if TYPE_CHECKING:
+    from tests.kafka.conftest import Cluster
+
+EVENTS, LABELS = Stream("events", 0), Stream("labels", 0)
+
+
+def _source(config: Config) -> KafkaSource:
+    return kafka.open_source(config.inputs, config)
+
+
+def _take(source: KafkaSource, count: int, only: Stream | None = None) -> list[Record]:
+    """The next `count` records, within 20 s."""
+    taken: list[Record] = []
+    deadline = time.monotonic() + 20
+    while len(taken) < count and time.monotonic() < deadline:
+        taken += source.poll(min(100, count - len(taken)), 1.0, only)
+    return taken
+
+
+def test_what_the_sink_sends_the_source_delivers_unchanged(cluster: Cluster) -> None:
+    config = cluster.config(cluster.topic(2))
+    sink, source = kafka.open_sink(config.events.url, config), _source(config)
+    sent = [Message(b"v%d" % i, b"k%d" % (i % 3), (("h", b"\x00"), ("h", b"2")), 1e9 + i / 1000) for i in range(20)]
+    sink.send([*sent, Message(None, b"gone", (), 1e9 + 1)])
+    sink.flush()
+    source.seek({})
+    records = _take(source, 21)
+    found = [Message(record.value, record.key, record.headers, record.time_s) for record in records]
+    assert sorted(found, key=lambda message: message.time_s or 0.0) == [*sent, Message(None, b"gone", (), 1e9 + 1)]
+    for key in (b"k0", b"k1", b"k2"):
+        assert len({record.origin.partition for record in records if record.key == key}) == 1
+    assert {record.topic for record in records} == {kafka_client.locate(config.events.url)[1]}
+    sink.close()
+    source.close()
+
+
+def test_a_source_continues_where_it_is_sought_to(cluster: Cluster) -> None:
+    topic = cluster.topic(2)
+    cluster.produce(topic, [(i % 2, b"%d" % i, i) for i in range(20)])
+    source = _source(cluster.config(topic))
+    position = {Stream("events", 0): 7, Stream("events", 1): 9}
+    for _ in range(2):  # also a second time, with records of the first in the buffers
+        assert source.seek(position) == position
+        assert [record.value for record in _take(source, 4)] == [b"14", b"16", b"18", b"19"]
+    assert source.seek({Stream("events", 1): 10}) == {Stream("events", 0): 0, Stream("events", 1): 10}
+    assert [record.value for record in _take(source, 10)] == [b"%d" % i for i in range(0, 20, 2)]
+    source.close()
+
+
+def test_a_backlog_of_events_and_labels_comes_in_the_order_of_time(cluster: Cluster) -> None:
+    events, labels = cluster.topic(2), cluster.topic(2)
+    cluster.produce(events, [(i % 2, b"e%d" % i, 10 * i) for i in range(300)])
+    cluster.produce(labels, [(i % 2, b"l%d" % i, 10 * i + 5) for i in range(300)])
+    source = _source(cluster.config(events, labels, worker={"max_records": 20}))
+    source.seek({})
+    assert [r.value for r in _take(source, 600)] == [b"%s%d" % (kind, i) for i in range(300) for kind in (b"e", b"l")]
+    source.close()
+
+
+def test_only_reads_one_stream(cluster: Cluster) -> None:
+    events, labels = cluster.topic(), cluster.topic()
+    cluster.produce(events, [(0, b"e", 5)] * 3)
+    cluster.produce(labels, [(0, b"l", 1)] * 3)
+    source = _source(cluster.config(events, labels))
+    source.seek({})
+    assert [record.value for record in _take(source, 2, EVENTS)] == [b"e", b"e"]
+    assert [record.value for record in _take(source, 4)] == [b"l", b"l", b"l", b"e"]
+    source.close()
+
+
+def test_a_shard_holds_its_partitions_of_every_input(broker: Cluster) -> None:
+    events, labels = broker.topic(5), broker.topic(5)
+    held: list[Stream] = []
+    for index in range(2):
+        source = _source(broker.config(events, labels, shard={"index": index, "count": 2}))
+        assert {stream.partition % 2 for stream in source.streams()} == {index}
+        held += source.streams()
+        source.close()
+    assert sorted(held) == [Stream(name, number) for name in ("events", "labels") for number in range(5)]
+    with pytest.raises(ConnectorError, match="shard 5 of 6 has no partition"):
+        _source(broker.config(events, shard={"index": 5, "count": 6}))
+
+
+def test_latest_starts_at_the_end(cluster: Cluster) -> None:
+    topic = cluster.topic()
+    cluster.produce(topic, [(0, b"old", 1)] * 10)
+    source = _source(cluster.config(topic, kafka={"start_at": "latest"}))
+    assert source.seek({}) == {EVENTS: 10}
+    cluster.produce(topic, [(0, b"new", 1)])
+    assert [record.value for record in _take(source, 1)] == [b"new"]
+    source.close()
+
+
+def test_a_missing_topic_is_named_and_not_made(cluster: Cluster) -> None:
+    missing = cluster.name()
+    for _ in range(2):
+        with pytest.raises(ConnectorError, match=f"{missing}: no such topic"):
+            _source(cluster.config(missing))
+
+
+def test_inputs_with_different_partition_counts_are_refused(broker: Cluster) -> None:
+    events, labels = broker.topic(2), broker.topic(3)
+    with pytest.raises(ConnectorError, match=f"equally many partitions.*{events} has 2, {labels} has 3"):
+        _source(broker.config(events, labels))
+
+
+def test_an_unreachable_broker_is_an_error_after_the_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        closed = f"127.0.0.1:{taken.getsockname()[1]}"
+    url = f"kafka://{closed}/clicks"
+    kafka_settings = {"connect_timeout_s": 0.5}
+    config = Config.parse(
+        {"name": "a", "events": {"url": url, "label": "y"}, "features": {"x": "numeric"}, "kafka": kafka_settings}
+    )
+    began = time.monotonic()
+    for attempt in (_source, lambda config: kafka.open_sink(url, config), lambda config: kafka.check([url], config)):
+        with pytest.raises(ConnectorError, match=rf"kafka://{closed} \(PLAINTEXT\): no broker could be reached"):
+            attempt(config)
+    assert 1.5 <= time.monotonic() - began < 6
+
+
+def test_a_position_above_the_end_is_an_error_that_names_it(cluster: Cluster) -> None:
+    topic = cluster.topic(2)
+    cluster.produce(topic, [(1, b"v", 1)] * 3)
+    source = _source(cluster.config(topic))
+    source.seek({Stream("events", 1): 3})
+    with pytest.raises(ConnectorError, match=f"{topic} partition 1: offset 4 is wanted, available are 0 to 3: .*anew"):
+        source.seek({Stream("events", 1): 4})
+    source.close()
+
+
+def _delete_up_to(cluster: Cluster, topic: str, offset: int) -> None:
+    admin = KafkaAdminClient(bootstrap_servers=cluster.bootstrap)
+    admin.delete_records({TopicPartition(topic, 0): offset})
+    admin.close()
+
+
+def test_a_position_that_retention_overtook_is_an_error_that_names_it(apache_kafka: Cluster) -> None:
+    topic = apache_kafka.topic()
+    apache_kafka.produce(topic, [(0, b"v", 1)] * 10)
+    source = _source(apache_kafka.config(topic))
+    source.seek({})
+    _delete_up_to(apache_kafka, topic, 4)
+    expected = f"{topic} partition 0: offset 0 is wanted, available are 4 to 10: retention"
+    with pytest.raises(ConnectorError, match=expected):
+        _take(source, 1)
+    with pytest.raises(ConnectorError, match=expected):
+        source.seek({EVENTS: 0})
+    assert source.seek({}) == {EVENTS: 4}
+    source.close()
+
+
+def test_lag_is_shown_and_reaches_zero_behind_transactions(cluster: Cluster) -> None:
+    topic = cluster.topic()
+    producer = KafkaProducer(bootstrap_servers=cluster.bootstrap, transactional_id=topic)
+    producer.init_transactions()
+    for _ in range(3):
+        producer.begin_transaction()
+        producer.send(topic, b"v", partition=0)
+        producer.commit_transaction()
+    producer.close()
+    source = _source(cluster.config(topic))
+    source.seek({})
+    assert source.lag() == {EVENTS: 6}  # the markers count until they have been passed
+    assert len(_take(source, 3)) == 3
+    source.poll(1, 0.5)
+    assert source.lag() == {EVENTS: 0}
+    source.close()
+
+
+def test_what_is_committed_can_be_seen_by_lag_tools(cluster: Cluster) -> None:
+    config = cluster.config(cluster.topic())
+    source = _source(config)
+    source.seek({})
+    admin = KafkaAdminClient(bootstrap_servers=cluster.bootstrap)
+    partition = TopicPartition(kafka_client.locate(config.events.url)[1], 0)
+    for offset in (3, 5):
+        for _ in range(100):  # the first ones may fail: a broker makes the topic of its groups when it is first asked
+            source.commit({EVENTS: offset})
+            time.sleep(0.05)
+            found = admin.list_group_offsets({config.name: [partition]})[config.name]
+            if partition in found and found[partition].offset == offset:
+                break
+        assert found[partition].offset == offset
+    admin.close()
+    source.close()
+
+
+def test_a_frozen_broker_costs_time_but_no_record(cluster: Cluster) -> None:
+    topic = cluster.topic()
+    config = cluster.config(topic)
+    sink, source = kafka.open_sink(config.events.url, config), _source(config)
+    source.seek({})
+    sink.send([Message(b"%d" % i) for i in range(100)])
+    before = source.poll(1000, 1.0)
+    with cluster.frozen():
+        sink.send([Message(b"%d" % i) for i in range(100, 200)])
+        source.poll(1, 0.0)
+        source.commit({EVENTS: 1})  # does not wait
+        began = time.monotonic()
+        during = source.poll(1000, 0.5)
+        assert time.monotonic() - began < 1.5
+        time.sleep(1.5)
+    sink.flush()
+    records = [*before, *during]
+    records += _take(source, 200 - len(records))
+    assert [record.origin.offset for record in records] == list(range(200))
+    assert [record.value for record in records] == [b"%d" % i for i in range(200)]
+    sink.close()
+    source.close()
+
+
+def test_check_tells_what_it_found(cluster: Cluster) -> None:
+    events, labels = cluster.topic(2), cluster.topic(2)
+    cluster.produce(events, [(1, b"v", 1)] * 3)
+    config = cluster.config(events, labels)
+    found = kafka.check([*config.inputs.values(), config.dead_letters_url], config)
+    assert found == [
+        "crc32c is installed",
+        f"{cluster.url}/{events}: 2 partition(s), offsets 0: 0 to 0, 1: 0 to 3",
+        f"{cluster.url}/{labels}: 2 partition(s), offsets 0: 0 to 0, 1: 0 to 0",
+        f"{config.dead_letters_url}: will be made",
+    ]
+
+
+@pytest.fixture
+def secure(apache_kafka: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cluster, dict[str, Any]]]:
+    """A broker that wants a password, and the settings that give it."""
+    monkeypatch.setenv("TEST_KAFKA_PASSWORD", "right-Horse-battery")
+    yield (
+        apache_kafka,
+        {
+            "security_protocol": "SASL_PLAINTEXT",
+            "sasl_mechanism": "PLAIN",
+            "sasl_username": "worker",
+            "sasl_password_env": "TEST_KAFKA_PASSWORD",
+        },
+    )
+
+
+def _behind_password(cluster: Cluster, topic: str, sasl: dict[str, Any]) -> Config:
+    events = {"url": f"kafka://{cluster.sasl}/{topic}", "label": "y"}
+    return cluster.config(topic, events=events, kafka=sasl | {"connect_timeout_s": 3.0})
+
+
+def test_the_password_comes_from_the_environment_or_a_file(
+    secure: tuple[Cluster, dict[str, Any]], tmp_path: Any
+) -> None:
+    cluster, sasl = secure
+    topic = cluster.topic()
+    (tmp_path / "password").write_text("right-Horse-battery\n")
+    from_file = sasl | {"sasl_password_env": None, "sasl_password_file": tmp_path / "password"}
+    for each in (sasl, from_file):
+        source = _source(_behind_password(cluster, topic, each))
+        assert source.seek({}) == {EVENTS: 0}
+        source.close()
+
+
+def test_a_wrong_password_is_refused_and_never_shown(
+    secure: tuple[Cluster, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster, sasl = secure
+    config = _behind_password(cluster, cluster.topic(), sasl)
+    monkeypatch.setenv("TEST_KAFKA_PASSWORD", "wrong-Horse-battery")
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConnectorError) as refused:
+        _source(config)
+    text = str(refused.value)
+    assert text.startswith(f"kafka://{cluster.sasl} (SASL_PLAINTEXT PLAIN as 'worker'): ")
+    assert "authentication refused" in text or "while authenticating; wrong user, password" in text
+    assert "Horse" not in text + repr(refused.value.__cause__) + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"sasl_password_env": "TEST_KAFKA_UNSET"}, "TEST_KAFKA_UNSET is not set"),
+        ({"sasl_password_env": None}, "SASL needs kafka.sasl_password_env or kafka.sasl_password_file"),
+        ({"sasl_password_env": None, "sasl_password_file": "missing"}, "sasl_password_file: missing: FileNotFound"),
+        (
+            {"sasl_mechanism": "SCRAM-SHA-256"},
+            "SCRAM-SHA-256.*(authentication refused|wrong user, password or mechanism)",
+        ),
+    ],
+)
+def test_what_is_missing_for_sasl_is_named(
+    secure: tuple[Cluster, dict[str, Any]], settings: dict[str, Any], expected: str
+) -> None:
+    cluster, sasl = secure
+    with pytest.raises(ConnectorError, match=expected):
+        _source(_behind_password(cluster, cluster.topic(), sasl | settings))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["kafka://h:1", "kafka://h:1/", "kafka:///topic", "kafka://h:1/a/b", "http://h:1/t", "kafka://u:Secret@h:1/t"],
+)
+def test_a_malformed_url_is_refused_without_showing_credentials(url: str) -> None:
+    with pytest.raises(ConnectorError, match=r"not of the form kafka://|credentials belong in") as refused:
+        kafka_client.locate(url)
+    assert "Secret" not in str(refused.value)

@@ -1,0 +1,196 @@
+"""The sink: nothing lost, nothing unbounded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kafka import errors as kafka_errors
+
+from connectors import kafka, kafka_client, kafka_sink
+from connectors.kafka_sink import KafkaSink
+from streamcl.config import Config
+from streamcl.protocols import BadInput, ConnectorError
+from streamcl.records import Message
+
+if TYPE_CHECKING:
+    from tests.kafka.conftest import Cluster
+
+URL = "kafka://fake:1/out"
+
+
+class FakeFuture:
+    """Settled when it is waited for: a send is either stored or fails with `error`."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.exception, self.is_done = error, False
+
+    def get(self, timeout_s: float) -> None:
+        self.is_done = True
+        if self.exception is not None:
+            raise self.exception
+
+    def failed(self) -> bool:
+        return self.is_done and self.exception is not None
+
+    def succeeded(self) -> bool:
+        return self.is_done and self.exception is None
+
+
+class FakeProducer:
+    """Stores what it is sent, unless the next of `faults` is an error; once it has failed it fails for ever."""
+
+    def __init__(self, stored: list[bytes], faults: Iterator[Exception | None]) -> None:
+        self.stored, self.faults = stored, faults
+        self.broken: Exception | None = None
+
+    def send(self, _topic: str, *, value: bytes, **_: Any) -> FakeFuture:
+        self.broken = self.broken or next(self.faults, None)
+        if self.broken is None:
+            self.stored.append(value)
+        return FakeFuture(self.broken)
+
+    def partitions_for(self, topic: str) -> set[int]:
+        return {0}
+
+    def close(self, timeout: float) -> None:
+        pass
+
+
+def _config(**kafka_settings: Any) -> Config:
+    events = {"url": "kafka://fake:1/in", "label": "y"}
+    return Config.parse({"name": "a", "events": events, "features": {"x": "numeric"}, "kafka": kafka_settings})
+
+
+@pytest.fixture
+def patched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No broker: topics exist, and a rebuild does not wait."""
+    monkeypatch.setattr(kafka_client, "ensure_topic", lambda *_: 1)
+    monkeypatch.setattr(kafka_sink, "_BACKOFF_S", 0.0)
+    return monkeypatch
+
+
+def _fake(patched: pytest.MonkeyPatch, faults: list[Exception | None], **kafka_settings: Any) -> Any:
+    stored: list[bytes] = []
+    script = iter(faults)
+    patched.setattr(kafka_client, "connect", lambda *_: FakeProducer(stored, script))
+    return KafkaSink(URL, _config(**kafka_settings)), stored
+
+
+@given(st.lists(st.booleans(), max_size=30), st.integers(1, 40), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_whatever_breaks_for_a_while_every_message_is_stored_in_order(
+    broken: list[bool], count: int, room: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kafka_client, "ensure_topic", lambda *_: 1)
+        patch.setattr(kafka_sink, "_BACKOFF_S", 0.0)
+        faults = [kafka_errors.NotEnoughReplicasError() if each else None for each in broken]
+        sink, stored = _fake(patch, faults, max_inflight_records=room)
+        values = [b"%d" % number for number in range(count)]
+        for value in values:
+            sink.send([Message(value)])
+            assert sink.inflight_records <= room
+        sink.flush()
+    first = {value: stored.index(value) for value in values}
+    assert sorted(values, key=first.__getitem__) == values  # repeated perhaps, but never overtaken the first time
+    assert sink.inflight_records == sink.inflight_bytes == 0
+    assert sink.rebuilds <= sum(broken)
+
+
+def test_a_refusal_is_an_error_and_not_retried(patched: pytest.MonkeyPatch) -> None:
+    sink, _ = _fake(patched, [kafka_errors.TopicAuthorizationFailedError("out")])
+    sink.send([Message(b"v")])
+    with pytest.raises(ConnectorError, match=rf"{URL}: 1 messages are not acknowledged.*not authorised"):
+        sink.flush()
+    assert sink.rebuilds == 0
+
+
+def test_a_fault_that_stays_is_an_error_after_the_delivery_timeout(patched: pytest.MonkeyPatch) -> None:
+    sink, _ = _fake(patched, [kafka_errors.NotEnoughReplicasError()] * 10**6, delivery_timeout_s=0.2)
+    sink.send([Message(b"v")])
+    began = time.monotonic()
+    with pytest.raises(ConnectorError, match=r"delivery_timeout_s is 0.2"):
+        sink.flush()
+    assert 0.2 <= time.monotonic() - began < 2
+
+
+def test_a_message_over_the_limit_is_bad_input_and_nothing_is_sent(patched: pytest.MonkeyPatch) -> None:
+    sink, stored = _fake(patched, [], max_request_bytes=1024)
+    sink.send([Message(b"x" * 800)])
+    with pytest.raises(BadInput, match=rf"{URL}: a message of \d+ bytes, kafka.max_request_bytes is 1024") as refused:
+        sink.send([Message(b"fits"), Message(b"x" * 800, b"k" * 100, (("h", b"y" * 100),))])
+    assert refused.value.reason == "too_large"
+    assert stored == [b"x" * 800]
+
+
+@given(st.binary(max_size=300), st.none() | st.binary(max_size=300), st.lists(st.tuples(st.text(), st.binary())))
+@settings(max_examples=200, deadline=None)
+def test_our_size_is_never_below_the_clients(value: bytes, key: bytes | None, headers: list[tuple[str, bytes]]) -> None:
+    from kafka.record.memory_records import MemoryRecordsBuilder
+
+    theirs = MemoryRecordsBuilder(magic=2, compression_type=0, batch_size=0)
+    theirs.append(timestamp=0, key=key, value=value, headers=headers)
+    theirs.close()
+    assert kafka_sink._size(Message(value, key, tuple(headers))) >= theirs.size_in_bytes()
+
+
+def test_a_missing_topic_is_made(cluster: Cluster) -> None:
+    config = cluster.config(cluster.topic())
+    sink = kafka.open_sink(config.dead_letters_url, config)
+    sink.send([Message(None), Message(b"v")])
+    sink.flush()
+    found = cluster.read(config.dead_letters_url.rpartition("/")[2])
+    assert sorted(record.value for record in found) == [b"", b"v"]
+    sink.close()
+
+
+def test_a_broker_away_for_longer_than_the_delivery_timeout_is_an_error_and_memory_stays_bounded(
+    cluster: Cluster,
+) -> None:
+    limits = {"max_inflight_records": 10, "delivery_timeout_s": 1.5, "request_timeout_s": 1.0}
+    config = cluster.config(cluster.topic(), kafka=limits)
+    sink = kafka.open_sink(config.events.url, config)
+    sink.send([Message(b"before")])
+    sink.flush()
+    with cluster.frozen():
+        began = time.monotonic()
+        with pytest.raises(ConnectorError, match="messages are not acknowledged"):
+            sink.send([Message(b"%d" % number) for number in range(50)])
+        assert time.monotonic() - began < 6
+        assert sink.inflight_records <= 10
+        sink.close()
+    assert time.monotonic() - began < 8
+
+
+def test_a_short_outage_is_ridden_out_under_back_pressure(cluster: Cluster) -> None:
+    config = cluster.config(cluster.topic(), kafka={"max_inflight_bytes": 2048, "max_request_bytes": 1024})
+    sink = kafka.open_sink(config.events.url, config)
+    with cluster.frozen():
+        sink.send([Message(b"%d" % number) for number in range(5)])
+    for start in range(5, 200, 5):
+        sink.send([Message(b"%d" % number) for number in range(start, start + 5)])
+        assert sink.inflight_bytes <= 2048
+    sink.flush()
+    assert [record.value for record in cluster.read(config.events.url.rpartition("/")[2])] == [
+        b"%d" % number for number in range(200)
+    ]
+    sink.close()
+
+
+def test_a_broker_that_was_away_for_too_long_can_be_sent_to_again(broker: Cluster) -> None:
+    config = broker.config(broker.topic(), kafka={"delivery_timeout_s": 1.2, "request_timeout_s": 1.0})
+    sink = kafka.open_sink(config.events.url, config)
+    with broker.frozen(), pytest.raises(ConnectorError):
+        sink.send([Message(b"lost?")])
+        sink.flush()
+    sink.close()
+    again = kafka.open_sink(config.events.url, config)
+    again.send([Message(b"after")])
+    again.flush()
+    assert broker.read(config.events.url.rpartition("/")[2])[-1].value == b"after"
+    again.close()

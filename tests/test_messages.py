@@ -1,0 +1,67 @@
+import hashlib
+
+import numpy as np
+import orjson
+
+from connectors.codec import JSON
+from streamcl import __version__
+from streamcl.messages import dead_letter_message, prediction_message, scores_to_json
+from streamcl.records import EVENTS, DeadLetter, Origin, Prediction, Record, Scores
+
+ORIGIN = Origin(EVENTS, 2, 40)
+
+
+def scores(*served: float) -> Scores:
+    raw = np.array(served, np.float32)
+    return Scores(raw, raw, version=9)
+
+
+def letter(value: bytes | None, key: bytes | None = b"k") -> DeadLetter:
+    record = Record(ORIGIN, "clicks", 12.3456, value, key, headers=(("trace", b"\xff"),))
+    return DeadLetter(record, "schema", "field 'näme': fault")
+
+
+def test_a_prediction_says_whose_it_is_what_it_is_and_where_it_comes_from() -> None:
+    message = prediction_message(Prediction("e1", "user", 7.5, scores(0.25), ORIGIN), JSON())
+    assert orjson.loads(message.value or b"") == {"id": "e1", "score": 0.25, "version": 9, "input": "events:2:40"}
+    assert message.key == b"user"
+    assert message.headers == (("streamcl-input", b"events:2:40"), ("streamcl-weights", b"9"))
+    assert message.time_s == 7.5
+
+
+def test_a_multiclass_prediction_lists_probabilities_and_names_the_leader() -> None:
+    assert scores_to_json(scores(0.25, 0.5, 0.25)) == {"score": [0.25, 0.5, 0.25], "class": 1}
+    assert scores_to_json(scores(0.5, 0.5)) == {"score": [0.5, 0.5], "class": 0}
+
+
+def test_the_same_prediction_is_the_same_bytes() -> None:
+    one, two = (prediction_message(Prediction("e", "k", 1.0, scores(0.1), ORIGIN), JSON()) for _ in range(2))
+    assert one == two
+
+
+def test_a_dead_letter_keeps_key_value_and_headers_and_says_why_and_where_from() -> None:
+    message = dead_letter_message(letter(b"raw \xff"), JSON(), max_bytes=100)
+    assert (message.value, message.key, message.time_s) == (b"raw \xff", b"k", 12.3456)
+    assert message.headers[0] == ("trace", b"\xff")
+    assert {name: raw.decode() for name, raw in message.headers[1:]} == {
+        "streamcl-reason": "schema",
+        "streamcl-error": "field 'näme': fault",
+        "streamcl-topic": "clicks",
+        "streamcl-input": "events",
+        "streamcl-partition": "2",
+        "streamcl-offset": "40",
+        "streamcl-timestamp-ms": "12346",
+        "streamcl-version": __version__,
+    }
+
+
+def test_a_dead_letter_that_is_too_large_becomes_a_stub_that_proves_what_it_was() -> None:
+    value = b"x" * 101
+    stub = dead_letter_message(letter(value), JSON(), max_bytes=100).value
+    assert orjson.loads(stub or b"") == {"bytes": 101, "sha256": hashlib.sha256(value).hexdigest()}
+    assert dead_letter_message(letter(value[:100]), JSON(), max_bytes=100).value == value[:100]
+
+
+def test_a_tombstone_stays_one() -> None:
+    message = dead_letter_message(letter(None, None), JSON(), max_bytes=100)
+    assert (message.value, message.key) == (None, None)
