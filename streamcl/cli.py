@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,12 +56,12 @@ def out(value: Any) -> None:
     typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str).decode())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: turns errors that a user can cure into one line and an exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("kafka").setLevel(logging.ERROR)
     try:
-        app()
+        app(args=arguments)
     except StreamclError as error:
         typer.secho(f"streamcl: {error}", err=True, fg="red")
         raise SystemExit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, Fenced) else 1) from None

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
+
+from streamcl.cli import main
 
 CONFIG = """
 name = "shop"
@@ -37,31 +40,54 @@ def shop(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def streamcl(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "streamcl.cli", *arguments]
-    return subprocess.run(program, capture_output=True, text=True, timeout=120, check=False, env=env)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def answer(*arguments: str) -> Any:
+class Run(Protocol):
+    def __call__(self, *arguments: str) -> Done: ...
+
+
+@pytest.fixture
+def streamcl(capfd: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process, where a start takes no seconds; see `program` for a process of its own."""
+
+    def run(*arguments: str) -> Done:
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        captured = capfd.readouterr()
+        return Done(int(left.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def program(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "streamcl.cli", *arguments]
+
+
+def answer(streamcl: Run, *arguments: str) -> Any:
     done = streamcl(*arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_run_replay_and_checkpoints_tell_one_story(shop: Path) -> None:
+def test_run_replay_and_checkpoints_tell_one_story(shop: Path, streamcl: Run) -> None:
     config = str(shop / "shop.toml")
-    ran = answer("run", config, "--json")
+    ran = answer(streamcl, "run", config, "--json")
     assert ran["records"] == 200
     assert ran["counts"] == {"inline": 200, "learned": 200, "predicted": 200}
     assert len((shop / "scores.jsonl").read_text().splitlines()) == 200
-    replayed = answer("replay", config, "--json")
+    replayed = answer(streamcl, "replay", config, "--json")
     assert replayed["state_digest"] == ran["state_digest"]
     assert replayed["learned_hash"] == ran["learned_hash"]
 
-    [*_, newest] = answer("checkpoint", "ls", config, "--json")["snapshots"]
+    [*_, newest] = answer(streamcl, "checkpoint", "ls", config, "--json")["snapshots"]
     assert (newest["records"], newest["clean"], newest["digest"]) == (200, True, ran["state_digest"])
-    assert answer("checkpoint", "show", config)["manifest"]["position"] == {"events": {"0": 200}}
-    again = answer("run", config, "--json")  # nothing is left to learn, and nothing is learned twice
+    assert answer(streamcl, "checkpoint", "show", config)["manifest"]["position"] == {"events": {"0": 200}}
+    again = answer(streamcl, "run", config, "--json")  # nothing is left to learn, and nothing is learned twice
     assert again["state_digest"] == ran["state_digest"]
 
     assert streamcl("checkpoint", "verify", config).returncode == 0
@@ -72,14 +98,15 @@ def test_run_replay_and_checkpoints_tell_one_story(shop: Path) -> None:
     assert newest["name"] in torn.stdout
 
 
-def test_sigterm_ends_a_run_cleanly_and_the_next_goes_on(shop: Path) -> None:
+def test_sigterm_ends_a_run_cleanly_and_the_next_goes_on(shop: Path, streamcl: Run) -> None:
     """A pipe of events that never ends by itself, here by being read one record a turn."""
     config = shop / "shop.toml"
     with (shop / "events.jsonl").open("a") as events:
         events.writelines(json.dumps({"id": i, "ts": i, "user": 1, "clicked": 1}) + "\n" for i in range(200, 40_000))
     config.write_text("worker = {max_records = 1}\n" + config.read_text())
-    program = [sys.executable, "-m", "streamcl.cli", "run", str(config), "--json"]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        program("run", str(config), "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not list((shop / "checkpoints").glob("shop-0-of-1/*-50")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -88,12 +115,12 @@ def test_sigterm_ends_a_run_cleanly_and_the_next_goes_on(shop: Path) -> None:
     assert process.returncode == 0, stderr
     ran = json.loads(stdout)
     assert 50 <= ran["records"] < 40_000
-    [*_, newest] = answer("checkpoint", "ls", str(config), "--json")["snapshots"]
+    [*_, newest] = answer(streamcl, "checkpoint", "ls", str(config), "--json")["snapshots"]
     assert (newest["records"], newest["clean"]) == (ran["records"], True)
 
 
-def test_check_prints_the_plan_and_schema_prints_json(shop: Path) -> None:
-    plan = answer("check", str(shop / "shop.toml"), "--json")
+def test_check_prints_the_plan_and_schema_prints_json(shop: Path, streamcl: Run) -> None:
+    plan = answer(streamcl, "check", str(shop / "shop.toml"), "--json")
     assert plan["inputs"] == {"events": f"file://{shop}/events.jsonl"}
     assert plan["snapshot"] is None
     schema = json.loads(streamcl("schema").stdout)
@@ -110,7 +137,9 @@ def test_check_prints_the_plan_and_schema_prints_json(shop: Path) -> None:
         (('url = "file:', 'url = "kefka:'), 1, "kefka"),
     ],
 )
-def test_an_error_is_one_line_that_names_the_fault(shop: Path, edit: tuple[str, str], code: int, message: str) -> None:
+def test_an_error_is_one_line_that_names_the_fault(
+    shop: Path, edit: tuple[str, str], code: int, message: str, streamcl: Run
+) -> None:
     config = shop / "shop.toml"
     config.write_text(config.read_text().replace(*edit))
     done = streamcl("run", str(config))
@@ -119,7 +148,7 @@ def test_an_error_is_one_line_that_names_the_fault(shop: Path, edit: tuple[str, 
     assert "Traceback" not in done.stderr
 
 
-def test_a_checkpoint_folder_that_cannot_be_written_stops_the_start(shop: Path) -> None:
+def test_a_checkpoint_folder_that_cannot_be_written_stops_the_start(shop: Path, streamcl: Run) -> None:
     (shop / "checkpoints").write_text("a file where a folder should be")
     done = streamcl("run", str(shop / "shop.toml"))
     assert done.returncode == 1
@@ -128,16 +157,16 @@ def test_a_checkpoint_folder_that_cannot_be_written_stops_the_start(shop: Path) 
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_checkpoint_folder_stops_the_start(shop: Path) -> None:
+def test_a_read_only_checkpoint_folder_stops_the_start(shop: Path, streamcl: Run) -> None:
     (shop / "checkpoints").mkdir(mode=0o555)
     done = streamcl("run", str(shop / "shop.toml"))
     assert done.returncode == 1
     assert str(shop / "checkpoints") in done.stderr
 
 
-def test_a_changed_setting_that_means_other_state_is_refused_by_name(shop: Path) -> None:
+def test_a_changed_setting_that_means_other_state_is_refused_by_name(shop: Path, streamcl: Run) -> None:
     config = shop / "shop.toml"
-    answer("run", str(config), "--json")
+    answer(streamcl, "run", str(config), "--json")
     config.write_text("seed = 5\n" + config.read_text())
     for command in ("run", "check"):
         done = streamcl(command, str(config))
@@ -145,7 +174,7 @@ def test_a_changed_setting_that_means_other_state_is_refused_by_name(shop: Path)
         assert "seed" in done.stderr
 
 
-def test_replay_follows_a_recorded_order(shop: Path) -> None:
+def test_replay_follows_a_recorded_order(shop: Path, streamcl: Run) -> None:
     """Two inputs merged by time, then in an order of our own."""
     (shop / "clicks.jsonl").write_text("".join(json.dumps({"id": i, "ts": i + 3}) + "\n" for i in range(0, 200, 2)))
     config = shop / "shop.toml"
@@ -153,14 +182,14 @@ def test_replay_follows_a_recorded_order(shop: Path) -> None:
     config.write_text(config.read_text().replace('label = "clicked"', "") + labels)
     order = {"runs": [["events", 0, 200], ["labels", 0, 100]], "position": {"events": {"0": 200}, "labels": {"0": 100}}}
     (shop / "order.jsonl").write_text(json.dumps(order) + "\n")
-    merged = answer("replay", str(config), "--json")
-    ordered = answer("replay", str(config), "--order", f"file://{shop}/order.jsonl", "--json")
+    merged = answer(streamcl, "replay", str(config), "--json")
+    ordered = answer(streamcl, "replay", str(config), "--order", f"file://{shop}/order.jsonl", "--json")
     assert merged["records"] == ordered["records"] == 300
     assert merged["learned_hash"] == ordered["learned_hash"]
     assert merged["state_digest"] != ordered["state_digest"]
 
 
-def test_help_teaches_every_command() -> None:
+def test_help_teaches_every_command(streamcl: Run) -> None:
     overview = streamcl("--help").stdout
     for command in ("run", "replay", "serve", "check", "schema", "checkpoint", "bench"):
         assert command in overview
