@@ -25,6 +25,7 @@ from streamcl import __version__, connect
 from streamcl.bench.command import bench
 from streamcl.checkpoint import Damaged, Snapshot, Store, difference, environment
 from streamcl.config import Config, ConfigError, changes, fingerprint
+from streamcl.demo import command as demo
 from streamcl.protocols import Fenced, StreamclError
 from streamcl.records import EVENTS, LABELS, Turn
 from streamcl.recovery import Keeper, store_of
@@ -45,6 +46,7 @@ app = typer.Typer(
 checkpoints = typer.Typer(name="checkpoint", help="Look at a shard's snapshots.", no_args_is_help=True)
 app.add_typer(checkpoints)
 app.command()(bench)
+app.command(name="demo")(demo)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see `streamcl schema`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
