@@ -47,7 +47,7 @@ def test_every_row_lies_in_the_range_of_its_field(a: Any, b: Any, c: Any) -> Non
     assert all(4 < i <= 9 if w else i == 4 for i, w in zip(ids[1:4], weights[1:4], strict=True))
     assert (ids[4] == 10) if c is None else (10 < ids[4] < f.layout.rows)
     assert ends[-1] == 4 + 6 + 3
-    assert (ids.dtype, weights.dtype, dense.dtype) == (np.int64, np.float32, np.float32)
+    assert [a.dtype.name for a in (ids, weights, dense)] == ["int64", "float32", "float32"]
 
 
 def test_a_category_goes_to_the_bucket_of_its_hash_whatever_its_field() -> None:
@@ -64,7 +64,8 @@ def test_the_order_of_the_config_means_nothing() -> None:
 
 
 def test_missing_and_null_share_the_row_of_their_field_and_that_row_has_weight() -> None:
-    for payload in ({}, {"a": None}):
+    payloads: list[dict[str, Any]] = [{}, {"a": None}]
+    for payload in payloads:
         ids, weights, _ = featurizer(a="categorical").encode(payload)
         assert (ids.tolist(), weights.tolist()) == ([0], [1.0])
 
@@ -93,7 +94,8 @@ def test_a_category_of_a_wrong_type_is_refused_by_name_and_not_by_value(value: A
 def test_a_dotted_name_goes_into_nested_objects() -> None:
     nested = {"user": {"tag": "x"}}
     assert rows({"user.tag": "categorical"}, nested) == rows({"tag": "categorical"}, {"tag": "x"})
-    for broken in ({"user": "text"}, {"user": None}, {"user": []}, {"user.tag": "x"}):
+    broken_ones: list[dict[str, Any]] = [{"user": "text"}, {"user": None}, {"user": []}, {"user.tag": "x"}]
+    for broken in broken_ones:
         assert rows({"user.tag": "categorical"}, broken) == [0]
 
 
@@ -113,7 +115,8 @@ def test_items_beyond_a_bags_end_are_ignored() -> None:
 
 
 def test_an_empty_a_missing_and_a_null_bag_weigh_nothing() -> None:
-    for payload in ({"b": []}, {}, {"b": None}):
+    payloads: list[dict[str, Any]] = [{"b": []}, {}, {"b": None}]
+    for payload in payloads:
         ids, weights, _ = featurizer(b={"kind": "bag", "max_items": 2}).encode(payload)
         assert (ids.tolist(), weights.tolist()) == ([0, 0], [0.0, 0.0])
 
@@ -147,14 +150,13 @@ def test_a_million_new_categories_need_no_memory() -> None:
     f.encode({"a": "warm"})
     tracemalloc.start()
     try:
-        seen = {int(f.encode({"a": i}).ids[0]) for i in range(20_000)}
+        seen = {f.categoricals[0].row(str(i)) for i in range(1_000_000)}
+        f.encode({"a": "cold"})
         now, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    fields = f.categoricals
-    assert all(fields[0].row(str(i)) <= 1000 for i in range(0, 1_000_000, 7))
     assert seen == set(range(1, 1001))
-    assert now < 200_000
+    assert now < 200_000  # bytes, of which `seen` is most
 
 
 NUMBERS = st.one_of(st.just(float("nan")), st.floats(-1e6, 1e6, width=32))

@@ -23,10 +23,16 @@ def letter(value: bytes | None, key: bytes | None = b"k") -> DeadLetter:
 
 def test_a_prediction_says_whose_it_is_what_it_is_and_where_it_comes_from() -> None:
     message = prediction_message(Prediction("e1", "user", 7.5, scores(0.25), ORIGIN), JSON())
-    assert orjson.loads(message.value or b"") == {"id": "e1", "score": 0.25, "version": 9, "input": "events:2:40"}
+    assert orjson.loads(message.value or b"") == {
+        "id": "e1",
+        "score": 0.25,
+        "version": 9,
+        "time": 7.5,
+        "input": "events:2:40",
+    }
     assert message.key == b"user"
     assert message.headers == (("streamcl-input", b"events:2:40"), ("streamcl-weights", b"9"))
-    assert message.time_s == 7.5
+    assert message.time_s is None  # the time of sending: a broker deletes what looks old
 
 
 def test_a_multiclass_prediction_lists_probabilities_and_names_the_leader() -> None:
@@ -41,7 +47,7 @@ def test_the_same_prediction_is_the_same_bytes() -> None:
 
 def test_a_dead_letter_keeps_key_value_and_headers_and_says_why_and_where_from() -> None:
     message = dead_letter_message(letter(b"raw \xff"), JSON(), max_bytes=100)
-    assert (message.value, message.key, message.time_s) == (b"raw \xff", b"k", 12.3456)
+    assert (message.value, message.key, message.time_s) == (b"raw \xff", b"k", None)
     assert message.headers[0] == ("trace", b"\xff")
     assert {name: raw.decode() for name, raw in message.headers[1:]} == {
         "streamcl-reason": "schema",
