@@ -30,6 +30,7 @@ _DENIED = (
     kafka_errors.IllegalSaslStateError,
 )
 _UNKNOWN_TOPIC = 3
+_SHOW_BYTES = ("kafka.net.connection", "kafka.net.transport", "kafka.protocol.parser")
 
 
 class Bounds(NamedTuple):
@@ -64,6 +65,8 @@ def settings(servers: str, config: Config) -> dict[str, Any]:
         path = getattr(kafka, name)
         found[name] = None if path is None else str(path)
     if kafka.security_protocol.startswith("SASL"):
+        for name in _SHOW_BYTES:
+            logging.getLogger(name).addFilter(_above_debug)
         found["sasl_mechanism"] = kafka.sasl_mechanism
         found["sasl_plain_username"] = kafka.sasl_username
         found["sasl_plain_password"] = _password(config)
@@ -80,6 +83,11 @@ def consumer_settings(servers: str, config: Config) -> dict[str, Any]:
         "fetch_max_wait_ms": round(config.kafka.fetch_max_wait_s * 1000),
         "metrics_enabled": False,
     }
+
+
+def _above_debug(record: logging.LogRecord) -> bool:
+    """At DEBUG these loggers print requests as they are, the password with them."""
+    return record.levelno > logging.DEBUG
 
 
 def _password(config: Config) -> str:

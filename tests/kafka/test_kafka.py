@@ -297,7 +297,7 @@ def test_a_wrong_password_is_refused_and_never_shown(
         ({"sasl_password_env": None, "sasl_password_file": "missing"}, "sasl_password_file: missing: FileNotFound"),
         (
             {"sasl_mechanism": "SCRAM-SHA-256"},
-            "SCRAM-SHA-256.*(authentication refused|wrong user, password or mechanism)",
+            "SCRAM-SHA-256.*(authentication refused|or mechanism)",
         ),
     ],
 )
