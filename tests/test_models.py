@@ -1,0 +1,163 @@
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streamcl.config import Config
+from streamcl.engine.eager import Eager
+from streamcl.features import Featurizer
+from streamcl.models import MODELS, DeepFM, Logistic, Shape, build_model
+from streamcl.state import digest
+
+KINDS = sorted(MODELS)
+TASKS = ["binary", "multiclass", "regression"]
+
+
+def config(kind: str = "deepfm", task: str = "binary", features: Any = None, seed: int = 3, **model: Any) -> Config:
+    return Config.parse(
+        {
+            "name": "t",
+            "task": task,
+            "seed": seed,
+            "events": {"url": "memory://a/b", "label": "y"},
+            "features": features or {"a": {"kind": "categorical", "buckets": 20}, "n": "numeric"},
+            "model": {"kind": kind, "embedding_dim": 3, "hidden": [4, 5], "classes": 3, **model},
+        }
+    )
+
+
+def layout_of(made: Config) -> Any:
+    return Featurizer(made).layout
+
+
+def inputs(shape: Shape, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    sizes = ((shape.fields, shape.outputs), (shape.fields, shape.dim), (shape.numerics,))
+    first, vectors, dense = (torch.randn(rows, *size, dtype=torch.float64) for size in sizes)
+    return first, vectors, dense
+
+
+def randomised(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_()
+
+
+def test_logistic_is_a_sum_of_weights() -> None:
+    shape = Shape(fields=3, dim=0, numerics=2, outputs=2, hidden=())
+    model, (first, vectors, dense) = Logistic(shape).double(), inputs(shape)
+    randomised(model)
+    out = model(first, vectors, dense).detach()
+    for b in range(2):
+        for o in range(2):
+            expected = sum(float(first[b, f, o]) for f in range(3)) + model.bias[o].item()
+            expected += sum(model.weight[o, n].item() * float(dense[b, n]) for n in range(2))
+            assert out[b, o].item() == pytest.approx(expected)
+
+
+def test_mlp_is_layers_of_relu() -> None:
+    shape = Shape(fields=2, dim=3, numerics=1, outputs=2, hidden=(4, 5))
+    model, (first, vectors, dense) = MODELS["mlp"](shape).double(), inputs(shape)
+    randomised(model)
+    p = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    h = np.concatenate([vectors[0, 0], vectors[0, 1], dense[0]])
+    for i in range(2):
+        h = np.maximum(p[f"hidden.{i}.weight"] @ h + p[f"hidden.{i}.bias"], 0.0)
+    expected = p["head.weight"] @ h + p["head.bias"]
+    np.testing.assert_allclose(model(first, vectors, dense)[0].detach(), expected)
+
+
+def test_deepfms_pairwise_part_is_the_sum_over_all_pairs() -> None:
+    shape = Shape(fields=5, dim=3, numerics=1, outputs=1, hidden=(4,))
+    model, (first, vectors, dense) = DeepFM(shape).double(), inputs(shape)
+    pairwise = model(first, vectors, dense) - model.linear(first, vectors, dense) - model.deep(first, vectors, dense)
+    for b in range(2):
+        slow = sum(float(vectors[b, i] @ vectors[b, j]) for i, j in combinations(range(5), 2))
+        assert pairwise[b, 0].item() == pytest.approx(slow)
+
+
+def test_deepfm_projects_its_pairwise_products_to_several_outputs() -> None:
+    shape = Shape(fields=4, dim=3, numerics=0, outputs=2, hidden=(4,))
+    model, (first, vectors, dense) = DeepFM(shape).double(), inputs(shape)
+    assert model.pairs is not None
+    pairwise = model(first, vectors, dense) - model.linear(first, vectors, dense) - model.deep(first, vectors, dense)
+    products = sum(vectors[0, i] * vectors[0, j] for i, j in combinations(range(4), 2))
+    np.testing.assert_allclose(pairwise[0].detach(), (model.pairs.weight @ products).detach())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_a_function_of_the_seed_alone(kind: str) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = Eager(config(kind), layout_of(config(kind)))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    two = Eager(config(kind), layout_of(config(kind)))
+    assert digest(one.state_dict()) == digest(two.state_dict())
+    if kind != "logistic":  # which starts at zero
+        other = Eager(config(kind, seed=4), layout_of(config(kind)))
+        assert digest(one.state_dict()) != digest(other.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_finite_and_the_first_score_is_the_prior(kind: str) -> None:
+    engine = Eager(config(kind), layout_of(config(kind)))
+    assert all(bool(torch.isfinite(p).all()) for p in engine.params.values())
+    assert abs(engine.predict(torch.tensor([[5]]), torch.ones(1, 1), torch.ones(1, 1)).item()) < 1e-6
+
+
+def test_hidden_weights_are_hes_uniform_and_heads_are_zero() -> None:
+    made = config("mlp", hidden=[400, 300])
+    params = dict(build_model(made, layout_of(made)).named_parameters())
+    weight = params["hidden.1.weight"].detach()
+    bound = (6.0 / 400) ** 0.5
+    assert float(weight.abs().max()) <= bound
+    assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.01)
+    zero = [name for name, p in params.items() if not p.any()]
+    assert zero == ["hidden.0.bias", "hidden.1.bias", "head.weight", "head.bias"]
+
+
+def test_a_fresh_table_is_normal_of_the_scale_and_its_first_order_weights_are_zero() -> None:
+    made = config(features={"a": {"kind": "categorical", "buckets": 20_000}}, init_scale=0.5)
+    table = Eager(made, layout_of(made)).table
+    assert table.shape == (20_001, 4)
+    assert not table[:, 0].any()
+    assert float(table[:, 1:].std()) == pytest.approx(0.5, rel=0.01)
+
+
+def test_a_fresh_table_is_the_same_however_it_is_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config()
+    whole = Eager(made, layout_of(made)).table
+    monkeypatch.setattr("streamcl.engine.eager.BLOCK", 7)
+    assert torch.equal(Eager(made, layout_of(made)).table, whole)
+
+
+SMALL = {"kind": "categorical", "buckets": 9}
+ONLY: dict[str, Any] = {
+    "numbers": ({"n": "numeric", "m": "numeric"}, {"n": 1.0, "m": -1.0}),
+    "categories": ({"a": SMALL, "b": SMALL}, {"a": "x", "b": "y"}),
+    "bags": ({"b": {"kind": "bag", "buckets": 9, "max_items": 3}}, {"b": ["x", "y"]}),
+}
+
+
+@pytest.mark.parametrize("only", ONLY)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_and_task_learns_from_one_sort_of_features_alone(kind: str, task: str, only: str) -> None:
+    features, payload = ONLY[only]
+    made = config(kind, task, features)
+    engine, f = Eager(made, layout_of(made)), Featurizer(made)
+    ids, weights, dense = f.encode(payload)
+    row = (torch.from_numpy(ids)[None], torch.from_numpy(weights)[None], torch.from_numpy(dense)[None])
+    y = torch.ones(1)
+
+    def loss() -> float:
+        return float(engine.losses(engine.predict(*row)[None], y))
+
+    before = loss()
+    assert engine.predict(*row).shape == (3 if task == "multiclass" else 1,)
+    for _ in range(20):
+        assert engine.step(*row, y, torch.ones(1))
+    assert loss() < 0.9 * before
