@@ -116,14 +116,11 @@ class KafkaSink:
 
     def _produce(self, message: Message) -> Any:
         value = b"" if message.value is None and message.key is None else message.value
-        with client.plain_errors(self._url):
-            return self._producer.send(
-                self._topic,
-                value=value,
-                key=message.key,
-                headers=list(message.headers),
-                timestamp_ms=None if message.time_s is None else round(message.time_s * 1000),
-            )
+        time_ms = None if message.time_s is None else round(message.time_s * 1000)
+        try:
+            return self._producer.send(self._topic, value, message.key, list(message.headers), timestamp_ms=time_ms)
+        except kafka_errors.KafkaError as error:
+            raise ConnectorError(f"{self._url}: {client.explain(error)}") from error
 
     def _wait_for_room(self, size: int) -> None:
         kafka = self._config.kafka

@@ -48,7 +48,7 @@ class FakeProducer:
         self.stored, self.faults = stored, faults
         self.broken: Exception | None = None
 
-    def send(self, _topic: str, *, value: bytes, **_: Any) -> FakeFuture:
+    def send(self, _topic: str, value: bytes, *_: Any, **__: Any) -> FakeFuture:
         self.broken = self.broken or next(self.faults, None)
         if self.broken is None:
             self.stored.append(value)
