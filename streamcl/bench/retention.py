@@ -60,11 +60,11 @@ def run(options: Options) -> Report:
     kinds = (options.choice("stream", KINDS, KINDS[0]),) if options.stream else size.kinds
     preset = options.choice("preset", PRESETS, "even")
     seeds = options.seed_list(size.seeds)
-    settings = _settings(size, preset)
-    results = [_measure(kind, size, settings, seeds, options.via) for kind in kinds]
+    chosen = settings(size, preset)
+    results = [_measure(kind, size, chosen, seeds, options.via) for kind in kinds]
     return Report(
         bench="retention",
-        config={"preset": preset, "quick": options.quick, "events": size.events, **settings},
+        config={"preset": preset, "quick": options.quick, "events": size.events, **chosen},
         seeds=seeds,
         seconds=time.perf_counter() - start,
         rows=[_row(result, policy) for result in results for policy in POLICIES],
@@ -104,10 +104,10 @@ def _measure(kind: str, size: Size, settings: Mapping[str, Any], seeds: Sequence
     return Result(kind, {policy: np.array(runs) for policy, runs in found.items()}, float(np.mean(np.array(best))))
 
 
-def _settings(size: Size, preset: str) -> dict[str, Any]:
-    chosen = PRESETS[preset]
-    replay = {"capacity": size.capacity, "per_event": PER_EVENT, **chosen["replay"]}
-    return {"optimizer": chosen["optimizer"], "replay": replay}
+def settings(size: Size, preset: str) -> dict[str, Any]:
+    said = PRESETS[preset]
+    replay = {"capacity": size.capacity, "per_event": PER_EVENT, **said["replay"]}
+    return {"optimizer": said["optimizer"], "replay": replay}
 
 
 def _row(result: Result, policy: str) -> Row:

@@ -91,7 +91,7 @@ def run(options: Options) -> Report:
         seeds=seeds,
         seconds=time.perf_counter() - start,
         rows=[Row(trace.name, _measure(trace, labels)) for trace in traces] + _missing(others),
-        bars=[*_promises(headline, known), *_reproductions(others, labels, known)],
+        bars=[*_promises(headline, known), *reproductions(others, labels, known)],
         aims=_aims(stream, headline, others, labels, known),
         headline={name: headline[name] for name in ("auc", "ne", "log_loss", "events", "events_per_s")},
         notes=[DEFINITIONS, *([TUNED_ON] if preset == "tuned" else []), *([QUICK] if options.quick else [])],
@@ -147,7 +147,7 @@ def _promises(headline: Mapping[str, float], known: Known) -> list[Bar]:
     ]
 
 
-def _reproductions(others: Mapping[str, Trace], labels: Floats, known: Known) -> list[Bar]:
+def reproductions(others: Mapping[str, Trace], labels: Floats, known: Known) -> list[Bar]:
     """How far each peer is from its own known figure. A peer that is missing has not reproduced anything."""
     bars = []
     for name, figures in ((VW, known.vw), (VW_FTRL, known.ftrl)):
