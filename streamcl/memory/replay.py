@@ -43,6 +43,8 @@ class Replay:
 
     def draw(self, n: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         size = len(self)
+        if not size:
+            raise IndexError("nothing is held that could be replayed")
         index = np.array([below(size, self.key, step, i) for i in range(n)], np.int64)
         ids, weights, dense, y = self.ids[index], self.weights[index], self.dense[index], self.y[index]
         return torch.from_numpy(ids), torch.from_numpy(weights), torch.from_numpy(dense), torch.from_numpy(y)

@@ -1,0 +1,119 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamcl.config import Replay as ReplayConfig
+from streamcl.memory import Replay
+from streamcl.records import Encoded
+from streamcl.state import digest, flatten, unflatten
+
+RETENTIONS = ["none", "recency", "reservoir", "class_balanced"]
+
+
+def replay(retention: str = "recency", capacity: int = 5, seed: int = 0) -> Replay:
+    return Replay(ReplayConfig.model_validate({"retention": retention, "capacity": capacity}), seed, 3, 2)
+
+
+def example(i: int) -> Encoded:
+    ids = np.array([i, i + 1, i + 2], np.int64)
+    return Encoded(ids, (ids / 4).astype(np.float32), np.array([np.nan if i % 2 else i, -i], np.float32))
+
+
+def fill(memory: Replay, numbers: Any) -> Replay:
+    for i in numbers:
+        memory.write(example(i), float(i % 2))
+    return memory
+
+
+def test_rows_come_back_as_they_were_written() -> None:
+    memory = fill(replay(), range(9))
+    ids, weights, dense, y = memory.draw(20, step=0)
+    assert (ids.shape, weights.shape, dense.shape, y.shape) == ((20, 3), (20, 3), (20, 2), (20,))
+    for row in range(20):
+        i = int(ids[row, 0])
+        assert 4 <= i < 9
+        for got, written in zip((ids, weights, dense), example(i), strict=True):
+            np.testing.assert_array_equal(got[row].numpy(), written, strict=True)
+        assert y[row] == i % 2
+
+
+def test_draws_are_uniform_over_what_is_held() -> None:
+    memory = fill(replay(capacity=16), range(11))
+    counts = np.bincount(np.concatenate([memory.draw(4, step)[0][:, 0].numpy() for step in range(2500)]), minlength=11)
+    assert len(counts) == 11
+    expected = 10_000 / 11
+    assert ((counts - expected) ** 2 / expected).sum() < 10 + 5 * math.sqrt(20)
+
+
+def test_draws_depend_on_seed_and_step_and_not_on_draws_before() -> None:
+    def ids(memory: Replay, step: int) -> list[int]:
+        return [int(i) for i in memory.draw(6, step)[0][:, 0]]
+
+    fresh, used = (fill(replay(capacity=50), range(50)) for _ in range(2))
+    for step in range(10):
+        used.draw(3, step)
+    assert ids(used, 7) == ids(fresh, 7)
+    assert ids(fresh, 7)[:3] == [int(i) for i in fresh.draw(3, 7)[0][:, 0]]
+    assert ids(fresh, 8) != ids(fresh, 7)
+    assert ids(fill(replay(capacity=50, seed=1), range(50)), 7) != ids(fresh, 7)
+
+
+def test_a_draw_is_a_copy() -> None:
+    memory = fill(replay(), range(5))
+    before = digest(memory.state_dict())
+    for column in memory.draw(5, 0):
+        column.zero_()
+    assert digest(memory.state_dict()) == before
+
+
+def test_drawing_changes_nothing() -> None:
+    memory = fill(replay(), range(5))
+    before = digest(memory.state_dict())
+    memory.draw(9, 3)
+    assert digest(memory.state_dict()) == before
+
+
+def test_without_retention_nothing_is_held() -> None:
+    memory = fill(replay("none", capacity=10**9), range(5))
+    assert len(memory) == 0
+    restored = replay("none")
+    restored.load_state_dict(memory.state_dict())
+    assert digest(restored.state_dict()) == digest(memory.state_dict())
+
+
+def test_an_empty_memory_can_not_be_drawn_from() -> None:
+    for retention in RETENTIONS:
+        with pytest.raises(IndexError, match="nothing is held"):
+            replay(retention).draw(1, 0)
+
+
+def test_a_state_holds_only_what_is_held() -> None:
+    assert fill(replay(capacity=1000), range(3)).state_dict()["ids"].shape == (3, 3)
+
+
+@pytest.mark.parametrize("retention", RETENTIONS)
+@settings(deadline=None)
+@given(capacity=st.integers(1, 9), cut=st.integers(0, 25), end=st.integers(0, 25), stale=st.integers(0, 30))
+def test_a_restored_memory_goes_on_to_the_bit(retention: str, capacity: int, cut: int, end: int, stale: int) -> None:
+    whole, restored = replay(retention, capacity), replay(retention, capacity)
+    fill(restored, range(100, 100 + stale))
+    fill(whole, range(cut))
+    restored.load_state_dict(unflatten(*flatten(whole.state_dict())))
+    assert digest(restored.state_dict()) == digest(whole.state_dict())
+    for memory in (whole, restored):
+        fill(memory, range(cut, end))
+    assert digest(restored.state_dict()) == digest(whole.state_dict())
+    if len(whole):
+        for one, two in zip(whole.draw(5, 1), restored.draw(5, 1), strict=True):
+            np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+def test_a_state_stays_what_it_was_while_the_memory_moves_on() -> None:
+    memory = fill(replay(), range(5))
+    state, before = memory.state_dict(), digest(memory.state_dict())
+    fill(memory, range(5, 9))
+    assert digest(state) == before
