@@ -226,7 +226,7 @@ def test_the_order_of_several_inputs_is_logged_before_anything_leaves(tmp_path: 
     assert worker.control is not None
     worker.control.open()
     sent: list[int] = []
-    worker._send = lambda _work: sent.append(len(list(worker.control.read(0))))  # type: ignore[method-assign,union-attr]
+    worker._send = lambda _work: sent.append(len(list(worker.control.read(0))))  # type: ignore[assignment,method-assign,union-attr]
     worker.progress.position = dict(worker.source.seek({}))
     list(worker.run())
     assert sent[0] == 1
