@@ -43,8 +43,10 @@ class Topic:
         self.url = f"{self.base}/{self.name}"
         sink = connect.open_sink(self.url, self.config({}))
         times = (float(payload[TIME]) for payload in data.payloads)
-        sink.send([Message(value, time_s=time_s) for value, time_s in zip(data.messages(), times, strict=True)])
-        sink.flush()
+        messages = (Message(value, time_s=time_s) for value, time_s in zip(data.messages(), times, strict=True))
+        while some := list(itertools.islice(messages, 1000)):
+            sink.send(some)
+            sink.flush()
         sink.close()
 
     def config(self, settings: Mapping[str, Any]) -> Config:
@@ -74,9 +76,9 @@ class Topic:
         start = time.process_time()
         for turn in worker.run():
             scores.extend(float(outcome.ticket.scores.served[0]) for outcome in turn.outcomes)
+            worker.flush()
             if worker.progress.records >= expected:
                 worker.stop()
-        worker.flush()
         cpu_s = time.process_time() - start
         if worker.counts["learned"] != expected:
             raise Incomplete(f"{self.name}: {expected} events, but the worker counted {dict(worker.counts)}")
