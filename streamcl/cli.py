@@ -95,8 +95,11 @@ def run(
         keeper = Keeper(worker, store_of(settings), accept_changes)
         restored = keeper.restore()
         telemetry.restored(len(keeper.store.damaged), "ok" if restored else "none")
+        quiet_since = time.monotonic()
         for turn in _watched(keeper, telemetry):
-            if idle_exit_s is not None and telemetry.idle_s() > idle_exit_s and not turn.recovering:
+            if turn.records:
+                quiet_since = time.monotonic()
+            if idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s:
                 worker.stop()
         _summary(worker, as_json)
 

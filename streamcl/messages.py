@@ -34,16 +34,29 @@ def prediction_message(prediction: Prediction, codec: Codec) -> Message:
     return Message(codec.encode(body), prediction.key.encode("utf-8", "surrogatepass"), headers)
 
 
+OUR_BYTES = 4096
+"""What our own headers of a dead letter take at most."""
+
+ERROR_CHARACTERS = 500
+"""An error names a field, and a field's name may be a megabyte long."""
+
+
 def dead_letter_message(letter: DeadLetter, codec: Codec, max_bytes: int) -> Message:
-    """The original key, value and headers, and why and where from; a stub (size, hash) when it is too large."""
+    """The original key, value and headers, and why and where from.
+
+    A record whose key, value and headers take more than `max_bytes` becomes a stub: size and hash of its value, a short
+    key, no headers of its own. A dead letter that its broker refused would stop the worker at every start.
+    """
     record = letter.record
-    value = record.value
-    if value is not None and len(value) > max_bytes:
-        value = codec.encode({"bytes": len(value), "sha256": hashlib.sha256(value).hexdigest()})
+    key, value, theirs = record.key, record.value, record.headers
+    size = len(key or b"") + len(value or b"") + sum(len(name) + len(text or b"") for name, text in theirs)
+    if size > max_bytes:
+        value = codec.encode({"bytes": len(value or b""), "sha256": hashlib.sha256(value or b"").hexdigest()})
+        key, theirs = key if len(key or b"") <= OUR_BYTES else None, ()
     origin = record.origin
     ours = {
         "reason": letter.reason,
-        "error": letter.error,
+        "error": letter.error[:ERROR_CHARACTERS],
         "topic": record.topic,
         "input": origin.input,
         "partition": str(origin.partition),
@@ -51,5 +64,5 @@ def dead_letter_message(letter: DeadLetter, codec: Codec, max_bytes: int) -> Mes
         "timestamp-ms": str(round(record.time_s * 1000)),
         "version": __version__,
     }
-    headers = tuple((f"streamcl-{name}", text.encode()) for name, text in ours.items())
-    return Message(value, record.key, record.headers + headers)
+    headers = tuple((f"streamcl-{name}", text.encode("utf-8", "replace")) for name, text in ours.items())
+    return Message(value, key, theirs + headers)

@@ -142,7 +142,7 @@ class Telemetry:
         self._make_flow()
         self._make_checkpoints()
         self._reason = "starting"
-        self._beat_s = self._records_s = time.monotonic()
+        self._beat_s = time.monotonic()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -189,7 +189,6 @@ class Telemetry:
         """Take a turn in, an empty one too. `lag` and `readings` that are empty leave what was told before."""
         self.beat()
         if turn.records:
-            self._records_s = time.monotonic()
             self._turn_seconds.observe(seconds)
         self._consumed.inc(turn.records)
         for fate, count in turn.counts.items():
@@ -206,10 +205,6 @@ class Telemetry:
     def beat(self) -> None:
         """The loop is alive; `observe` says so by itself."""
         self._beat_s = time.monotonic()
-
-    def idle_s(self) -> float:
-        """Seconds since a turn had records."""
-        return time.monotonic() - self._records_s
 
     def checkpointed(self, seconds: float, size_bytes: int) -> None:
         """A checkpoint has been written."""

@@ -18,7 +18,7 @@ from streamcl.decode import Decoder
 from streamcl.drift import DriftDetector
 from streamcl.join import Joiner
 from streamcl.learner import Learner
-from streamcl.messages import dead_letter_message, prediction_message
+from streamcl.messages import OUR_BYTES, dead_letter_message, prediction_message
 from streamcl.metrics import Prequential
 from streamcl.protocols import (
     BadInput,
@@ -250,7 +250,7 @@ class Worker:
     def _send(self, work: Work) -> None:
         # Dead letters first: were their sink to fail, no prediction of this turn would be out twice.
         if self.dead_letters and work.dead_letters:
-            most = self.config.events.max_bytes
+            most = min(self.config.events.max_bytes, self.config.kafka.max_request_bytes - 3 * OUR_BYTES)
             self.dead_letters.send([dead_letter_message(d, self.codec, most) for d in work.dead_letters])
         if self.predictions and work.predictions:
             self.predictions.send([prediction_message(p, self.codec) for p in work.predictions])

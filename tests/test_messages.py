@@ -1,11 +1,12 @@
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import orjson
 
 from connectors.codec import JSON
 from streamcl import __version__
-from streamcl.messages import dead_letter_message, prediction_message, scores_to_json
+from streamcl.messages import OUR_BYTES, dead_letter_message, prediction_message, scores_to_json
 from streamcl.records import EVENTS, DeadLetter, Origin, Prediction, Record, Scores
 
 ORIGIN = Origin(EVENTS, 2, 40)
@@ -62,10 +63,19 @@ def test_a_dead_letter_keeps_key_value_and_headers_and_says_why_and_where_from()
 
 
 def test_a_dead_letter_that_is_too_large_becomes_a_stub_that_proves_what_it_was() -> None:
-    value = b"x" * 101
-    stub = dead_letter_message(letter(value), JSON(), max_bytes=100).value
-    assert orjson.loads(stub or b"") == {"bytes": 101, "sha256": hashlib.sha256(value).hexdigest()}
-    assert dead_letter_message(letter(value[:100]), JSON(), max_bytes=100).value == value[:100]
+    value = b"x" * 101  # beside a key of 1 byte and a header of 6
+    stub = dead_letter_message(letter(value), JSON(), max_bytes=107)
+    assert orjson.loads(stub.value or b"") == {"bytes": 101, "sha256": hashlib.sha256(value).hexdigest()}
+    assert stub.key == b"k"
+    assert "trace" not in dict(stub.headers)
+    assert dead_letter_message(letter(value), JSON(), max_bytes=108).value == value
+
+
+def test_a_huge_key_or_field_name_makes_no_dead_letter_that_a_broker_would_refuse() -> None:
+    whole = letter(b"{}", b"k" * 2_000_000)
+    message = dead_letter_message(replace(whole, error="unknown field " + "x" * 2_000_000), JSON(), max_bytes=1_000_000)
+    assert message.key is None
+    assert sum(len(name) + len(text) for name, text in message.headers) < OUR_BYTES
 
 
 def test_a_tombstone_stays_one() -> None:

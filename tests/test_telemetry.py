@@ -206,15 +206,6 @@ def test_live_means_that_the_loop_turned_or_polled_idle(
     assert client.get(path).status_code == 200
 
 
-def test_idle_is_measured_from_the_last_turn_with_records() -> None:
-    watcher = Telemetry(settings(0))
-    before = watcher.idle_s()
-    watcher.observe(turn(records=0), seconds=0.0, lag={}, readings={})
-    assert watcher.idle_s() >= before
-    watcher.observe(turn(), seconds=0.0, lag={}, readings={})
-    assert watcher.idle_s() < 1.0
-
-
 def test_port_0_switches_it_off() -> None:
     with closing(Telemetry(settings(0))) as watcher:
         assert watcher.start() is None
