@@ -72,6 +72,7 @@ class EmbeddedBroker:
             env=os.environ | {"RUST_LOG": "warn"},
             stdout=self._output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # a terminal's Ctrl-C is for us: what we still send needs a broker
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         try:
