@@ -1,8 +1,8 @@
 """`streamcl demo`: simulated traffic, the real worker, a live view and a report. Needs no broker, Docker or network.
 
-    simulator   traffic whose truth is known      traffic   sends it
-    ledger      what became of every impression   view      the terminal
-    stage       puts them together                report    one HTML file
+simulator   traffic whose truth is known      traffic   sends it
+ledger      what became of every impression   view      the terminal
+stage       puts them together                report    one HTML file
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 
 from streamcl.demo.report import write_report
-from streamcl.demo.stage import Plan, Result, run
 from streamcl.demo.simulator import Settings
+from streamcl.demo.stage import Plan, Result, run
 from streamcl.demo.view import number
 from streamcl.protocols import StreamclError
 
@@ -82,6 +82,7 @@ def _conclude(result: Result, out: Path, console: Console, as_json: bool) -> int
 def told(summary: Mapping[str, Any]) -> list[str]:
     """The summary in sentences."""
     last, before = summary["last_tenth"], summary["before_learning"]
+    reached = sum(1 for point in summary["drift_points"] if point["impression"] < summary["impressions"])
     found = sum(1 for alarm in summary["alarms"] if alarm["drift"] and not alarm["repeat"])
     return [
         f"{'Done' if summary['finished'] else 'Interrupted'} after {summary['seconds']:.0f} s: "
@@ -90,5 +91,5 @@ def told(summary: Mapping[str, Any]) -> list[str]:
         f"Log-loss {number(before['log_loss'])} at the start, {number(last['live']['log_loss'])} over the last tenth; "
         f"frozen early {number(last['frozen']['log_loss'])}, best possible {number(last['bayes']['log_loss'])}.",
         f"NE {number(last['live']['ne'])}, AUC {number(last['live']['auc'])} over the last tenth. "
-        f"{len(summary['alarms'])} drift alarms; {found} of {len(summary['drift_points'])} true drifts found.",
+        f"Drift alarms: {len(summary['alarms'])}; true drifts found: {found} of {reached}.",
     ]

@@ -17,12 +17,16 @@ from streamcl.records import EVENTS, Outcome, Stream, Turn
 from streamcl.worker import Worker
 
 FREEZE_AT = 0.15  # of the impressions: then the frozen model stops learning
+ANSWER_WITHIN = 0.1  # of the impressions: an alarm that comes later than that after a drift is not credited to it
 BEFORE = 1_000  # the first impressions: they were scored before there was anything to learn from
 
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """`impression` had been shown when the drift detector spoke (to within a turn); `drift` names the drift it answers."""
+    """`impression` had been shown when the drift detector spoke (to within a turn).
+
+    `drift` names the abrupt drift that it answers; None makes it a false alarm. `repeat`: not the first to answer it.
+    """
 
     impression: int
     time_s: float
@@ -81,7 +85,8 @@ class Ledger:
     def _alarm(self) -> Alarm:
         at = max(self.seen - 1, 0)
         time_s = float(self.simulation.time_s[at])
-        passed = [point for point in self.simulation.drift_points if point.impression <= at]
+        reach = ANSWER_WITHIN * len(self.label)
+        passed = [point for point in self.simulation.drift_points if point.impression <= at < point.impression + reach]
         if not passed:
             return Alarm(at, time_s)
         point = passed[-1]
@@ -107,7 +112,8 @@ class Ledger:
         edges = np.linspace(0, len(self.label), slices + 1).astype(np.int64)
         rows = [slice(a, max(a, min(b, self.settled))) for a, b in pairwise(edges.tolist())]
         columns = {
-            name: np.array([log_loss(self.label[r], scores[r]) for r in rows]) for name, scores in self._scores().items()
+            name: np.array([log_loss(self.label[r], scores[r]) for r in rows])
+            for name, scores in self._scores().items()
         }
         base = np.array([_entropy(self.label[r]) for r in rows])
         return Curve(impression=(edges[:-1] + edges[1:]) / 2, base_rate=base, **columns)

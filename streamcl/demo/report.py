@@ -14,13 +14,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from streamcl.demo.ledger import BEFORE, FREEZE_AT, Ledger
+from streamcl.demo.ledger import ANSWER_WITHIN, BEFORE, FREEZE_AT, Ledger
 from streamcl.demo.view import clock, number
 
 INK = "#010203"  # drawn in this, then replaced by the page's own text colour
 LIVE, FROZEN, BAYES, DRIFT, ALARM = "#3b82f6", "#e08a1e", "#16a085", "#dc4c4c", "#9b59d0"
 SLICES = 60
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "streamcl", "font.family": "sans-serif", "font.size": 11,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": INK, "grid.alpha": 0.12, "axes.grid": True,
@@ -42,6 +42,7 @@ def write_report(path: Path, ledger: Ledger, summary: Mapping[str, Any]) -> Path
         run=_run(summary),
         freeze=f"{FREEZE_AT:.0%}",
         before=f"{BEFORE:,}",
+        within=f"{ANSWER_WITHIN:.0%}",
     )
     path.write_text(page, encoding="utf-8")
     return path
@@ -53,7 +54,7 @@ def loss_plot(ledger: Ledger) -> Figure:
     axes = figure.subplots()
     for point in ledger.simulation.drift_points:
         axes.axvline(point.impression, color=DRIFT, linestyle="--", linewidth=1.4)
-        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (5, -4)}
+        where: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (5, -4)}
         axes.annotate(point.name, (point.impression, 1.0), color=DRIFT, va="top", fontsize=9.5, **where)
     axes.plot(curve.impression, curve.base_rate, color=INK, alpha=0.45, linestyle=":", label="base rate (NE = 1)")
     axes.plot(curve.impression, curve.frozen, color=FROZEN, linewidth=2, label=f"frozen after {FREEZE_AT:.0%}")
@@ -123,11 +124,13 @@ def _cards(summary: Mapping[str, Any]) -> str:
 
 
 def _figures(summary: Mapping[str, Any]) -> str:
-    names = {"live": "live model", "frozen": "frozen model", "bayes": "best possible"}
+    names = {"live": "live", "frozen": "frozen", "bayes": "best possible"}
     parts = (("whole stream", summary["whole_stream"]), ("last tenth", summary["last_tenth"]))
     keys = ("log_loss", "ne", "auc", "calibration")
     rows = [
-        (part, names[name], *(number(values[name][key]) for key in keys)) for part, values in parts for name in names
+        ("" if at else part, names[name], *(number(values[name][key]) for key in keys))
+        for part, values in parts
+        for at, name in enumerate(names)
     ]
     return _table(("", "", "log-loss", "NE", "AUC", "calibration"), rows)
 
@@ -195,6 +198,7 @@ section { margin-top: 1rem; }
 svg { width: 100%; height: auto; display: block; } svg text { font-family: system-ui, sans-serif !important; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
+.pair th, .pair td { white-space: nowrap; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); } tr:last-child td { border-bottom: 0; }
 </style>
@@ -227,7 +231,9 @@ had come in but hardly any window had closed without one.</p>
 <section>
 <h2>Drift</h2>
 $drift
-<p class="soft">An alarm can't come at once: non-clicks are known only when their attribution window closes.</p>
+<p class="soft">An alarm counts for a drift when it comes within $within of the stream after it. It can't come at once:
+non-clicks are known only when their window closes. One near the start is the model itself being new: for one window it
+has only clicks to learn from, and then the non-clicks prove it wrong.</p>
 </section>
 <section>
 <h2>The run</h2>

@@ -34,6 +34,8 @@ class Settings:
     Attributes:
         ctr: Mean probability of a click over the whole stream; the intercept is solved for it.
         drift_at: Where the abrupt drifts lie, as shares of the impressions. Between them tastes turn slowly.
+        spacing_s: Mean time between impressions, 2.88 for 30,000 a day. Not a duration, so that a short stream is as
+            dense as a long one: between topics, order is only as good as the records that are on their way.
         click_delay_s: Mean of the exponential time from an impression to its click.
         window_s: A click later than this after its impression does not count as its label.
     """
@@ -45,11 +47,15 @@ class Settings:
     categories: int = 12
     tags: int = 24
     ctr: float = 0.18
-    duration_s: float = 24 * 3600.0
+    spacing_s: float = 2.88
     drift_at: tuple[float, float] = (0.45, 0.75)
     slow_turn_rad: float = 0.5
     click_delay_s: float = 90.0
     window_s: float = 600.0
+
+    @property
+    def duration_s(self) -> float:
+        return self.events * self.spacing_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +189,9 @@ def simulate(settings: Settings) -> Simulation:
         ValueError: fewer than 10 impressions.
     """
     if settings.events < 10:
-        raise ValueError(f"events: {settings.events} is too few for a stream with {ERAS - 1} drift points; give 10 or more")
+        raise ValueError(
+            f"events: {settings.events} is too few for a stream with {ERAS - 1} drift points; give 10 or more"
+        )
     n, rng = settings.events, np.random.default_rng([settings.seed, 2])
     catalogue = draw_catalogue(settings)
     time_s = START_S + np.sort(rng.random(n)) * settings.duration_s  # a Poisson process, given its count

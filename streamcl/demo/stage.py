@@ -1,7 +1,7 @@
 """The demo: a broker, traffic on it, the real worker, and a watcher of the worker's turns.
 
 The worker runs in this process, because everything shown comes from its turns; the traffic comes from a thread and,
-over Kafka, through a broker process. The loop, the joiner, the checkpoints and the connector are those of `streamcl run`.
+over Kafka, through a broker process. Loop, joiner, checkpoints and connector are those of `streamcl run`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def configure(site: str, settings: Settings, checkpoints: Path) -> Config:
             "events": {"url": f"{site}/{TOPICS[0]}", "id": "id", "key": "user", "time": "time"},
             "labels": {"url": f"{site}/{TOPICS[1]}", "default": 1.0, "time": "time"},
             "predictions": f"{site}/demo-predictions",
-            "join": {"attribution_window_s": settings.window_s, "allowed_lateness_s": 60.0},
+            # Clicks travel on a topic of their own: the lateness covers about 60 impressions that are read before them.
+            "join": {"attribution_window_s": settings.window_s, "allowed_lateness_s": 180.0},
             "features": {
                 "user": {"kind": "categorical", "buckets": 1024},
                 "item": {"kind": "categorical", "buckets": 1024},
@@ -87,9 +88,10 @@ def configure(site: str, settings: Settings, checkpoints: Path) -> Config:
                 "tags": {"kind": "bag", "buckets": 128, "max_items": 4},
             },
             "model": {"kind": "deepfm", "embedding_dim": 8, "hidden": [32]},
-            "optimizer": {"kind": "adagrad", "learning_rate": 0.1},
+            "optimizer": {"kind": "adagrad", "learning_rate": 0.03},
             # Few rows and the newest: after a drift, old examples teach what is no longer true.
             "replay": {"retention": "recency", "capacity": 2000, "per_event": 1, "weight": 0.5},
+            "drift": {"delta": 0.02},
             "checkpoint": {"folder": str(checkpoints), "every_events": 10_000, "retain": 2},
             "worker": {"max_records": 50, "poll_timeout_s": 0.05},
         },
@@ -104,7 +106,10 @@ def run(plan: Plan, console: Console) -> Result:
         StreamclError: the traffic could not be sent, or the worker failed.
     """
     simulation = simulate(plan.settings)
-    with _site(plan.embedded_broker) as (site, transport), tempfile.TemporaryDirectory(prefix="streamcl-demo-") as folder:
+    with (
+        _site(plan.embedded_broker) as (site, transport),
+        tempfile.TemporaryDirectory(prefix="streamcl-demo-") as folder,
+    ):
         console.print(f"Events travel through {transport}.", highlight=False)
         config = configure(site, plan.settings, Path(folder))
         traffic = Traffic(simulation, config, plan.per_s)  # opens its sinks first, which makes the topics

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from streamcl.demo.ledger import BEFORE, Ledger
+from streamcl.demo.ledger import BEFORE
 
 RECENT = 2_000  # impressions that "now" means
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -121,13 +121,14 @@ def _flow(glance: Glance) -> Table:
 
 
 def _curve(glance: Glance) -> Text:
-    return Text.assemble(("log-loss so far   ", "dim"), (spark(glance.curve), "cyan"))
+    return Text.assemble(("log-loss so far", "dim"), "  ", (spark(glance.curve), "cyan"))
 
 
-def _drift(glance: Glance) -> Text:
-    drifts = "; ".join(glance.drifts) or "none yet"
-    alarms = "; ".join(glance.alarms) or "none yet"
-    return Text.assemble(("true drifts       ", "dim"), drifts, "\n", ("drift alarms      ", "dim"), (alarms, "yellow"))
+def _drift(glance: Glance) -> Table:
+    table = Table.grid(padding=(0, 3))
+    table.add_row("[dim]true drifts", Text("\n".join(glance.drifts) or "none yet"))
+    table.add_row("[dim]drift alarms", Text(", ".join(glance.alarms) or "none yet", "yellow"))
+    return table
 
 
 def spark(values: tuple[float, ...]) -> str:
