@@ -125,7 +125,7 @@ def _cards(summary: Mapping[str, Any]) -> str:
 
 def _figures(summary: Mapping[str, Any]) -> str:
     names = {"live": "live", "frozen": "frozen", "bayes": "best possible"}
-    parts = (("whole stream", summary["whole_stream"]), ("last tenth", summary["last_tenth"]))
+    parts = (("whole", summary["whole_stream"]), ("last tenth", summary["last_tenth"]))
     keys = ("log_loss", "ne", "auc", "calibration")
     rows = [
         ("" if at else part, names[name], *(number(values[name][key]) for key in keys))
@@ -198,9 +198,9 @@ section { margin-top: 1rem; }
 svg { width: 100%; height: auto; display: block; } svg text { font-family: system-ui, sans-serif !important; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
-.pair th, .pair td { white-space: nowrap; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); } tr:last-child td { border-bottom: 0; }
+.pair th, .pair td { white-space: nowrap; padding-right: .45rem; }
 </style>
 </head>
 <body>
