@@ -108,7 +108,7 @@ def _config(data: Dataset, folder: Path, broker: str, own_topic: bool) -> Config
         "labels": {"url": f"{broker}/{LABELS}", "label": LABEL, "time": TIME} if own_topic else None,
         "predictions": f"{broker}/predictions",
         "features": dict(data.features),
-        "replay": {"per_event": 2},
+        "replay": {"retention": "recency", "per_event": 2},
         "join": {"attribution_window_s": WINDOW_S},
         "checkpoint": {"folder": str(folder / "checkpoints"), "every_events": 10_000},
         "telemetry": {"port": 0},
