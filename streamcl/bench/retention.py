@@ -30,8 +30,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {"optimizer": {}, "replay": {}},
 }
 """What is not said is the product's default. `even` learns embeddings as slowly as all else: at a faster rate a few
-replays of a row are enough to learn it by heart, and every memory does harm. Both were chosen knowing that, from runs on
-these very kinds of stream: they are no forecast."""
+replays of a row are enough to learn it by heart, and every memory does harm. Both were chosen knowing that, from runs
+on these very kinds of stream: they are no forecast."""
 
 
 @dataclass(frozen=True, slots=True)
