@@ -35,7 +35,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 TUNED_ON = (
     "preset tuned: chosen by NE on the first 20,000 events of ml-100k, Adagrad; deepfm in a separate implementation of"
     " the same arithmetic, two seeds: learning rate and that of the table each of .05 .1 .15 .2, by embedding_dim 8 16"
-    " 32, hidden 32-16 64-32 128-64, init_scale .003 .01 .03, the product's shape kept; logistic: Adagrad .3 .5, FTRL .1 .3 .5 1 2; mlp takes deepfm's. Whole-stream figures of some candidates were seen along the way"
+    " 32, hidden 32-16 64-32 128-64, init_scale .003 .01 .03, the product's shape kept; logistic: Adagrad .3 .5, FTRL"
+    " .1 .3 .5 1 2; mlp takes deepfm's. Whole-stream figures of some candidates were seen along the way"
 )
 DEFINITIONS = (
     "every score was given before its label was learned from; whole stream unless said; ne = log-loss / entropy of"
