@@ -143,7 +143,7 @@ class Optimizer(Station):
 
 
 class Replay(Station):
-    retention: Literal["none", "reservoir", "recency", "class_balanced"] = New("recency", description="who stays")
+    retention: Literal["none", "reservoir", "recency", "class_balanced"] = New("none", description="who stays")
     capacity: int = New(20_000, ge=1, description="most examples held (count)")
     per_event: int = Stop(0, ge=0, description="rows replayed beside each live example")
     weight: float = Stop(1.0, ge=0, description="weight of the replayed rows' mean loss; the live example's is 1")
@@ -274,7 +274,7 @@ class Config(Station):
         if self.replay.retention == "class_balanced" and self.task == "regression":
             raise ValueError("replay.retention: class_balanced needs classes; regression has reservoir and recency")
         if self.replay.retention == "none" and self.replay.per_event:
-            raise ValueError("replay.per_event: nothing to replay with retention none")
+            raise ValueError("replay.per_event: nothing to replay with retention none; set replay.retention")
         if self.river is not None and not self.trust_pickle:
             raise ValueError("river: is saved as a pickle; set trust_pickle = true if you trust the checkpoint folder")
         urls = self.inputs | {name: getattr(self, name) for name in ("predictions", "dead_letters", "control")}

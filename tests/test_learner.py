@@ -23,8 +23,9 @@ FEATURES = {
 
 def config(task: str = "binary", **more: Any) -> Config:
     model = {"kind": "deepfm", "embedding_dim": 3, "hidden": [4], "classes": 3, **more.pop("model", {})}
-    events = {"url": "memory://a/b", "label": "y"}
-    return Config.parse({"name": "t", "task": task, "events": events, "features": FEATURES, "model": model, **more})
+    base = {"name": "t", "task": task, "events": {"url": "memory://a/b", "label": "y"}, "features": FEATURES}
+    replay = {"retention": "recency", **more.pop("replay", {})}
+    return Config.parse({**base, "model": model, "replay": replay, **more})
 
 
 def encode(payload: dict[str, Any]) -> Encoded:
