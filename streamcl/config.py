@@ -135,7 +135,7 @@ class Optimizer(Station):
     kind: Literal["sgd", "adagrad", "adam", "ftrl"] = New("adagrad", description="its state is part of a checkpoint")
     learning_rate: float = Stop(0.05, gt=0, description="step size; FTRL: alpha")
     embedding_learning_rate: float | None = Stop(
-        None, gt=0, description="for rows of the table; default: 4 x learning_rate"
+        None, gt=0, description="for rows of the table; default: 2 x learning_rate"
     )
     l1: float = Stop(0.0, ge=0, description="FTRL only")
     l2: float = Stop(0.0, ge=0, description="times the weight, part of its gradient; FTRL: in the closed form")

@@ -18,7 +18,7 @@ from streamcl.random import key_of, normal_array
 
 BLOCK = 1 << 20  # numbers drawn at once for a fresh table: bounds what its start needs besides the table
 
-ROWS_FASTER = 4.0
+ROWS_FASTER = 2.0
 """A row is touched by few events, dense weights by all: see "Learning" in DECISIONS.md."""
 
 
