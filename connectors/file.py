@@ -243,9 +243,11 @@ class FileControlLog:
             raise ConnectorError(f"{self.path}: no offset {start} in the control log: it ends at {end}")
         return self._orders(start, end) if end else iter(())
 
-    def append(self, order: Order) -> int:
+    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
         if self._file is None:
             raise ConnectorError(f"{self.path}: append before open")
+        if outputs:
+            raise ConnectorError(f"{self.path}: files know no transactions; exactly-once delivery needs Kafka")
         with _locked(self._file, self.path):
             if os.fstat(self._file.fileno()).st_size != self._end:
                 raise Fenced(f"{self.path}: another worker has opened this control log")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from kafka import errors as kafka_errors
 from connectors import kafka_client as client
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Fenced
-from streamcl.records import Order
+from streamcl.records import Message, Order
 
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ class KafkaControlLog:
     def __init__(self, url: str, config: Config) -> None:
         self._url, self._config = url, config
         self._servers, self._topic = client.locate(url)
+        self._outputs = client.locate(config.predictions)[1] if config.predictions else ""
         self._producer: Any = None
 
     def open(self) -> None:
@@ -50,7 +51,7 @@ class KafkaControlLog:
         self._producer = client.connect(KafkaProducer, self._settings(), self._config)
         self._guarded(self._producer.init_transactions)
 
-    def append(self, order: Order) -> int:
+    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
         """See `ControlLog.append`. About 2.5 ms; gives up after kafka.transaction_timeout_s.
 
         Raises:
@@ -60,7 +61,7 @@ class KafkaControlLog:
         if self._producer is None:
             raise ConnectorError(f"{self._url}: append to a control log that is not open")
         value = orjson.dumps({"shard": self._config.shard.index} | order.to_json())
-        return self._guarded(lambda: _transaction(self._producer, self._topic, value)) + 1
+        return self._guarded(lambda: self._transaction(value, outputs)) + 1
 
     def read(self, start: int) -> Iterator[tuple[int, Order]]:
         """See `ControlLog.read`.
@@ -81,6 +82,16 @@ class KafkaControlLog:
         if self._producer is not None:
             producer, self._producer = self._producer, None
             client.discard(producer)
+
+    def _transaction(self, value: bytes, outputs: Sequence[Message]) -> int:
+        """The offset of the control record, once its transaction is committed."""
+        producer = self._producer
+        producer.begin_transaction()
+        for message in outputs:
+            producer.send(self._outputs, message.value, message.key, list(message.headers))
+        sent = producer.send(self._topic, value=value, partition=0)
+        producer.commit_transaction()
+        return int(sent.get(0).offset)
 
     def _settings(self) -> dict[str, Any]:
         kafka = self._config.kafka
@@ -141,14 +152,6 @@ class KafkaControlLog:
                 f" this is shard {self._config.shard.index}"
             )
         return order
-
-
-def _transaction(producer: Any, topic: str, value: bytes) -> int:
-    """The offset of the one record, once its transaction is committed."""
-    producer.begin_transaction()
-    sent = producer.send(topic, value=value, partition=0)
-    producer.commit_transaction()
-    return int(sent.get(0).offset)
 
 
 def _run(work: Callable[[], T], future: Future[T]) -> None:

@@ -112,12 +112,15 @@ class MemoryBroker:
         with self.changed:
             self._fuse = (appends, keep)
 
-    def append(self, topic: str, partition: int, message: Message) -> int:
-        """Append from a sink or control log and return the offset after; `fail_after` strikes here."""
+    def append(self, *appended: tuple[str, int, Message]) -> int:
+        """Append from a sink or control log, all or nothing, and return the offset after the last (topic, partition,
+        message); `fail_after` strikes here, and counts a call as one append.
+        """
         with self.changed:
             if self._fuse is not None:
-                self._burn(topic, partition, message)
-            self._put(topic, partition, message)
+                self._burn(appended)
+            for topic, partition, message in appended:
+                self._put(topic, partition, message)
             return self.end(topic, partition)
 
     def read(self, topic: str, partition: int, start: int, limit: int | None = None) -> list[Message]:
@@ -151,18 +154,19 @@ class MemoryBroker:
         self._log(topic, partition).append(message)
         self.changed.notify_all()
 
-    def _burn(self, topic: str, partition: int, message: Message) -> None:
+    def _burn(self, appended: Sequence[tuple[str, int, Message]]) -> None:
         left, keep = self._fuse or (0, False)
         self._fuse = (left - 1, keep)
         if left > 0:
             return
         self._fuse, self.life = None, self.life + 1
         if keep:
-            self._put(topic, partition, message)
+            for topic, partition, message in appended:
+                self._put(topic, partition, message)
             for sink in self._sinks:
                 sink.spill()
         self._sinks.clear()
-        raise Crash(f"memory://{self.name}/{topic}: died at this append, as asked")
+        raise Crash(f"memory://{self.name}/{appended[-1][0]}: died at this append, as asked")
 
 
 _brokers: dict[str, MemoryBroker] = {}
@@ -312,20 +316,25 @@ class MemorySink:
         """Append what is pending. A crash in the middle leaves the rest pending, for the broker to keep or lose."""
         while self._pending:
             message = self._pending.popleft()
-            partition = zlib.crc32(message.key) % self._partitions if message.key else 0
-            self._broker.append(self._topic, partition, message)
+            self._broker.append((self._topic, _partition(message, self._partitions), message))
 
     def close(self) -> None:
         self._pending.clear()
 
 
 class MemoryControlLog:
-    """A control log on partition 0 of a topic; `open` takes the next epoch, and only the newest may append."""
+    """A control log on partition 0 of a topic; `open` takes the next epoch, and only the newest may append.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        outputs: URL that the outputs of `append` go to, on the same broker.
+    """
+
+    def __init__(self, url: str, outputs: str | None = None) -> None:
         self._broker, self._topic = _locate(url)
-        if self._topic not in self._broker.topics():
-            self._broker.create(self._topic)
+        self._outputs = _locate(outputs)[1] if outputs else ""
+        for topic in filter(None, (self._topic, self._outputs)):
+            if topic not in self._broker.topics():
+                self._broker.create(topic)
         self._life = self._broker.life
         self._epoch = 0
 
@@ -341,17 +350,23 @@ class MemoryControlLog:
         found = self._broker.read(self._topic, 0, start)
         return iter([(at, _order(message)) for at, message in enumerate(found, start + 1)])
 
-    def append(self, order: Order) -> int:
+    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
         with self._broker.changed:
             self._broker.alive(self._life)
             if not self._epoch:
                 raise ConnectorError(f"memory://{self._broker.name}/{self._topic}: append before open")
             if self._epoch != self._broker.epochs[self._topic]:
                 raise Fenced(f"memory://{self._broker.name}/{self._topic}: another worker has opened this control log")
-            return self._broker.append(self._topic, 0, Message(orjson.dumps(order.to_json())))
+            width = self._broker.topics().get(self._outputs, 1)
+            answers = [(self._outputs, _partition(message, width), message) for message in outputs]
+            return self._broker.append(*answers, (self._topic, 0, Message(orjson.dumps(order.to_json()))))
 
     def close(self) -> None:
         pass
+
+
+def _partition(message: Message, count: int) -> int:
+    return zlib.crc32(message.key) % count if message.key else 0
 
 
 def open_source(inputs: Mapping[str, str], config: Config) -> MemorySource:
@@ -362,8 +377,8 @@ def open_sink(url: str, config: Config) -> MemorySink:  # noqa: ARG001 - the con
     return MemorySink(url)
 
 
-def open_control(url: str, config: Config) -> MemoryControlLog:  # noqa: ARG001
-    return MemoryControlLog(url)
+def open_control(url: str, config: Config) -> MemoryControlLog:
+    return MemoryControlLog(url, config.predictions)
 
 
 def check(urls: Collection[str], config: Config) -> Sequence[str]:

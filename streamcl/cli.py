@@ -215,7 +215,8 @@ def _redirected(config: Config, inputs: dict[str, str], predictions: str | None)
         if data[name] is None:
             raise ConfigError(f"--input {name}: the config has no [{name}]")
         data[name]["url"] = url
-    return Config.parse({**data, "predictions": predictions}, "--input")
+    # A backtest has no order to commit its answers with.
+    return Config.parse({**data, "predictions": predictions, "delivery": {}}, "--input")
 
 
 def _progress(turns: Iterator[Turn], worker: Worker) -> Iterator[Turn]:

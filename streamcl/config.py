@@ -188,6 +188,15 @@ class Worker(Station):
     max_bad_ratio: float = Free(0.5, gt=0, le=1, description="stop when more of the last 1,000 records are bad")
 
 
+class Delivery(Station):
+    """What a reader of the predictions may see after a crash. What is learned is learned exactly once in both modes."""
+
+    mode: Literal["at_least_once", "exactly_once"] = Stop(
+        "at_least_once",
+        description="exactly_once: a reader of committed records sees each prediction once, some milliseconds later",
+    )
+
+
 class Telemetry(Station):
     host: str = Free("127.0.0.1", description="where /metrics, /healthz and /readyz listen")
     port: int = Free(9464, ge=0, le=65535, description="0 switches it off")
@@ -248,6 +257,7 @@ class Config(Station):
     checkpoint: Checkpoint = Checkpoint()
     shard: Shard = Shard()
     worker: Worker = Worker()
+    delivery: Delivery = Delivery()
     telemetry: Telemetry = Telemetry()
     kafka: Kafka = Kafka()
 
@@ -277,6 +287,12 @@ class Config(Station):
             raise ValueError("replay.per_event: nothing to replay with retention none; set replay.retention")
         if self.river is not None and not self.trust_pickle:
             raise ValueError("river: is saved as a pickle; set trust_pickle = true if you trust the checkpoint folder")
+        if self.exactly_once and self.predictions is None:
+            raise ValueError("delivery.mode: exactly_once has nothing to deliver; set predictions")
+        if self.exactly_once and _site(self.predictions or "") != _site(self.control_url):
+            raise ValueError("delivery.mode: exactly_once needs predictions and control on the same brokers")
+        if self.exactly_once and _site(self.control_url)[0] == "file":
+            raise ValueError("delivery.mode: files know no transactions; exactly_once needs Kafka")
         urls = self.inputs | {name: getattr(self, name) for name in ("predictions", "dead_letters", "control")}
         for name, url in urls.items():
             if "@" in urlsplit(url or "").netloc:
@@ -311,6 +327,10 @@ class Config(Station):
     def inputs(self) -> dict[str, str]:
         """URL by input name."""
         return {EVENTS: self.events.url} | ({LABELS: self.labels.url} if self.labels else {})
+
+    @property
+    def exactly_once(self) -> bool:
+        return self.delivery.mode == "exactly_once"
 
     @property
     def outputs(self) -> int:

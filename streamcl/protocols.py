@@ -77,7 +77,11 @@ class Sink(Protocol):
 
 
 class ControlLog(Protocol):
-    """A shard's control topic: the order in which its inputs were taken, by a single, fenced writer."""
+    """A shard's control topic: the order in which its inputs were taken, by a single, fenced writer.
+
+    In exactly-once delivery it carries the predictions too: an order and what it brought about become visible together
+    or not at all.
+    """
 
     def open(self) -> None:
         """Fence every predecessor. Afterwards none of them can append."""
@@ -87,8 +91,11 @@ class ControlLog(Protocol):
         """(next offset, order) of everything from `start` to the end at the time of the call."""
         ...
 
-    def append(self, order: Order) -> int:
-        """Returns, once durable, the offset after this order. Raises `Fenced` when a successor has opened the log."""
+    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
+        """Returns, once durable, the offset after this order. Raises `Fenced` when a successor has opened the log.
+
+        `outputs` go to the predictions' URL in the same transaction: readers of committed records see both or none.
+        """
         ...
 
     def close(self) -> None: ...

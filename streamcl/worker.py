@@ -35,6 +35,7 @@ from streamcl.records import (
     DeadLetter,
     Event,
     Fate,
+    Message,
     Order,
     Origin,
     Outcome,
@@ -114,9 +115,10 @@ class Worker:
 
     Args:
         source: Stands where it was sought to; `run` begins there.
-        control: The control log, needed when the source has several streams; already open. None: the order that the
-            source gives is repeatable by itself (one stream, or recorded files).
-        predictions: None for a backtest that only wants metrics.
+        control: The control log, needed when the source has several streams and for exactly-once delivery; already
+            open. None: the order that the source gives is repeatable by itself (one stream, or recorded files).
+        predictions: None for a backtest that only wants metrics, and in exactly-once delivery, where the control log
+            carries them.
 
     Raises:
         ConnectorError: from `run`; the turn under way is lost, and recovery takes it up again.
@@ -158,9 +160,23 @@ class Worker:
         self.caught_up = not self.stopping
         while not (self.stopping or self.source.exhausted()):
             records = self.source.poll(self.config.worker.max_records, self.config.worker.poll_timeout_s)
-            if records and self.control:
-                self.control_offset = self.control.append(self._order(records))
-            yield self.turn(records)
+            yield self._commit(records) if self.config.exactly_once else self._log(records)
+
+    def _log(self, records: Sequence[Record]) -> Turn:
+        """At least once: the order is a fact before anything comes of it."""
+        if records and self.control:
+            self.control_offset = self.control.append(self._order(records))
+        turn = self.turn(records)
+        self._send(turn)
+        return turn
+
+    def _commit(self, records: Sequence[Record]) -> Turn:
+        """Exactly once: the order and the answers become facts together."""
+        order, turn = self._order(records), self.turn(records)
+        self._send_dead_letters(turn)
+        if records and self.control:
+            self.control_offset = self.control.append(order, self._answers(turn))
+        return turn
 
     def rerun(self, orders: Iterable[tuple[int, Order]]) -> Iterator[Turn]:
         """Take records in a logged order: recovery, and the backtest of a log with several inputs."""
@@ -168,7 +184,10 @@ class Worker:
             # One order is one turn: a snapshot lies between two orders, never inside one.
             records = [record for stream, length in order.runs for record in self._exactly(stream, length)]
             self.control_offset = next_offset
-            yield self.turn(records, recovering=True)
+            turn = self.turn(records, recovering=True)
+            # Exactly once: the answers are out already, in the order's transaction. Dead letters may not be.
+            self._send_dead_letters(turn) if self.config.exactly_once else self._send(turn)
+            yield turn
             wrong = {s: o for s, o in order.position.items() if self.progress.position.get(s) != o}
             if wrong:
                 raise ConnectorError(f"the control log leads to {wrong}, the inputs to {self.progress.position}")
@@ -180,7 +199,6 @@ class Worker:
         before, work = Counter(self.counts), Work()
         for record in records:
             self._take(record, work)
-        self._send(work)
         return Turn(
             records=len(records),
             position=dict(self.progress.position),
@@ -247,13 +265,19 @@ class Worker:
                 f"the last one: topic {record.topic}, {record.origin}: {reason}: {error}"
             )
 
-    def _send(self, work: Work) -> None:
+    def _send(self, turn: Turn) -> None:
         # Dead letters first: were their sink to fail, no prediction of this turn would be out twice.
-        if self.dead_letters and work.dead_letters:
+        self._send_dead_letters(turn)
+        if self.predictions and turn.predictions:
+            self.predictions.send(self._answers(turn))
+
+    def _send_dead_letters(self, turn: Turn) -> None:
+        if self.dead_letters and turn.dead_letters:
             most = min(self.config.events.max_bytes, self.config.kafka.max_request_bytes - 3 * OUR_BYTES)
-            self.dead_letters.send([dead_letter_message(d, self.codec, most) for d in work.dead_letters])
-        if self.predictions and work.predictions:
-            self.predictions.send([prediction_message(p, self.codec) for p in work.predictions])
+            self.dead_letters.send([dead_letter_message(d, self.codec, most) for d in turn.dead_letters])
+
+    def _answers(self, turn: Turn) -> list[Message]:
+        return [prediction_message(p, self.codec) for p in turn.predictions]
 
     def _order(self, records: Sequence[Record]) -> Order:
         groups = itertools.groupby(record.origin.stream for record in records)
@@ -313,7 +337,7 @@ def build(config: Config) -> Worker:
         config,
         source,
         connect.codec(),
-        connect.open_sink(config.predictions, config) if config.predictions else None,
+        connect.open_sink(config.predictions, config) if config.predictions and not config.exactly_once else None,
         connect.open_sink(config.dead_letters_url, config),
-        connect.open_control(config) if len(source.streams()) > 1 else None,
+        connect.open_control(config) if len(source.streams()) > 1 or config.exactly_once else None,
     )

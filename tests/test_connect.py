@@ -43,8 +43,8 @@ def test_a_connector_is_found_by_the_scheme() -> None:
 
 def test_json_is_the_codec_unless_another_is_named() -> None:
     assert isinstance(connect.codec(), JSON)
-    with pytest.raises(ConnectorError, match=r"no codec 'avro'; known: json"):
-        connect.codec("avro")
+    with pytest.raises(ConnectorError, match=r"no codec 'thrift'; known: avro, json"):
+        connect.codec("thrift")
 
 
 @pytest.mark.parametrize("url", ["nope://a/b", "file2:///a"])

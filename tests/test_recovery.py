@@ -105,6 +105,35 @@ def test_killed_inside_any_append_and_restarted_equals_never_killed(
 
 
 @SOME
+@given(
+    streams(),
+    st.integers(1, 2),
+    st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=4),
+    st.integers(1, 9),
+)
+def test_exactly_once_killed_inside_any_append_answers_each_event_once(
+    items: list[Item], partitions: int, fuses: list[tuple[int, bool]], every: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(
+            Path(folder), checkpoint={"folder": folder, "every_events": every}, delivery={"mode": "exactly_once"}
+        )
+        broker = fill(items, partitions)
+        for life, (appends, keep) in enumerate(fuses):
+            broker.fail_after(appends, keep=keep)
+            try:
+                finish(config, shuffled(life))
+            except memory.Crash:
+                continue
+            break
+        broker._fuse = None
+        killed = finish(config)
+        assert killed.digest == repeat(config).digest
+        inputs = [dict(message.headers)["streamcl-input"] for message in killed.scores]
+        assert len(inputs) == len(set(inputs)) == killed.worker.counts["predicted"]
+
+
+@SOME
 @given(streams(), st.integers(1, 2), st.integers(1, 50), st.integers(1, 50))
 def test_any_split_into_polls_gives_the_same_state_and_predictions(
     items: list[Item], partitions: int, one: int, other: int

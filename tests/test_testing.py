@@ -195,7 +195,7 @@ class Logged:
         skipped = 0 if self.breaks == "rereads" else start
         return iter([(at, order) for at, order in enumerate(self.place, 1) if at > skipped])
 
-    def append(self, order: Order) -> int:
+    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
         if self.mine != self.epoch[0] and self.breaks != "unfenced":
             if self.breaks == "leaks":
                 self.place.append(order)
