@@ -126,6 +126,26 @@ class ConnectorError(StreamclError):
     """The outside world said no: the message names the URL or topic, partition, offset and the cause."""
 
 
+class Unavailable(ConnectorError):
+    """What passes by itself: brokers that are away, a time-out, a transaction whose outcome is unknown.
+
+    The cure is to open everything anew and to recover; a plain ConnectorError needs a person.
+    """
+
+
+class Gap(ConnectorError):
+    """Records that were wanted are gone: retention was faster.
+
+    Attributes:
+        wanted, available: By stream the offset asked for, and the first one that is still there.
+    """
+
+    def __init__(self, text: str, wanted: Position, available: Position) -> None:
+        super().__init__(text)
+        self.wanted = wanted
+        self.available = available
+
+
 class Fenced(ConnectorError):
     """Another worker has taken over this shard."""
 
