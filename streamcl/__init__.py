@@ -3,6 +3,8 @@
 Table of contents, in the order of the journey (start with `worker`):
 
     worker         the loop, one screen
+    recovery       the one recovery path, and the checkpoints that it starts from
+    bootstrap      learning from history before going live
     records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec
     config         one pydantic model per station

@@ -32,7 +32,7 @@ from streamcl.recovery import Keeper, store_of
 from streamcl.serve import serve as serve_forever
 from streamcl.state import digest
 from streamcl.telemetry import Telemetry
-from streamcl.worker import Worker, build
+from streamcl.worker import Worker, build, logged
 
 log = logging.getLogger("streamcl")
 app = typer.Typer(
@@ -186,7 +186,7 @@ def replay(
     with contextlib.closing(worker), _stopping(worker):
         worker.progress.position = dict(worker.source.seek({}))
         url = order or (settings.control_url if _logged(worker) else None)
-        turns = worker.rerun(connect.connector(url).open_control(url, settings).read(0)) if url else worker.run()
+        turns = worker.rerun(logged(connect.connector(url).open_control(url, settings), 0)) if url else worker.run()
         for _ in _progress(turns, worker):
             pass
         worker.flush()

@@ -216,6 +216,9 @@ class Kafka(Station):
     ssl_certfile: Path | None = Free(None, description="PEM file of the client's certificate")
     ssl_keyfile: Path | None = Free(None, description="PEM file of the client's key")
     start_at: Literal["earliest", "latest"] = Free("earliest", description="where a shard without any state starts")
+    on_gap: Literal["fail", "earliest", "latest"] = Free(
+        "fail", description="where to go on when retention has removed what was to be read next"
+    )
     request_timeout_s: float = Free(30.0, gt=0, description="how long a broker may take to answer")
     connect_timeout_s: float = Free(30.0, gt=0, description="how long a start waits for an unreachable broker")
     fetch_max_wait_s: float = Free(0.1, gt=0, description="how long a broker may wait for records to come")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -34,6 +34,11 @@ class Watermark:
         active = max(self.newest.values()) - self.config.idle_s
         least = min(time for time in self.newest.values() if time >= active)
         self.value = max(self.value, least - self.config.allowed_lateness_s)
+
+    def leave(self, streams: Iterable[Stream]) -> None:
+        """These have ended and hold the watermark no longer."""
+        for stream in streams:
+            self.newest.pop(stream, None)
 
 
 class Alarm(IntEnum):

@@ -184,21 +184,27 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One control record: the order that a turn took its records in, and the position after it."""
+    """One control record: the order that a turn took its records in, and the position after it.
+
+    With `leap` it took none: records that it wanted were gone, and it went on at `position` from the state that the
+    control log's offset `leap` led to. The orders between that offset and this one are void.
+    """
 
     runs: tuple[Run, ...]
     position: Position
+    leap: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "runs": [[run.stream.input, run.stream.partition, run.length] for run in self.runs],
             "position": position_to_json(self.position),
+            **({} if self.leap is None else {"leap": self.leap}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Order:
         runs = tuple(Run(Stream(str(i), int(p)), int(n)) for i, p, n in data["runs"])
-        return cls(runs, position_from_json(data["position"]))
+        return cls(runs, position_from_json(data["position"]), data.get("leap"))
 
 
 def position_to_json(position: Position) -> dict[str, dict[str, int]]:

@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Loaded, Snapshot, Store, difference, environment
 from streamcl.config import Config, ConfigError, changes
-from streamcl.protocols import StreamclError
-from streamcl.records import Turn
+from streamcl.protocols import Gap, StreamclError
+from streamcl.records import Order, Turn
 from streamcl.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -29,12 +30,17 @@ class Keeper:
     Args:
         accept_changes: Start from a snapshot although the environment or a setting of kind `stop` differs and the last
             run didn't end cleanly: what it did after the snapshot will not repeat exactly.
+        bootstrap: How a first start learns from history before it publishes. A later start goes on with what the first
+            one began.
     """
 
-    def __init__(self, worker: Worker, store: Store, accept_changes: bool = False) -> None:
+    def __init__(
+        self, worker: Worker, store: Store, accept_changes: bool = False, bootstrap: Bootstrap | None = None
+    ) -> None:
         self.worker = worker
         self.store = store
         self.accept_changes = accept_changes
+        self.bootstrap = bootstrap
         self.since = 0
         self.last: Snapshot | None = None
         self.seconds = 0.0  # that the last save took
@@ -52,9 +58,13 @@ class Keeper:
         self._compatible(loaded)
         worker.load_state_dict(loaded.state)
         worker.control_offset = int(loaded.manifest["control_offset"])
-        worker.source.seek(worker.progress.position)
         self.last = loaded.snapshot
+        self._refuse_new_partitions()
         log.info("restored %s at %d records", loaded.snapshot.name, worker.progress.records)
+        try:
+            worker.source.seek(worker.progress.position)
+        except Gap as gap:
+            self._leap(gap)
         return loaded.snapshot
 
     def _start_afresh(self) -> None:
@@ -68,7 +78,39 @@ class Keeper:
                 f"{self.store.folder} holds no snapshot, but {worker.config.control_url} says that this shard has "
                 "learned before; restore its snapshots, or start under another name"
             )
-        worker.progress.position = dict(worker.source.seek({}))
+        if self.bootstrap:
+            self.bootstrap.begin(worker)
+        else:
+            worker.progress.position = dict(worker.source.seek({}))
+        self.save()
+
+    def _refuse_new_partitions(self) -> None:
+        known, found = self.worker.progress.position.keys(), self.worker.source.streams()
+        new = sorted(set(found) - known)
+        if new:
+            names = ", ".join(f"{stream.input} partition {stream.partition}" for stream in new)
+            raise StreamclError(
+                f"{self.store.folder}: {names} came after the snapshot was written. Keys may have moved between "
+                "partitions, and their tickets with them: stop every worker and run `streamcl reshard`"
+            )
+
+    def _leap(self, gap: Gap) -> None:
+        """Go on behind records that are gone, as `kafka.on_gap` says: counted, and a fact of the control log."""
+        worker, policy = self.worker, self.worker.config.kafka.on_gap
+        if policy == "fail":
+            raise gap
+        position = {**worker.progress.position, **gap.available}
+        worker.source.seek(position)
+        if policy == "latest":
+            lag = worker.source.lag()
+            position |= {stream: offset + lag.get(stream, 0) for stream, offset in gap.available.items()}
+        skipped = sum(position[stream] - offset for stream, offset in gap.wanted.items())
+        log.error("%s; kafka.on_gap is %s: %d records are skipped, going on at %s", gap, policy, skipped, position)
+        if worker.control:
+            since = worker.control_offset
+            worker.control_offset = worker.control.append(Order((), position, leap=since))
+        worker.progress.position = dict(worker.source.seek(position))
+        worker.counts["skipped"] += skipped
         self.save()
 
     def _compatible(self, loaded: Loaded) -> None:

@@ -41,6 +41,7 @@ FATES = (
     "unlabelled",
     "quarantined",
     "dead_letter",
+    "skipped",
 )
 REASONS = (
     "undecodable",

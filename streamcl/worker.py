@@ -69,10 +69,14 @@ class Progress:
 
     `learned` is a multiset hash: the sum modulo 2^128 of a hash of each learned origin. Two runs that learned from the
     same records the same number of times agree on it, in whatever order; a record lost or learned twice changes it.
+
+    `publish_from`: events that stand before it are history. They are learned from, and nobody is told what was
+    predicted (see `recovery.Bootstrap`).
     """
 
     def __init__(self) -> None:
         self.position: dict[Stream, int] = {}
+        self.publish_from: dict[Stream, int] = {}
         self.records = 0
         self.learned = 0
 
@@ -85,15 +89,24 @@ class Progress:
     def learn(self, origin: Origin) -> None:
         self.learned = (self.learned + xxhash.xxh3_128_intdigest(str(origin).encode())) % (1 << 128)
 
+    def bootstrapping(self) -> bool:
+        """True until the last event of the history has been taken."""
+        return any(self.position.get(stream, 0) < offset for stream, offset in self.publish_from.items())
+
+    def published(self, origin: Origin) -> bool:
+        return origin.offset >= self.publish_from.get(origin.stream, 0)
+
     def state_dict(self) -> State:
         return {
             "position": position_to_json(self.position),
+            "publish_from": position_to_json(self.publish_from),
             "records": self.records,
             "learned": f"{self.learned:032x}",
         }
 
     def load_state_dict(self, state: State) -> None:
         self.position = position_from_json(state["position"])
+        self.publish_from = position_from_json(state.get("publish_from", {}))
         self.records = state["records"]
         self.learned = int(state["learned"], 16)
 
@@ -156,7 +169,7 @@ class Worker:
     def run(self) -> Iterator[Turn]:
         """Yields a turn per poll, an empty one when nothing came; ends when stopped or when the source is exhausted."""
         if self.control:
-            yield from self.rerun(self.control.read(self.control_offset))
+            yield from self.rerun(logged(self.control, self.control_offset))
         self.caught_up = not self.stopping
         while not (self.stopping or self.source.exhausted()):
             records = self.source.poll(self.config.worker.max_records, self.config.worker.poll_timeout_s)
@@ -182,6 +195,8 @@ class Worker:
         """Take records in a logged order: recovery, and the backtest of a log with several inputs."""
         for next_offset, order in orders:
             # One order is one turn: a snapshot lies between two orders, never inside one.
+            if order.leap is not None:
+                self.progress.position = dict(self.source.seek(order.position))
             records = [record for stream, length in order.runs for record in self._exactly(stream, length)]
             self.control_offset = next_offset
             turn = self.turn(records, recovering=True)
@@ -277,7 +292,7 @@ class Worker:
             self.dead_letters.send([dead_letter_message(d, self.codec, most) for d in turn.dead_letters])
 
     def _answers(self, turn: Turn) -> list[Message]:
-        return [prediction_message(p, self.codec) for p in turn.predictions]
+        return [prediction_message(p, self.codec) for p in turn.predictions if self.progress.published(p.origin)]
 
     def _order(self, records: Sequence[Record]) -> Order:
         groups = itertools.groupby(record.origin.stream for record in records)
@@ -328,6 +343,16 @@ class Worker:
         readers = (self.metrics, self.drift, self.joiner, self.learner)
         merged = {name: value for part in readers for name, value in part.read().items()}
         return merged | {"lag_records": float(sum(self.source.lag().values()))}
+
+
+def logged(control: ControlLog, start: int) -> Iterator[tuple[int, Order]]:
+    """The orders of a control log from `start` on, less the void ones (see `Order.leap`)."""
+    leaps, end = [], start
+    for end, order in control.read(start):
+        leaps += [] if order.leap is None else [(order.leap, end)]
+    for at, order in control.read(start):
+        if at <= end and not any(since < at < leap for since, leap in leaps):
+            yield at, order
 
 
 def build(config: Config) -> Worker:

@@ -10,11 +10,12 @@ from typing import Any
 
 from connectors import memory
 from streamcl import connect
+from streamcl.bootstrap import Bootstrap
 from streamcl.config import Config
 from streamcl.records import Message, Record
 from streamcl.recovery import Keeper, store_of
 from streamcl.state import digest
-from streamcl.worker import Worker, build
+from streamcl.worker import Worker, build, logged
 
 BROKER = "journey"
 
@@ -79,11 +80,11 @@ class Result:
     scores: list[Message] = field(default_factory=list)
 
 
-def finish(config: Config, order: memory.Choice = "time") -> Result:
+def finish(config: Config, order: memory.Choice = "time", bootstrap: Bootstrap | None = None) -> Result:
     """Start a worker where its shard stands, and run it to the end of the stream."""
     memory.broker(BROKER).order = order
     worker = build(config)
-    keeper = Keeper(worker, store_of(config))
+    keeper = Keeper(worker, store_of(config), bootstrap=bootstrap)
     keeper.restore()
     for _ in keeper.run():
         pass
@@ -104,7 +105,7 @@ def repeat(config: Config) -> Result:
     worker = Worker(config, connect.open_source(config), connect.codec())
     worker.progress.position = dict(worker.source.seek({}))
     several = len(worker.source.streams()) > 1
-    turns = worker.rerun(connect.open_control(config).read(0)) if several else worker.run()
+    turns = worker.rerun(logged(connect.open_control(config), 0)) if several else worker.run()
     for _ in turns:
         pass
     return Result(digest(worker.state_dict()), worker)
