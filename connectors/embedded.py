@@ -73,7 +73,7 @@ class EmbeddedBroker:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's Ctrl-C is for us: what we still send needs a broker
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         try:
             self._await()
@@ -96,7 +96,7 @@ class EmbeddedBroker:
 
     def _await(self) -> None:
         deadline = time.monotonic() + self._timeout_s
-        while not _listens(self._port):
+        while not listens(self._port):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._output.seek(0)
                 said = self._output.read().decode(errors="replace").strip()
@@ -117,7 +117,7 @@ def _binary() -> str:
         raise ConnectorError(f"the embedded broker can't be run here: {error}") from error
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -127,7 +127,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=0.2).close()
     except OSError:

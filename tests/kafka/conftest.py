@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import fcntl
 import itertools
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka import errors as kafka_errors
 
+from connectors.apache import ApacheBroker, Listener
 from connectors.embedded import EmbeddedBroker
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError
 
-HERE = Path(__file__).parent
-JARS = HERE.parents[1] / "build" / "kafka" / "4.3.1"
 USER, PASSWORD = "worker", "right-Horse-battery"
 
 _numbers = itertools.count()
@@ -119,33 +110,15 @@ def broker() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def apache_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One broker of Apache Kafka with a plain listener and one that wants a password (PLAIN)."""
-    for tool in ("java", "mvn"):
-        if shutil.which(tool) is None:
-            _lack(f"Apache Kafka needs {tool} (Java 17 or newer, Maven)")
-    _fetch()
-    folder = tmp_path_factory.mktemp("kafka")
-    ports = dict(zip(("plain", "sasl", "controller"), _free_ports(3), strict=True))
-    properties = (HERE / "server.properties").read_text()
-    filled = {"folder": str(folder), "user": USER, "password": PASSWORD} | {k: str(v) for k, v in ports.items()}
-    for word, value in filled.items():
-        properties = properties.replace("{" + word + "}", value)
-    (folder / "server.properties").write_text(properties)
-    cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    java = ["java", "-Xms128m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"]
-    java += ["-Dorg.slf4j.simpleLogger.defaultLogLevel=error", "-cp", f"{JARS}/*"]
-    storage = ["kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", "server.properties"]
-    subprocess.run([*java, *storage], cwd=folder, check=True, capture_output=True)
-    with (folder / "log").open("wb") as log:
-        command = [*java, "kafka.Kafka", "server.properties"]
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+def apache_kafka() -> Iterator[Cluster]:
+    """One broker of Apache Kafka with a plain listener and one that wants a password."""
+    apache = ApacheBroker(listeners={"LOGIN": Listener("SASL_PLAINTEXT")}, users={USER: PASSWORD})
     try:
-        _await(process, f"127.0.0.1:{ports['plain']}", folder / "log")
-        yield Cluster("apache", f"127.0.0.1:{ports['plain']}", f"127.0.0.1:{ports['sasl']}", process.pid)
-    finally:
-        process.kill()
-        process.wait()
+        apache.__enter__()
+    except ConnectorError as error:
+        _lack(str(error))
+    yield Cluster("apache", apache.bootstrap, apache.listener("LOGIN"), apache.pid)
+    apache.__exit__(None, None, None)
 
 
 @pytest.fixture(params=["embedded", "apache"])
@@ -159,39 +132,3 @@ def _lack(reason: str) -> None:
     if "kafka" in os.environ.get("STREAMCL_REQUIRE", "").split(","):
         pytest.fail(f"STREAMCL_REQUIRE names kafka, but: {reason}")
     pytest.skip(reason)
-
-
-def _fetch() -> None:
-    """The jars by Maven, once; several test processes may ask at the same time."""
-    JARS.parent.mkdir(parents=True, exist_ok=True)
-    with (JARS.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if JARS.exists():
-            return
-        partial = JARS.with_suffix(".partial")
-        goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={partial}"]
-        done = subprocess.run(
-            ["mvn", "-q", "-B", "-f", str(HERE / "pom.xml"), *goal], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            _lack(f"Maven can't fetch Apache Kafka: {(done.stdout + done.stderr).strip()[-300:]}")
-        partial.rename(JARS)
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def _await(process: subprocess.Popen[bytes], bootstrap: str, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=1000).close()
-            return
-        except kafka_errors.KafkaError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"Apache Kafka did not start: {log.read_text()[-2000:]}") from None

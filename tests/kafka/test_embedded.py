@@ -10,7 +10,7 @@ import time
 import pytest
 from kafka import KafkaConsumer
 
-from connectors.embedded import EmbeddedBroker, _listens
+from connectors.embedded import EmbeddedBroker, listens
 from streamcl.protocols import ConnectorError
 
 
@@ -26,7 +26,7 @@ def test_it_has_the_topics_it_was_given_and_is_gone_afterwards() -> None:
         assert consumer.partitions_for_topic("clicks") == {0, 1, 2}
         consumer.close()
         assert broker.url == f"kafka://{broker.bootstrap}"
-    assert not _listens(int(broker.bootstrap.rpartition(":")[2]))
+    assert not listens(int(broker.bootstrap.rpartition(":")[2]))
 
 
 def test_it_dies_with_its_parent() -> None:
@@ -41,9 +41,9 @@ def test_it_dies_with_its_parent() -> None:
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     port = int(said.stdout.strip().rpartition(":")[2])
     deadline = time.monotonic() + 5
-    while _listens(port) and time.monotonic() < deadline:
+    while listens(port) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _listens(port)
+    assert not listens(port)
 
 
 def test_without_its_wheel_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
