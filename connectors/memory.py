@@ -112,13 +112,21 @@ class MemoryBroker:
         with self.changed:
             self._fuse = (appends, keep)
 
+    def die(self, *, keep: bool = False) -> None:
+        """The process dies here: raises `Crash`, as `fail_after` describes."""
+        with self.changed:
+            self._burn((), keep)
+
     def append(self, *appended: tuple[str, int, Message]) -> int:
         """Append from a sink or control log, all or nothing, and return the offset after the last (topic, partition,
         message); `fail_after` strikes here, and counts a call as one append.
         """
         with self.changed:
             if self._fuse is not None:
-                self._burn(appended)
+                left, keep = self._fuse
+                self._fuse = (left - 1, keep)
+                if left <= 0:
+                    self._burn(appended, keep)
             for topic, partition, message in appended:
                 self._put(topic, partition, message)
             return self.end(topic, partition)
@@ -154,11 +162,7 @@ class MemoryBroker:
         self._log(topic, partition).append(message)
         self.changed.notify_all()
 
-    def _burn(self, appended: Sequence[tuple[str, int, Message]]) -> None:
-        left, keep = self._fuse or (0, False)
-        self._fuse = (left - 1, keep)
-        if left > 0:
-            return
+    def _burn(self, appended: Sequence[tuple[str, int, Message]], keep: bool) -> None:
         self._fuse, self.life = None, self.life + 1
         if keep:
             for topic, partition, message in appended:
@@ -166,7 +170,7 @@ class MemoryBroker:
             for sink in self._sinks:
                 sink.spill()
         self._sinks.clear()
-        raise Crash(f"memory://{self.name}/{appended[-1][0]}: died at this append, as asked")
+        raise Crash(f"memory://{self.name}: died here, as asked")
 
 
 _brokers: dict[str, MemoryBroker] = {}

@@ -3,8 +3,29 @@
 1. Open the control log: every predecessor of this shard is fenced.
 2. Load the newest valid snapshot; without one start afresh, and write a first snapshot at once, so that the starting
    position itself is recoverable.
-3. Seek to its position; `Worker.run` then repeats the logged order up to the control log's end, sending again what it
-   sent before (same ids, same values), and goes on from there.
+3. Seek to its position; `Worker.run` then repeats the logged order up to the control log's end and goes on from there.
+   At-least-once delivery sends again what it sent before (same ids, same values); exactly-once sends nothing, for the
+   answers stand in the same transaction as the order. Dead letters are sent again in both.
+
+P is the position that the control log leads to.
+
+| death | P | what comes of it |
+|---|---|---|
+| before the fence, behind it; first start before its snapshot | 0 | a first start |
+| behind the first snapshot, behind loading, behind the seek | any | the same recovery once more |
+| in the middle of a re-run | any | the re-run begins again |
+| polled, order not logged | before this turn | it never happened; its order may be taken anew |
+| exactly-once: anywhere before the commit | before this turn | as above |
+| order or transaction on its way, lost | before this turn | as above |
+| order or transaction durable, nobody was told | behind this turn | re-run; at-least-once sends |
+| at-least-once: answers unsent, half sent, unacknowledged | behind this turn | re-run, sent again |
+| dead letters sent, nothing else | either | sent again, same origin in the headers |
+| a checkpoint: before, in or behind its flush, in its writing | behind it | a longer re-run from the one before |
+| behind a checkpoint, before or behind showing progress | behind it | a shorter re-run; progress is a gauge |
+| disk lost, an old backup | far behind it | a longer re-run, the same state |
+| two workers with one identity | behind the newer | the older is fenced at its next order, saves nothing |
+
+`tests/test_crash_points.py` dies at each of these, and before and behind every call that crosses the boundary.
 """
 
 from __future__ import annotations
