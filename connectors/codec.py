@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
+from streamcl.config import Config
 from streamcl.protocols import BadInput
 from streamcl.records import Message
 
@@ -23,6 +24,14 @@ class JSON:
     Raises:
         BadInput: `undecodable`; the text names the fault and its byte, never what stands there.
     """
+
+    @classmethod
+    def open(cls, config: Config, place: str) -> JSON:  # noqa: ARG003 - the same everywhere
+        return cls()
+
+    @classmethod
+    def check(cls, config: Config, place: str) -> Sequence[str]:  # noqa: ARG003 - nothing can be wrong
+        return ["json"]
 
     def decode(self, value: bytes) -> Mapping[str, Any]:
         try:

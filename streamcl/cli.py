@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: turns errors that a user can cure into one line and an exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("kafka").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         app(args=arguments)
     except StreamclError as error:
@@ -199,7 +200,7 @@ def _logged(worker: Worker) -> bool:
 
 def _backtest(config: Config) -> Worker:
     sink = connect.open_sink(config.predictions, config) if config.predictions else None
-    return Worker(config, connect.open_source(config), connect.codec(), sink)
+    return Worker(config, connect.open_source(config), connect.codecs(config), sink)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -214,9 +215,10 @@ def _redirected(config: Config, inputs: dict[str, str], predictions: str | None)
     for name, url in inputs.items():
         if data[name] is None:
             raise ConfigError(f"--input {name}: the config has no [{name}]")
-        data[name]["url"] = url
-    # A backtest has no order to commit its answers with.
-    return Config.parse({**data, "predictions": predictions, "delivery": {}}, "--input")
+        data[name] |= {"url": url} | ({"codec": "json"} if url.startswith("file:") else {})
+    # A backtest has no order to commit its answers with, and no business in a schema registry.
+    backtest: dict[str, Any] = {"predictions": predictions, "predictions_codec": "json", "delivery": {}}
+    return Config.parse({**data, **backtest}, "--input")
 
 
 def _progress(turns: Iterator[Turn], worker: Worker) -> Iterator[Turn]:
@@ -254,6 +256,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
     for scheme in sorted({url.partition(":")[0] for url in urls}):
         mine = [url for url in urls if url.partition(":")[0] == scheme]
         findings += connect.connector(mine[0]).check(mine, settings)
+    findings += connect.check_codecs(settings)
     store = store_of(settings)
     store.probe()
     newest = store.newest()

@@ -54,10 +54,31 @@ FieldPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
 """The name of a field of the payload; dots go into nested objects."""
 
 
+def _named_kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class Payload(Station):
+    """How payloads are written. `codec = "avro"` is short for `codec = {kind = "avro"}`.
+
+    Avro and Protobuf come in the Confluent wire format, their schemas from the [registry]; or, with `schema_file`, raw.
+    """
+
+    kind: str = Stop("json", description="json, avro, protobuf, or what a package has registered")
+    schema_file: Path | None = Stop(
+        None, description="payloads are raw, of this schema: an .avsc file, or a serialized FileDescriptorSet"
+    )
+    message: str | None = Stop(None, description="Protobuf: full name of the message in schema_file")
+
+
+PayloadOrKind = Annotated[Payload, BeforeValidator(_named_kind)]
+
+
 class Events(Station):
     """Where events come from, and where in the payload things are (dots go into nested objects)."""
 
     url: str = Free(description="kafka://host:port/topic, file:///path/to/events.jsonl, memory://name/topic")
+    codec: PayloadOrKind = Payload()
     id: FieldPath | None = Stop(None, description="field of the event id; without it the id is input:partition:offset")
     key: FieldPath | None = Stop(None, description="field of the key (user, session); without it the record's key")
     time: FieldPath | None = Stop(None, description="field of the event time; without it the record's timestamp")
@@ -74,6 +95,7 @@ class Labels(Station):
     """Labels on a stream of their own, joined to events by id."""
 
     url: str = Free(description="URL of the labels; same scheme and host as events.url")
+    codec: PayloadOrKind = Payload()
     id: FieldPath = Stop("id", description="field of the event id")
     label: FieldPath = Stop("label", description="field of the label")
     default: float | None = Stop(None, description="the label when the field is absent: 1 for a stream of clicks")
@@ -113,10 +135,6 @@ class Numeric(Station):
     """A number, standardised by running mean and deviation. A missing one reads as the mean."""
 
     kind: Literal["numeric"] = "numeric"
-
-
-def _named_kind(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
 
 
 KINDS: dict[str, type[Station]] = {"categorical": Categorical, "bag": Bag, "numeric": Numeric}
@@ -231,6 +249,28 @@ class Kafka(Station):
     transaction_timeout_s: float = Free(60.0, gt=0, description="after it the brokers give up a silent worker's write")
 
 
+class Registry(Station):
+    """Where the schemas of Avro and Protobuf payloads are kept: a schema registry with Confluent's REST interface.
+
+    Secrets are named, never written: an environment variable or a file.
+    """
+
+    url: str | None = Free(
+        None, pattern="^https?://", description="http(s)://host:port[/path]; no proxy of the environment is used"
+    )
+    username: str | None = Free(None, description="who logs in (basic authentication)")
+    password_env: str | None = Free(None, description="environment variable that holds the password")
+    password_file: Path | None = Free(None, description="file that holds the password")
+    ssl_cafile: Path | None = Free(None, description="PEM file of the authorities to trust; default: the system's")
+    ssl_certfile: Path | None = Free(None, description="PEM file of the client's certificate")
+    ssl_keyfile: Path | None = Free(None, description="PEM file of the client's key")
+    timeout_s: float = Free(10.0, gt=0, description="how long one answer may take")
+    patience_s: float = Free(60.0, ge=0, description="how long the loop waits for a registry that is away, then stops")
+    unknown_id_s: float = Free(60.0, ge=0, description="how long a schema id that it does not know is not asked again")
+    subject: str | None = Stop(None, description="of the predictions' schema; default: TOPIC-value")
+    register_schema: bool = Free(True, description="register the predictions' schema; else it must be there already")
+
+
 class Config(Station):
     """A worker, from Kafka to Kafka.
 
@@ -244,6 +284,7 @@ class Config(Station):
     events: Events
     labels: Labels | None = None
     predictions: str | None = Free(None, description="URL that predictions are sent to")
+    predictions_codec: str = Stop("json", description="how predictions are written: json, avro, protobuf")
     dead_letters: str | None = Free(
         None, description="URL of bad records; default: NAME-dead-letters beside the events"
     )
@@ -263,6 +304,7 @@ class Config(Station):
     delivery: Delivery = Delivery()
     telemetry: Telemetry = Telemetry()
     kafka: Kafka = Kafka()
+    registry: Registry = Registry()
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
@@ -283,6 +325,13 @@ class Config(Station):
         return self
 
     @model_validator(mode="after")
+    def _readable(self) -> Self:
+        for name, station in (("events", self.events), ("labels", self.labels)):
+            if station is not None and _site(station.url)[0] == "file" and station.codec.kind != "json":
+                raise ValueError(f"{name}.codec: the rows of a file are JSON")
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.replay.retention == "class_balanced" and self.task == "regression":
             raise ValueError("replay.retention: class_balanced needs classes; regression has reservoir and recency")
@@ -297,9 +346,10 @@ class Config(Station):
         if self.exactly_once and _site(self.control_url)[0] == "file":
             raise ValueError("delivery.mode: files know no transactions; exactly_once needs Kafka")
         urls = self.inputs | {name: getattr(self, name) for name in ("predictions", "dead_letters", "control")}
+        urls |= {"registry.url": self.registry.url}
         for name, url in urls.items():
             if "@" in urlsplit(url or "").netloc:
-                raise ValueError(f"{name}: no user or password in a URL; see [kafka]")
+                raise ValueError(f"{name}: no user or password in a URL; see [kafka] and [registry]")
         return self
 
     def allows(self, label: float) -> bool:

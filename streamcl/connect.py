@@ -11,7 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from streamcl.config import Config
-from streamcl.protocols import Codec, Connector, ConnectorError, ControlLog, Sink, Source
+from streamcl.protocols import Codec, Codecs, Connector, ConnectorError, ControlLog, Format, Sink, Source
+from streamcl.records import EVENTS, LABELS
 
 CONNECTORS = "streamcl.connectors"
 CODECS = "streamcl.codecs"
@@ -30,14 +31,34 @@ def connector(url: str) -> Connector:
     return found
 
 
-def codec(name: str = "json") -> Codec:
-    """The codec registered as `name`.
+def codec(name: str, config: Config, place: str) -> Codec:
+    """The codec registered as `name`, for what is read or written at `place`; see `protocols.Format`.
 
     Raises:
-        ConnectorError: as for `connector`.
+        ConnectorError: as for `connector`, or what the codec needs can't be had.
     """
-    found: Codec = _load(CODECS, name, "codec")()
+    found: Format = _load(CODECS, name, "codec")
+    return found.open(config, place)
+
+
+def codecs(config: Config) -> Codecs:
+    """The codecs that the config names, ready to work."""
+    return Codecs(**{place: codec(name, config, place) for place, name in _codec_names(config).items()})
+
+
+def check_codecs(config: Config) -> list[str]:
+    """One line for each finding; nothing is changed. Raises as `codecs` does."""
+    found: list[str] = []
+    for place, name in _codec_names(config).items():
+        made: Format = _load(CODECS, name, "codec")
+        found += [f"{place}: {line}" for line in made.check(config, place)]
     return found
+
+
+def _codec_names(config: Config) -> dict[str, str]:
+    labels = config.labels.codec.kind if config.labels else "json"  # never asked when there are none
+    answers = config.predictions_codec if config.predictions else "json"
+    return {EVENTS: config.events.codec.kind, LABELS: labels, "predictions": answers}
 
 
 def open_source(config: Config) -> Source:

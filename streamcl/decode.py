@@ -8,7 +8,7 @@ from typing import Any
 from streamcl.config import Config
 from streamcl.features import ABSENT, Featurizer, category, kind_of, lookup, number
 from streamcl.protocols import BadInput, Codec
-from streamcl.records import LABELS, Event, Label, Origin, Record
+from streamcl.records import EVENTS, LABELS, Event, Label, Origin, Record
 
 Path = tuple[str, ...] | None
 
@@ -21,13 +21,14 @@ class Decoder:
     """Decodes and validates records by the config's `[events]` and `[labels]`. Pure: it holds no state.
 
     Raises:
+        ConnectorError: what it takes to read the payload can't be had now.
         BadInput: with a dead-letter reason (`undecodable | schema | non_finite | unknown_feature | too_large |
             future`) and a text that names the field and never shows the value.
     """
 
-    def __init__(self, config: Config, codec: Codec) -> None:
+    def __init__(self, config: Config, codec: Codec, labels_codec: Codec | None = None) -> None:
         self.config = config
-        self.codec = codec
+        self.codecs = {EVENTS: codec, LABELS: labels_codec or codec}
         self.featurizer = Featurizer(config)
         events, labels = config.events, config.labels
         self.event_paths = {name: _path(getattr(events, name)) for name in ("id", "key", "time", "label")}
@@ -48,7 +49,7 @@ class Decoder:
         if len(record.value) > self.config.events.max_bytes:
             most = self.config.events.max_bytes
             raise BadInput("too_large", f"{len(record.value)} bytes; events.max_bytes is {most}")
-        return self.codec.decode(record.value)
+        return self.codecs[record.origin.input].decode(record.value)
 
     def _event(self, record: Record, payload: Mapping[str, Any]) -> Event:
         events, paths = self.config.events, self.event_paths

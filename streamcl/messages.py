@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import orjson
+
 from streamcl import __version__
 from streamcl.protocols import Codec
 from streamcl.records import DeadLetter, Headers, Message, Prediction, Scores
@@ -41,17 +43,17 @@ ERROR_CHARACTERS = 500
 """An error names a field, and a field's name may be a megabyte long."""
 
 
-def dead_letter_message(letter: DeadLetter, codec: Codec, max_bytes: int) -> Message:
+def dead_letter_message(letter: DeadLetter, max_bytes: int) -> Message:
     """The original key, value and headers, and why and where from.
 
-    A record whose key, value and headers take more than `max_bytes` becomes a stub: size and hash of its value, a short
-    key, no headers of its own. A dead letter that its broker refused would stop the worker at every start.
+    A record whose key, value and headers take more than `max_bytes` becomes a stub, JSON: size and hash of its value,
+    a short key, no headers of its own. A dead letter that its broker refused would stop the worker at every start.
     """
     record = letter.record
     key, value, theirs = record.key, record.value, record.headers
     size = len(key or b"") + len(value or b"") + sum(len(name) + len(text or b"") for name, text in theirs)
     if size > max_bytes:
-        value = codec.encode({"bytes": len(value or b""), "sha256": hashlib.sha256(value or b"").hexdigest()})
+        value = orjson.dumps({"bytes": len(value or b""), "sha256": hashlib.sha256(value or b"").hexdigest()})
         key, theirs = key if len(key or b"") <= OUR_BYTES else None, ()
     origin = record.origin
     ours = {

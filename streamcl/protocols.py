@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from streamcl.records import Message, Order, Position, Record, Stream
 
@@ -162,7 +162,30 @@ class Codec(Protocol):
     """Bytes to a mapping and back."""
 
     def decode(self, value: bytes) -> Mapping[str, Any]:
-        """Raises BadInput(`undecodable`)."""
+        """Raises BadInput(`undecodable`); ConnectorError when what it takes to read the payload can't be had now."""
         ...
 
     def encode(self, value: Mapping[str, Any]) -> bytes: ...
+
+
+class Codecs(NamedTuple):
+    """Who reads what comes and writes what goes."""
+
+    events: Codec
+    labels: Codec
+    predictions: Codec
+
+
+class Format(Protocol):
+    """A class registered in the entry-point group `streamcl.codecs` under its name.
+
+    `place` is where its payloads are: `events`, `labels`, `predictions`, or `requests` (of a read replica).
+    """
+
+    def open(self, config: Config, place: str) -> Codec:
+        """Ready to work: what predictions need outside (a registered schema) is there afterwards."""
+        ...
+
+    def check(self, config: Config, place: str) -> Sequence[str]:
+        """Look, and change nothing. One line for each finding; raises ConnectorError for what can't work."""
+        ...

@@ -230,7 +230,7 @@ def serve(config: Config, host: str = "127.0.0.1", port: int = 8080) -> None:
         CheckpointError: the folder, or a snapshot in it, can't be used.
     """
     torch.set_num_threads(config.worker.threads)
-    predictor = Predictor(store_of(config), connect.codec(), config.events.max_bytes)
+    predictor = Predictor(store_of(config), connect.codec("json", config, "requests"), config.events.max_bytes)
     predictor.refresh()
     threading.Thread(target=predictor.follow, name="follow", daemon=True).start()
     try:

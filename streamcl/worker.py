@@ -10,6 +10,7 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
+import orjson
 import xxhash
 
 from streamcl import connect
@@ -22,7 +23,7 @@ from streamcl.messages import OUR_BYTES, dead_letter_message, prediction_message
 from streamcl.metrics import Prequential
 from streamcl.protocols import (
     BadInput,
-    Codec,
+    Codecs,
     ConnectorError,
     ControlLog,
     Sink,
@@ -142,14 +143,14 @@ class Worker:
         self,
         config: Config,
         source: Source,
-        codec: Codec,
+        codecs: Codecs,
         predictions: Sink | None = None,
         dead_letters: Sink | None = None,
         control: ControlLog | None = None,
     ) -> None:
         self.config = config
         self.source = source
-        self.codec = codec
+        self.codecs = codecs
         self.predictions = predictions
         self.dead_letters = dead_letters
         self.control = control
@@ -158,7 +159,7 @@ class Worker:
         self.caught_up = False
         self.recent_faults: deque[bool] = deque(maxlen=1000)
 
-        self.decoder = Decoder(config, codec)
+        self.decoder = Decoder(config, codecs.events, codecs.labels)
         self.counts = Counts()
         self.progress = Progress()
         self.joiner = Joiner(config.join, self.counts)
@@ -264,7 +265,7 @@ class Worker:
             self.counts["learned"] += 1
             return
         self.counts["quarantined"] += 1
-        stub = self.codec.encode({"id": outcome.ticket.id, "label": outcome.label})
+        stub = orjson.dumps({"id": outcome.ticket.id, "label": outcome.label})
         record = Record(outcome.ticket.origin, outcome.ticket.origin.input, outcome.ticket.time_s, stub)
         error = "learning from this label would have made the weights non-finite or the gradient too large"
         work.dead_letters.append(DeadLetter(record, "quarantined_label", error))
@@ -289,10 +290,11 @@ class Worker:
     def _send_dead_letters(self, turn: Turn) -> None:
         if self.dead_letters and turn.dead_letters:
             most = min(self.config.events.max_bytes, self.config.kafka.max_request_bytes - 3 * OUR_BYTES)
-            self.dead_letters.send([dead_letter_message(d, self.codec, most) for d in turn.dead_letters])
+            self.dead_letters.send([dead_letter_message(d, most) for d in turn.dead_letters])
 
     def _answers(self, turn: Turn) -> list[Message]:
-        return [prediction_message(p, self.codec) for p in turn.predictions if self.progress.published(p.origin)]
+        answered = [p for p in turn.predictions if self.progress.published(p.origin)]
+        return [prediction_message(p, self.codecs.predictions) for p in answered]
 
     def _order(self, records: Sequence[Record]) -> Order:
         groups = itertools.groupby(record.origin.stream for record in records)
@@ -361,7 +363,7 @@ def build(config: Config) -> Worker:
     return Worker(
         config,
         source,
-        connect.codec(),
+        connect.codecs(config),
         connect.open_sink(config.predictions, config) if config.predictions and not config.exactly_once else None,
         connect.open_sink(config.dead_letters_url, config),
         connect.open_control(config) if len(source.streams()) > 1 or config.exactly_once else None,

@@ -102,7 +102,7 @@ def die_after(config: Config, turns: int, order: memory.Choice = "time") -> None
 
 def repeat(config: Config) -> Result:
     """A backtest of everything, in the logged order if there is one: no checkpoint, nothing published."""
-    worker = Worker(config, connect.open_source(config), connect.codec())
+    worker = Worker(config, connect.open_source(config), connect.codecs(config))
     worker.progress.position = dict(worker.source.seek({}))
     several = len(worker.source.streams()) > 1
     turns = worker.rerun(logged(connect.open_control(config), 0)) if several else worker.run()

@@ -42,9 +42,22 @@ def test_a_connector_is_found_by_the_scheme() -> None:
 
 
 def test_json_is_the_codec_unless_another_is_named() -> None:
-    assert isinstance(connect.codec(), JSON)
-    with pytest.raises(ConnectorError, match=r"no codec 'thrift'; known: avro, json"):
-        connect.codec("thrift")
+    assert all(isinstance(codec, JSON) for codec in connect.codecs(config()))
+    assert connect.check_codecs(config()) == ["events: json", "labels: json", "predictions: json"]
+    for codecs in (("thrift", "json"), ("json", "thrift")):
+        stations = {
+            name: {"url": f"memory://connect/{name}", "id": "id", "label": "y", "codec": codec}
+            for name, codec in zip(("events", "labels"), codecs, strict=True)
+        }
+        for ask in (connect.codecs, connect.check_codecs):
+            with pytest.raises(ConnectorError, match=r"no codec 'thrift'; known: avro, json"):
+                ask(config(**stations))
+
+
+def test_the_predictions_codec_is_looked_for_only_where_there_are_predictions() -> None:
+    assert connect.codecs(config(predictions_codec="thrift"))
+    with pytest.raises(ConnectorError, match="no codec 'thrift'"):
+        connect.codecs(config(predictions_codec="thrift", predictions="memory://connect/scores"))
 
 
 @pytest.mark.parametrize("url", ["nope://a/b", "file2:///a"])

@@ -47,7 +47,7 @@ def test_the_same_prediction_is_the_same_bytes() -> None:
 
 
 def test_a_dead_letter_keeps_key_value_and_headers_and_says_why_and_where_from() -> None:
-    message = dead_letter_message(letter(b"raw \xff"), JSON(), max_bytes=100)
+    message = dead_letter_message(letter(b"raw \xff"), max_bytes=100)
     assert (message.value, message.key, message.time_s) == (b"raw \xff", b"k", None)
     assert message.headers[0] == ("trace", b"\xff")
     assert {name: raw.decode() for name, raw in message.headers[1:]} == {
@@ -64,20 +64,20 @@ def test_a_dead_letter_keeps_key_value_and_headers_and_says_why_and_where_from()
 
 def test_a_dead_letter_that_is_too_large_becomes_a_stub_that_proves_what_it_was() -> None:
     value = b"x" * 101  # beside a key of 1 byte and a header of 6
-    stub = dead_letter_message(letter(value), JSON(), max_bytes=107)
+    stub = dead_letter_message(letter(value), max_bytes=107)
     assert orjson.loads(stub.value or b"") == {"bytes": 101, "sha256": hashlib.sha256(value).hexdigest()}
     assert stub.key == b"k"
     assert "trace" not in dict(stub.headers)
-    assert dead_letter_message(letter(value), JSON(), max_bytes=108).value == value
+    assert dead_letter_message(letter(value), max_bytes=108).value == value
 
 
 def test_a_huge_key_or_field_name_makes_no_dead_letter_that_a_broker_would_refuse() -> None:
     whole = letter(b"{}", b"k" * 2_000_000)
-    message = dead_letter_message(replace(whole, error="unknown field " + "x" * 2_000_000), JSON(), max_bytes=1_000_000)
+    message = dead_letter_message(replace(whole, error="unknown field " + "x" * 2_000_000), max_bytes=1_000_000)
     assert message.key is None
     assert sum(len(name) + len(text) for name, text in message.headers) < OUR_BYTES
 
 
 def test_a_tombstone_stays_one() -> None:
-    message = dead_letter_message(letter(None, None), JSON(), max_bytes=100)
+    message = dead_letter_message(letter(None, None), max_bytes=100)
     assert (message.value, message.key) == (None, None)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from connectors.codec import JSON
 from streamcl.bench.drive import Incomplete, Topic
 from streamcl.bench.streams import LABEL, TIME, Dataset, synthetic
-from streamcl.connect import codec
 from streamcl.decode import Decoder
 from streamcl.learner import Learner
 from streamcl.records import Fate, Origin, Outcome, Record, Ticket
@@ -14,7 +14,7 @@ SMALL = {"model": {"embedding_dim": 2, "hidden": [4]}}
 def by_hand(topic: Topic) -> list[float]:
     """Oracle: decode, predict, learn; no worker."""
     config = topic.config(SMALL)
-    decoder, learner, scores = Decoder(config, codec()), Learner(config), []
+    decoder, learner, scores = Decoder(config, JSON()), Learner(config), []
     for offset, value in enumerate(topic.data.messages()):
         event = decoder.decode(Record(Origin("events", 0, offset), "t", float(offset), value))
         said = learner.predict(event.features)  # type: ignore[union-attr]
