@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from streamcl.config import Config, Shard
-from streamcl.protocols import ConnectorError, Fenced
+from streamcl.protocols import ConnectorError, Fenced, Unavailable
 from streamcl.records import LABELS, Headers, Message, Order, Origin, Position, Record, Stream
 
 Choice = Literal["time", "input"] | Callable[[Sequence[Record]], Record]
@@ -41,11 +41,14 @@ class MemoryBroker:
 
     Attributes:
         order: How sources opened by URL interleave their streams; see `MemorySource`.
+        away: Asked with the topic (of a source its first stream's, and the partition: "clicks/1") at every call of what is open on this
+            broker; True makes the call raise `Unavailable`.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.order: Choice = "time"
+        self.away: Callable[[str], bool] = lambda _: False
         self.changed = threading.Condition(threading.RLock())
         self.finished = False
         self.life = 0  # counts crashes; what was opened in an earlier life is dead
@@ -144,10 +147,12 @@ class MemoryBroker:
         with self.changed:
             self._committed.setdefault(topic, {})[partition] = offset
 
-    def alive(self, life: int) -> None:
-        """Raises Crash for what was opened before the last one."""
+    def alive(self, life: int, place: str) -> None:
+        """Raises Crash for what was opened before the last one, and Unavailable when `away` says so."""
         if life != self.life:
             raise Crash(f"memory://{self.name}: opened before the crash")
+        if self.away(place):
+            raise Unavailable(f"memory://{self.name}/{place}: away, as asked")
 
     def enlist(self, sink: MemorySink) -> None:
         self._sinks.append(sink)
@@ -225,6 +230,8 @@ class MemorySource:
         }
         if not self._next:
             raise ConnectorError(f"shard {shard.index} of {shard.count} has no partition in {sorted(counts)}")
+        first = next(iter(self._next))
+        self._place = f"{self._topics[first.input]}/{first.partition}"
         self._pick = {"time": _by_time, "input": _by_input}[order] if isinstance(order, str) else order
         self._life = self._broker.life
 
@@ -236,7 +243,7 @@ class MemorySource:
             raise ConnectorError(f"{only} is not in this shard")
         wanted = self.streams() if only is None else [only]
         with self._broker.changed:
-            self._broker.alive(self._life)
+            self._broker.alive(self._life, self._place)
             if not self._waiting(wanted) and not self._broker.finished:
                 self._broker.changed.wait_for(lambda: self._waiting(wanted) or self._broker.finished, timeout_s)
             return self._take(wanted, limit)
@@ -251,7 +258,7 @@ class MemorySource:
         return dict(self._next)
 
     def commit(self, position: Position) -> None:
-        self._broker.alive(self._life)
+        self._broker.alive(self._life, self._place)
         for stream, offset in position.items():
             self._broker.commit(self._topics[stream.input], stream.partition, offset)
 
@@ -308,12 +315,12 @@ class MemorySink:
 
     def send(self, messages: Sequence[Message]) -> None:
         with self._broker.changed:
-            self._broker.alive(self._life)
+            self._broker.alive(self._life, self._topic)
             self._pending.extend(messages)
 
     def flush(self) -> None:
         with self._broker.changed:
-            self._broker.alive(self._life)
+            self._broker.alive(self._life, self._topic)
             self.spill()
 
     def spill(self) -> None:
@@ -344,11 +351,11 @@ class MemoryControlLog:
 
     def open(self) -> None:
         with self._broker.changed:
-            self._broker.alive(self._life)
+            self._broker.alive(self._life, self._topic)
             self._epoch = self._broker.epochs[self._topic] = self._broker.epochs.get(self._topic, 0) + 1
 
     def read(self, start: int) -> Iterator[tuple[int, Order]]:
-        self._broker.alive(self._life)
+        self._broker.alive(self._life, self._topic)
         if not 0 <= start <= self._broker.end(self._topic, 0):
             raise ConnectorError(f"memory://{self._broker.name}/{self._topic}: no offset {start} in the control log")
         found = self._broker.read(self._topic, 0, start)
@@ -356,7 +363,7 @@ class MemoryControlLog:
 
     def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
         with self._broker.changed:
-            self._broker.alive(self._life)
+            self._broker.alive(self._life, self._topic)
             if not self._epoch:
                 raise ConnectorError(f"memory://{self._broker.name}/{self._topic}: append before open")
             if self._epoch != self._broker.epochs[self._topic]:

@@ -11,9 +11,10 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import orjson
 import typer
@@ -26,13 +27,14 @@ from streamcl.bench.command import bench
 from streamcl.checkpoint import Damaged, Snapshot, Store, difference, environment
 from streamcl.config import Config, ConfigError, changes, fingerprint
 from streamcl.demo import command as demo
-from streamcl.protocols import Fenced, StreamclError
+from streamcl.host import FixedShards, Host
+from streamcl.protocols import Fenced, Membership, StreamclError
 from streamcl.records import EVENTS, LABELS, Turn
-from streamcl.recovery import Keeper, store_of
+from streamcl.recovery import store_of
 from streamcl.serve import serve as serve_forever
 from streamcl.state import digest
 from streamcl.telemetry import Telemetry
-from streamcl.worker import Worker, build, logged
+from streamcl.worker import Worker, keeps_order, logged
 
 log = logging.getLogger("streamcl")
 app = typer.Typer(
@@ -80,6 +82,9 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def run(
     config: ConfigFile,
+    shards: Annotated[
+        str | None, typer.Option(metavar="0,2,4|K/N", help="Run these shards; 1/4: those with index % 4 == 1.")
+    ] = None,
     accept_changes: Annotated[
         bool, typer.Option(help="Go on although the environment or a setting changed without a clean stop.")
     ] = False,
@@ -88,51 +93,61 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run a worker until it is told to stop (SIGTERM, Ctrl-C): it finishes its turn, saves, and leaves."""
-    settings = Config.load(config)
-    worker = build(settings)
-    with contextlib.closing(worker), _stopping(worker), contextlib.closing(Telemetry(settings)) as telemetry:
+    """Run shards until told to stop (SIGTERM, Ctrl-C): they finish their turn, save, and leave.
+
+    Brokers that go away are waited for. Exit code 3: another worker has taken over a shard.
+    """
+    settings = _with_shards(Config.load(config), shards)
+    with contextlib.closing(Telemetry(settings)) as telemetry, contextlib.ExitStack() as signals:
+        membership = signals.enter_context(contextlib.closing(_membership(settings)))
+        host = Host(settings, membership, telemetry, accept_changes=accept_changes)
+        signals.enter_context(_stopping(host))
         telemetry.start()
-        keeper = Keeper(worker, store_of(settings), accept_changes)
-        restored = keeper.restore()
-        telemetry.restored(len(keeper.store.damaged), "ok" if restored else "none")
         quiet_since = time.monotonic()
-        for turn in _watched(keeper, telemetry):
-            if turn.records:
+        for turn in host.run():
+            if turn.records or not host.settled():
                 quiet_since = time.monotonic()
             if idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s:
-                worker.stop()
-        _summary(worker, as_json)
+                host.stop()
+    _summary_of_all(
+        settings, {seat.last: seat.readings for _, seat in sorted(host.seats.items()) if seat.last}, as_json
+    )
 
 
-def _watched(keeper: Keeper, telemetry: Telemetry) -> Iterator[Turn]:
-    """The keeper's turns, each told to telemetry."""
-    worker, saved, began, told = keeper.worker, keeper.last, time.perf_counter(), 0.0
-    for turn in keeper.run():
-        now = time.perf_counter()
-        readings: dict[str, float] = {}
-        if now - told > 1.0:  # windowed metrics sort their window: once a second is often enough
-            readings, told = worker.readings(), now
-        telemetry.observe(turn, seconds=now - began, lag=worker.source.lag(), readings=readings)
-        telemetry.ready(worker.caught_up, "" if worker.caught_up else "repeating the logged order")
-        for signal_ in turn.signals:
-            log.warning("%s signalled by %s at %s", signal_.kind, signal_.source, signal_.origin)
-        for letter in turn.dead_letters:
-            log.warning("dead letter: topic %s, %s: %s", letter.record.topic, letter.record.origin, letter.error)
-        yield turn
-        began = time.perf_counter()
-        if keeper.last is not saved and keeper.last is not None:
-            saved = keeper.last
-            telemetry.checkpointed(keeper.seconds, saved.size_bytes)
-            log.info("saved %s (%d bytes)", saved.name, saved.size_bytes)
+def _membership(config: Config) -> Membership:
+    return connect.join_group(config) if config.shard.assignment == "group" else FixedShards(config)
+
+
+def _with_shards(config: Config, text: str | None) -> Config:
+    """The config with `--shards`: a list of indices, or `K/N` for those with index % N == K."""
+    if text is None:
+        return config
+    if config.shard.assignment == "group":
+        raise ConfigError("--shards: a group hands out the shards (shard.assignment)")
+    try:
+        if "/" in text:
+            worker, workers = map(int, text.split("/"))
+            indices = list(range(worker, config.shard.count, workers)) if 0 <= worker < workers else []
+        else:
+            indices = [int(part) for part in text.split(",")]
+    except ValueError:
+        indices = []
+    if not indices:
+        raise ConfigError(f"--shards {text}: expected 0,2,4 or 1/4 (K/N, K below N), of {config.shard.count} shards")
+    data = config.model_dump(mode="json")
+    return Config.parse({**data, "shard": {**data["shard"], "indices": indices}}, "--shards")
+
+
+class Stoppable(Protocol):
+    def stop(self) -> None: ...
 
 
 @contextlib.contextmanager
-def _stopping(worker: Worker) -> Iterator[None]:
+def _stopping(runs: Stoppable) -> Iterator[None]:
     """SIGTERM and the first Ctrl-C end the loop after its turn; a second Ctrl-C interrupts."""
 
     def stop(number: int, _frame: object) -> None:
-        worker.stop()
+        runs.stop()
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -143,18 +158,43 @@ def _stopping(worker: Worker) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _summary(worker: Worker, as_json: bool) -> None:
-    """What a run has come to; the state's digest proves that two runs are one."""
+def _result(worker: Worker, readings: Mapping[str, float]) -> dict[str, Any]:
+    """What a shard has come to; the state's digest proves that two runs are one."""
     progress = worker.progress.state_dict()
-    result = {
+    return {
         "name": worker.config.name,
         "records": progress["records"],
         "position": progress["position"],
         "learned_hash": progress["learned"],
         "counts": worker.counts.state_dict(),
-        "metrics": worker.readings(),
+        "metrics": dict(readings),
         "state_digest": digest(worker.state_dict()),
     }
+
+
+def _summary_of_all(config: Config, workers: Mapping[Worker, Mapping[str, float]], as_json: bool) -> None:
+    """Of one shard as ever; of several each, and the sums that do not depend on how the inputs were cut into shards."""
+    if config.shard.count == 1 and len(workers) == 1:
+        for worker, readings in workers.items():
+            _summary(worker, readings, as_json)
+        return
+    learned = sum(worker.progress.learned for worker in workers) % (1 << 128)
+    totals = {
+        "name": config.name,
+        "records": sum(worker.progress.records for worker in workers),
+        "counts": dict(sorted(sum((worker.counts for worker in workers), Counter()).items())),
+        "learned_hash": f"{learned:032x}",
+    }
+    if as_json:
+        out({**totals, "shards": [{"shard": w.config.shard.index, **_result(w, read)} for w, read in workers.items()]})
+        return
+    for worker, readings in workers.items():
+        _summary(worker, readings, as_json)
+    Console().print(f"{len(workers)} shards: {totals['records']} records, learned hash {totals['learned_hash']}")
+
+
+def _summary(worker: Worker, readings: Mapping[str, float], as_json: bool) -> None:
+    result = _result(worker, readings)
     if as_json:
         out(result)
         return
@@ -191,11 +231,11 @@ def replay(
         for _ in _progress(turns, worker):
             pass
         worker.flush()
-        _summary(worker, as_json)
+        _summary(worker, worker.readings(), as_json)
 
 
 def _logged(worker: Worker) -> bool:
-    return worker.config.events.url.startswith("kafka:") and len(worker.source.streams()) > 1
+    return worker.config.events.url.startswith("kafka:") and keeps_order(worker.config, worker.source)
 
 
 def _backtest(config: Config) -> Worker:

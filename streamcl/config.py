@@ -185,16 +185,38 @@ class Checkpoint(Station):
 
 
 class Shard(Station):
-    """Static assignment: shard `index` of `count` holds the partitions p with p % count == index."""
+    """Shard `index` of `count` holds the partitions p of every input with p % count == index.
+
+    A process runs one shard, several, or with `assignment = "group"` those that a consumer group hands to it. A shard
+    that moves is recovered where it arrives, so all members of a group need one `checkpoint.folder`.
+    """
 
     index: int = New(0, ge=0, description="which shard this worker is, from 0")
-    count: int = New(1, ge=1, description="of all shards")
+    count: int = New(1, ge=1, description="of all shards; `streamcl reshard` changes it")
+    indices: tuple[Annotated[int, Field(ge=0)], ...] | None = Free(
+        None, min_length=1, description="several shards in this process, instead of index"
+    )
+    assignment: Literal["static", "group"] = Free("static", description="group: a consumer group hands out the shards")
+    group_instance_id_env: str | None = Free(
+        None, description="environment variable that names this member: it may restart within session_timeout_s"
+    )
+    session_timeout_s: float = Free(45.0, gt=0, description="a member that is silent for this long loses its shards")
+    max_poll_interval_s: float = Free(300.0, gt=0, description="a member whose turn takes longer loses its shards")
 
     @model_validator(mode="after")
     def _inside(self) -> Self:
         if self.index >= self.count:
             raise ValueError(f"index {self.index} must be below count {self.count}")
+        if max(self.indices or (0,)) >= self.count:
+            raise ValueError(f"indices {list(self.indices or ())} must be below count {self.count}")
+        if self.assignment == "group" and self.indices is not None:
+            raise ValueError("indices: a group hands out the shards; leave them out, or set assignment = 'static'")
         return self
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        """The shards that this process holds by itself."""
+        return tuple(sorted(set(self.indices))) if self.indices else (self.index,)
 
 
 class Worker(Station):
@@ -380,6 +402,10 @@ class Config(Station):
     def inputs(self) -> dict[str, str]:
         """URL by input name."""
         return {EVENTS: self.events.url} | ({LABELS: self.labels.url} if self.labels else {})
+
+    def of_shard(self, index: int) -> Self:
+        """The same worker on another shard."""
+        return self.model_copy(update={"shard": self.shard.model_copy(update={"index": index})})
 
     @property
     def exactly_once(self) -> bool:

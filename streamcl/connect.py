@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from streamcl.config import Config
-from streamcl.protocols import Codec, Codecs, Connector, ConnectorError, ControlLog, Format, Sink, Source
+from streamcl.protocols import Codec, Codecs, Connector, ConnectorError, ControlLog, Format, Membership, Sink, Source
 from streamcl.records import EVENTS, LABELS
 
 CONNECTORS = "streamcl.connectors"
@@ -74,6 +74,20 @@ def open_sink(url: str, config: Config) -> Sink:
 def open_control(config: Config) -> ControlLog:
     """This shard's control log. Its `open`, which fences predecessors, is left to the caller."""
     return connector(config.control_url).open_control(config.control_url, config)
+
+
+def join_group(config: Config) -> Membership:
+    """A seat in the consumer group that hands out the shards.
+
+    Raises:
+        ConnectorError: the scheme of `events.url` knows no groups.
+    """
+    url = config.events.url
+    join = getattr(connector(url), "join_group", None)
+    if join is None:
+        raise ConnectorError(f"shard.assignment: {urlsplit(url).scheme}:// knows no groups; set it to 'static'")
+    found: Membership = join(url, config)
+    return found
 
 
 def _load(group: str, name: str, kind: str) -> Any:

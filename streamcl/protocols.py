@@ -101,6 +101,29 @@ class ControlLog(Protocol):
     def close(self) -> None: ...
 
 
+class Membership(Protocol):
+    """Which shards this process holds: a fixed set, or what a group of processes agrees on."""
+
+    def held(self) -> Mapping[int, int]:
+        """By shard the number of its tenure: another number means that it was lost in between.
+
+        Asked between turns, so it returns at once. Raises `Unavailable`, and `ConnectorError` for what needs a person.
+        """
+        ...
+
+    def settled(self) -> bool:
+        """False while it is not yet known which shards are held."""
+        ...
+
+    def fenced(self, shard: int) -> bool:
+        """Another worker has written to a shard that `held` names. False: it must not be contested."""
+        ...
+
+    def close(self) -> None:
+        """Give the shards up to whoever else is there."""
+        ...
+
+
 class Connector(Protocol):
     """A module registered in the entry-point group `streamcl.connectors` under its URL scheme.
 

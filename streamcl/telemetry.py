@@ -6,11 +6,12 @@ may be incremented exists at 0 from the start, or the first increase would go un
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import prometheus_client as prometheus
 import torch
@@ -80,6 +81,7 @@ PARTS = {
     "restarts": ("drift_restarts", "Detectors begun afresh after a change of River's version (count)."),
     "mean": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
 }
+CAUSES = ("unavailable", "fenced")
 LIVE_S = 60.0
 _TURN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SAVE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -92,43 +94,69 @@ class TelemetryError(StreamclError):
     """The address of `[telemetry]` can't be listened on."""
 
 
-class Reported(Collector):
-    """What others computed, as told last: a scrape sees one whole telling, and no series of a value that is gone."""
+class Reported:
+    """What one shard's worker computed, as told last."""
 
     def __init__(self) -> None:
         self.position: Mapping[Stream, int] = {}
         self.lag: Mapping[Stream, int] = {}
         self.readings: Mapping[str, float] = {}
 
+
+class Shards(Collector):
+    """What others computed, by shard: a scrape sees whole tellings, and no series of a value that is gone.
+
+    Args:
+        labelled: Readings carry a label `shard`: there are several.
+    """
+
+    def __init__(self, labelled: bool) -> None:
+        self.labels = ["shard"] if labelled else []
+        self.by_index: dict[int, Reported] = {}
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        readings = dict(self.readings)
-        for told_already in ("lag_records", "alarms"):  # by partition, and as a counter
-            readings.pop(told_already, None)
-        yield _by_stream("position", "Offset that is read next.", self.position)
-        yield _by_stream("lag_records", "Records that wait (count); at least 0.", self.lag)
-        for name, text in QUALITY.items():
-            family = GaugeMetricFamily(f"streamcl_{name}", text, labels=["window"])
-            for window, key in (("whole", name), ("recent", f"{name}_window")):
-                if key in readings:
-                    family.add_metric([window], readings.pop(key))
-            yield family
-        for key, value in readings.items():
+        told = dict(self.by_index)
+        yield _by_stream("position", "Offset that is read next.", [each.position for each in told.values()])
+        yield _by_stream("lag_records", "Records that wait (count); at least 0.", [each.lag for each in told.values()])
+        left = {index: dict(each.readings) for index, each in told.items()}
+        for readings in left.values():
+            for told_already in ("lag_records", "alarms"):  # by partition, and as a counter
+                readings.pop(told_already, None)
+        yield from self._quality(left)
+        for key in dict.fromkeys(key for readings in left.values() for key in readings):
             name, text = PARTS.get(key, (key, "Reported by a part of the worker."))
-            yield GaugeMetricFamily(f"streamcl_{name}", text, value=value)
+            family = GaugeMetricFamily(f"streamcl_{name}", text, labels=self.labels)
+            for index, readings in left.items():
+                if key in readings:
+                    family.add_metric(self.values(index), readings[key])
+            yield family
+
+    def values(self, index: int) -> list[str]:
+        return [str(index)] if self.labels else []
+
+    def _quality(self, left: Mapping[int, dict[str, float]]) -> Iterator[GaugeMetricFamily]:
+        """Takes out of `left` what has a window."""
+        for name, text in QUALITY.items():
+            family = GaugeMetricFamily(f"streamcl_{name}", text, labels=["window", *self.labels])
+            for index, readings in left.items():
+                for window, key in (("whole", name), ("recent", f"{name}_window")):
+                    if key in readings:
+                        family.add_metric([window, *self.values(index)], readings.pop(key))
+            yield family
 
 
-def _by_stream(name: str, text: str, values: Mapping[Stream, int]) -> GaugeMetricFamily:
+def _by_stream(name: str, text: str, told: Sequence[Mapping[Stream, int]]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(f"streamcl_{name}", text, labels=["input", "partition"])
-    for stream, value in values.items():
+    for stream, value in [item for values in told for item in values.items()]:
         family.add_metric([stream.input, str(stream.partition)], max(0, value))
     return family
 
 
 class Telemetry:
-    """Watches one worker from outside. Methods may be called from the loop's thread while others scrape.
+    """Watches the shards of one process from outside. Methods may be called from the loop's thread while others scrape.
 
     Args:
-        config: `[telemetry]` says where to listen.
+        config: `[telemetry]` says where to listen. With `shard.count` > 1 gauges of single shards have a label `shard`.
 
     Raises:
         TelemetryError: from `start`.
@@ -137,12 +165,12 @@ class Telemetry:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.registry = prometheus.CollectorRegistry()
-        self._reported = Reported()
-        self.registry.register(self._reported)
+        self._shards = Shards(config.shard.count > 1)
+        self.registry.register(self._shards)
         prometheus.ProcessCollector(registry=self.registry)
         self._make_flow()
         self._make_checkpoints()
-        self._reason = "starting"
+        self._reasons: dict[int | None, str] = {None: "starting"}
         self._beat_s = time.monotonic()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -155,7 +183,10 @@ class Telemetry:
         self._turn_seconds = prometheus.Histogram(
             "streamcl_turn_seconds", "Time of a turn that had records.", buckets=_TURN_BUCKETS, registry=self.registry
         )
-        self._ready = self._gauge("ready", "1 when the worker has caught up with its log, else 0.")
+        self._recoveries = self._counter(
+            "recoveries_total", "Shards dropped in order to be recovered, here or elsewhere, by cause.", cause=CAUSES
+        )
+        self._ready = self._gauge("ready", "1 when every shard here has caught up with its log, else 0.")
         build = self._gauge("build_info", "Versions; always 1.", "version", "python", "torch")
         build.labels(__version__, platform.python_version(), torch.__version__).set(1)
 
@@ -163,12 +194,14 @@ class Telemetry:
         self._save_seconds = prometheus.Histogram(
             "streamcl_checkpoint_seconds", "Time of a save.", buckets=_SAVE_BUCKETS, registry=self.registry
         )
-        self._save_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint.")
+        self._save_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint.", *self._shards.labels)
         self._saved_at = self._gauge(
             "checkpoint_last_success_timestamp_seconds",
-            "When the last save ended; before the first, when this process began.",
+            "When the last save ended; before the first, when this process began to run the shard.",
+            *self._shards.labels,
         )
-        self._saved_at.set_to_current_time()
+        if not self._shards.labels:
+            self._saved_at.set_to_current_time()
         self._restores = self._counter(
             "checkpoint_restores_total",
             "Starts: from the newest checkpoint (ok), from one before a damaged one (damaged), without any (none).",
@@ -186,7 +219,9 @@ class Telemetry:
     def _gauge(self, name: str, text: str, *labels: str) -> prometheus.Gauge:
         return prometheus.Gauge(f"streamcl_{name}", text, labels, registry=self.registry)
 
-    def observe(self, turn: Turn, *, seconds: float, lag: Mapping[Stream, int], readings: Mapping[str, float]) -> None:
+    def observe(
+        self, turn: Turn, *, seconds: float, lag: Mapping[Stream, int], readings: Mapping[str, float], shard: int = 0
+    ) -> None:
         """Take a turn in, an empty one too. `lag` and `readings` that are empty leave what was told before."""
         self.beat()
         if turn.records:
@@ -199,30 +234,54 @@ class Telemetry:
         for signal in turn.signals:
             if signal.kind == "drift":
                 self._drift.labels(signal.source).inc()
-        self._reported.position = turn.position
-        self._reported.lag = lag or self._reported.lag
-        self._reported.readings = readings or self._reported.readings
+        reported = self._shards.by_index.setdefault(shard, Reported())
+        reported.position = turn.position
+        reported.lag = lag or reported.lag
+        reported.readings = readings or reported.readings
 
     def beat(self) -> None:
         """The loop is alive; `observe` says so by itself."""
         self._beat_s = time.monotonic()
 
-    def checkpointed(self, seconds: float, size_bytes: int) -> None:
+    def checkpointed(self, seconds: float, size_bytes: int, shard: int = 0) -> None:
         """A checkpoint has been written."""
         self.beat()
         self._save_seconds.observe(seconds)
-        self._save_bytes.set(size_bytes)
-        self._saved_at.set_to_current_time()
+        self._of(self._save_bytes, shard).set(size_bytes)
+        self._of(self._saved_at, shard).set_to_current_time()
 
-    def restored(self, damaged: int, result: str) -> None:
+    def restored(self, damaged: int, result: str, shard: int = 0) -> None:
         """The worker stands where its shard stood (`ok`) or at a beginning (`none`); `damaged` were passed over."""
         self._damaged.inc(damaged)
         self._restores.labels("damaged" if damaged and result == "ok" else result).inc()
+        if self._shards.labels and shard not in self._shards.by_index:
+            self._of(self._saved_at, shard).set_to_current_time()
+        self._shards.by_index.setdefault(shard, Reported())
 
-    def ready(self, flag: bool, reason: str = "") -> None:
-        """What `/readyz` says from now on; `reason` is for people who find it unready."""
-        self._reason = "" if flag else reason or "not ready"
-        self._ready.set(flag)
+    def recovers(self, cause: str) -> None:
+        """A shard has been dropped: `unavailable`, to be built anew here; `fenced`, because another worker has it."""
+        self._recoveries.labels(cause).inc()
+
+    def left(self, shard: int) -> None:
+        """A shard is not in this process any more: its series go with it."""
+        self._shards.by_index.pop(shard, None)
+        self._reasons.pop(shard, None)
+        for gauge in (self._save_bytes, self._saved_at) if self._shards.labels else ():
+            with contextlib.suppress(KeyError):
+                gauge.remove(str(shard))
+
+    def _of(self, gauge: prometheus.Gauge, shard: int) -> prometheus.Gauge:
+        return gauge.labels(str(shard)) if self._shards.labels else gauge
+
+    def ready(self, flag: bool, reason: str = "", shard: int | None = None) -> None:
+        """What `/readyz` says from now on; `reason` is for people who find it unready. None: the process."""
+        self._reasons[shard] = "" if flag else reason or "not ready"
+        self._ready.set(not any(self._reasons.values()))
+
+    def _reason(self) -> str:
+        labelled = bool(self._shards.labels)
+        told = {shard: reason for shard, reason in dict(self._reasons).items() if reason}
+        return "; ".join(r if s is None or not labelled else f"shard {s}: {r}" for s, r in told.items())
 
     def start(self) -> str | None:
         """Listen on `telemetry.host` and `telemetry.port`; returns the URL, or None when the port is 0."""
@@ -254,7 +313,7 @@ class Telemetry:
         return Response(prometheus.generate_latest(self.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     def _serve_ready(self, _: Request) -> Response:
-        return _health(self._reason)
+        return _health(self._reason())
 
     def _serve_live(self, _: Request) -> Response:
         still_s = time.monotonic() - self._beat_s

@@ -6,6 +6,7 @@ enters it. The loop is a generator of turns: checkpoints, metrics, progress bars
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -155,6 +156,7 @@ class Worker:
         self.dead_letters = dead_letters
         self.control = control
         self.control_offset = 0
+        self.poll_timeout_s = config.worker.poll_timeout_s
         self.stopping = False
         self.caught_up = False
         self.recent_faults: deque[bool] = deque(maxlen=1000)
@@ -173,7 +175,7 @@ class Worker:
             yield from self.rerun(logged(self.control, self.control_offset))
         self.caught_up = not self.stopping
         while not (self.stopping or self.source.exhausted()):
-            records = self.source.poll(self.config.worker.max_records, self.config.worker.poll_timeout_s)
+            records = self.source.poll(self.config.worker.max_records, self.poll_timeout_s)
             yield self._commit(records) if self.config.exactly_once else self._log(records)
 
     def _log(self, records: Sequence[Record]) -> Turn:
@@ -322,9 +324,10 @@ class Worker:
                 sink.flush()
 
     def close(self) -> None:
-        for part in (self.predictions, self.dead_letters, self.control, self.source):
-            if part:
-                part.close()
+        with contextlib.ExitStack() as closing:  # what fails to close keeps none of the others open
+            for part in (self.source, self.control, self.dead_letters, self.predictions):
+                if part:
+                    closing.callback(part.close)
 
     def parts(self) -> dict[str, Stateful]:
         """Everything that remembers, by name."""
@@ -358,13 +361,27 @@ def logged(control: ControlLog, start: int) -> Iterator[tuple[int, Order]]:
 
 
 def build(config: Config) -> Worker:
-    """A worker on the configured URLs, its control log not yet opened; see `recovery` for where it starts."""
-    source = connect.open_source(config)
-    return Worker(
-        config,
-        source,
-        connect.codecs(config),
-        connect.open_sink(config.predictions, config) if config.predictions and not config.exactly_once else None,
-        connect.open_sink(config.dead_letters_url, config),
-        connect.open_control(config) if len(source.streams()) > 1 or config.exactly_once else None,
-    )
+    """A worker on the configured URLs, its control log not yet opened; see `recovery` for where it starts.
+
+    Raises:
+        ConnectorError: nothing of it is left open.
+    """
+    with contextlib.ExitStack() as opened:
+        source = opened.enter_context(contextlib.closing(connect.open_source(config)))
+        sink = connect.open_sink(config.predictions, config) if config.predictions and not config.exactly_once else None
+        if sink:
+            opened.enter_context(contextlib.closing(sink))
+        dead_letters = opened.enter_context(contextlib.closing(connect.open_sink(config.dead_letters_url, config)))
+        control = connect.open_control(config) if keeps_order(config, source) else None
+        worker = Worker(config, source, connect.codecs(config), sink, dead_letters, control)
+        opened.pop_all()
+        return worker
+
+
+def keeps_order(config: Config, source: Source) -> bool:
+    """Whether a shard has a control log: for the order of its inputs, for its answers, or for the fence alone.
+
+    A single stream has an order by itself; but where shards may move, the log keeps the former holder out.
+    """
+    moves = config.shard.count > 1 or config.shard.assignment == "group"
+    return len(source.streams()) > 1 or config.exactly_once or moves

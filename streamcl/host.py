@@ -1,0 +1,311 @@
+"""Shards in one process: their turns in rotation, the recovery of one while the others go on, and who holds which.
+
+| what a shard raises | what becomes of it |
+|---|---|
+| `Unavailable` | closed, and after a back-off built anew and restored: the one recovery path |
+| `Fenced`, shards assigned by hand | every other shard stops cleanly, then it is raised |
+| `Fenced`, shards handed out by a group | its state is dropped; it comes back only if the group says that it is ours |
+| any other error | every other shard stops cleanly, then it is raised |
+
+Until a shard has stood once, `Unavailable` is raised like any other error: a wrong address looks the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from streamcl.bootstrap import Bootstrap
+from streamcl.checkpoint import Snapshot
+from streamcl.config import Config
+from streamcl.protocols import Fenced, Membership, StreamclError, Unavailable
+from streamcl.records import Turn
+from streamcl.recovery import Keeper, store_of
+from streamcl.telemetry import Telemetry
+from streamcl.worker import Worker, build
+
+log = logging.getLogger(__name__)
+
+_READINGS_EVERY_S = 1.0  # windowed metrics sort their window: once a second is often enough
+
+
+class FixedShards:
+    """Static assignment: what the configuration names, for as long as the process lives."""
+
+    def __init__(self, config: Config) -> None:
+        self._held = dict.fromkeys(config.shard.here, 0)
+
+    def held(self) -> Mapping[int, int]:
+        return self._held
+
+    def settled(self) -> bool:
+        return True
+
+    def fenced(self, shard: int) -> bool:  # noqa: ARG002 - the protocol's signature
+        return False
+
+    def close(self) -> None:
+        """Nobody else would take them."""
+
+
+@dataclass(slots=True)
+class Life:
+    """A shard from its recovery to its end, or to the next recovery. Times are of the monotonic clock."""
+
+    worker: Worker
+    keeper: Keeper
+    turns: Iterator[Turn]
+    saved: Snapshot | None
+    since: float
+    told: float = 0.0
+
+
+class Seat:
+    """One shard in this process: running, or waiting to be built anew, or ended.
+
+    Attributes:
+        last: The worker that it ran last, closed once the shard has ended.
+        readings: Of that worker at its end.
+        error: What it is being recovered from.
+    """
+
+    def __init__(self, config: Config, tenure: int) -> None:
+        self.config = config
+        self.index = config.shard.index
+        self.tenure = tenure
+        self.life: Life | None = None
+        self.last: Worker | None = None
+        self.readings: dict[str, float] = {}
+        self.error: StreamclError | None = None
+        self.ended = False
+        self.busy = True  # the last turn had records
+        self.failures, self.retry_at = 0, 0.0
+
+    def close(self) -> None:
+        """Let go at once: nothing is flushed or saved, for recovery needs nothing of it."""
+        if self.life:
+            with suppress(Exception):  # whatever it is, this worker is not used again
+                self.life.worker.close()
+        self.life = None
+
+
+class Host:
+    """Runs the shards that `membership` holds, each in its turn.
+
+    Args:
+        bootstrap: See `Keeper`.
+        backoff_s: The first and the longest wait before a shard is built anew; it doubles, and half of it is random.
+
+    Attributes:
+        seats: By shard; those that ended by themselves stay, for whoever wants to look at their workers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        membership: Membership,
+        telemetry: Telemetry,
+        *,
+        accept_changes: bool = False,
+        bootstrap: Bootstrap | None = None,
+        backoff_s: tuple[float, float] = (0.5, 30.0),
+    ) -> None:
+        self.config = config
+        self.membership = membership
+        self.telemetry = telemetry
+        self.accept_changes = accept_changes
+        self.bootstrap = bootstrap
+        self.backoff_s = backoff_s
+        self.seats: dict[int, Seat] = {}
+        self.stopping = False
+        self.stood = False  # some shard has
+        self.error: StreamclError | None = None
+
+    def stop(self) -> None:
+        """End `run` once every shard has finished its turn and saved. Safe to call from a signal handler."""
+        self.stopping = True
+        for seat in list(self.seats.values()):
+            if seat.life:
+                seat.life.worker.stop()
+
+    def settled(self) -> bool:
+        """Nothing is being recovered: every shard of this process runs, or has ended."""
+        return self.membership.settled() and all(seat.life or seat.ended for seat in self.seats.values())
+
+    def run(self) -> Iterator[Turn]:
+        """The turns of all shards, empty ones too; ends when stopped, or when every shard has ended by itself.
+
+        Raises:
+            StreamclError: see the module; every shard has been closed, and stopped cleanly where that could be.
+        """
+        try:
+            self._follow()
+            while not self._over():
+                yield from self._round()
+            if self.error:
+                raise self.error
+        finally:
+            for seat in self.seats.values():
+                seat.close()
+
+    def _over(self) -> bool:
+        return all(seat.ended for seat in self.seats.values()) and (self.stopping or bool(self.seats))
+
+    def _round(self) -> Iterator[Turn]:
+        for seat in [self.seats[index] for index in sorted(self.seats)]:
+            if self.seats.get(seat.index) is seat and not seat.ended:
+                yield from self._step(seat)
+                self._follow()
+        if not any(seat.life for seat in self.seats.values()) and not self._over():
+            time.sleep(self.config.worker.poll_timeout_s)
+            self.telemetry.beat()
+            self._follow()
+            yield Turn(0, {})
+
+    def _follow(self) -> None:
+        """Drop the shards that are held no longer, and make room for new ones."""
+        try:
+            held = self.membership.held()
+        except StreamclError as error:
+            self._leave(error)
+            return
+        for seat in [each for each in self.seats.values() if not each.ended]:
+            if held.get(seat.index) != seat.tenure:
+                self._drop(seat, "handed to another worker")
+        if not self.stopping:
+            for index in held.keys() - self.seats.keys():
+                self.seats[index] = Seat(self.config.of_shard(index), held[index])
+        self.telemetry.ready(self.membership.settled(), "waiting for the group to hand out shards")
+
+    def _step(self, seat: Seat) -> Iterator[Turn]:
+        """The next turn of one shard, if there is one."""
+        try:
+            life = seat.life or self._open(seat)
+            turn = self._turn(seat, life) if life else None
+        except Unavailable as error:
+            self._retry(seat, error)
+        except Fenced as error:
+            self._fenced(seat, error)
+        except StreamclError as error:
+            self._end(seat)
+            self._leave(error)
+        else:
+            if turn:
+                yield turn
+
+    def _open(self, seat: Seat) -> Life | None:
+        """Build and restore, when it is time; a failure leaves nothing open."""
+        if self.stopping:
+            self._end(seat)
+            if seat.error:
+                self._leave(seat.error)
+        if seat.ended or time.monotonic() < seat.retry_at:
+            return None
+        self.telemetry.ready(False, "restoring", seat.index)
+        worker = seat.last = build(seat.config)
+        keeper = Keeper(worker, store_of(seat.config), self.accept_changes, self.bootstrap)
+        seat.life = Life(worker, keeper, keeper.run(), None, time.monotonic())
+        if self.stopping:  # while it was being built
+            worker.stop()
+        restored = keeper.restore()
+        self.telemetry.restored(len(keeper.store.damaged), "ok" if restored else "none", seat.index)
+        seat.life.saved, seat.life.since, self.stood = keeper.last, time.monotonic(), True
+        if seat.failures:
+            log.warning("%s stands again, after %d failures", self._name(seat), seat.failures)
+        return seat.life
+
+    def _turn(self, seat: Seat, life: Life) -> Turn | None:
+        """None at the end, which is clean."""
+        life.worker.poll_timeout_s = self._patience(seat, life)
+        began = time.perf_counter()
+        turn = next(life.turns, None)
+        if turn is None:
+            self._tell_saved(seat, life)
+            seat.readings = life.worker.readings()
+            self._end(seat)
+            return None
+        seat.busy = turn.records > 0
+        healthy = seat.busy and not turn.recovering
+        if healthy or time.monotonic() - life.since > self.backoff_s[1]:
+            seat.failures, seat.error = 0, None
+        self._tell(seat, life, turn, time.perf_counter() - began)
+        return turn
+
+    def _patience(self, seat: Seat, life: Life) -> float:
+        """How long the next poll may wait (s): an idle shard must not keep the busy ones waiting.
+
+        A shard with a backlog waits for its late streams, as if it were alone.
+        """
+        whole = self.config.worker.poll_timeout_s
+        others = [each for each in self.seats.values() if each is not seat and each.life]
+        if not others or (seat.busy and any(life.worker.source.lag().values())):
+            return whole
+        return 0.0 if any(each.busy for each in others) else whole / (len(others) + 1)
+
+    def _tell(self, seat: Seat, life: Life, turn: Turn, seconds: float) -> None:
+        worker, readings = life.worker, {}
+        if time.monotonic() - life.told > _READINGS_EVERY_S:
+            readings, life.told = worker.readings(), time.monotonic()
+        self.telemetry.observe(turn, seconds=seconds, lag=worker.source.lag(), readings=readings, shard=seat.index)
+        self.telemetry.ready(worker.caught_up, "repeating the logged order", seat.index)
+        for signal in turn.signals:
+            log.warning("%s signalled by %s at %s", signal.kind, signal.source, signal.origin)
+        for letter in turn.dead_letters:
+            log.warning("dead letter: topic %s, %s: %s", letter.record.topic, letter.record.origin, letter.error)
+        self._tell_saved(seat, life)
+
+    def _tell_saved(self, seat: Seat, life: Life) -> None:
+        last = life.keeper.last
+        if last is not None and last is not life.saved:
+            life.saved = last
+            self.telemetry.checkpointed(life.keeper.seconds, last.size_bytes, seat.index)
+            log.info("saved %s (%d bytes)", last.name, last.size_bytes)
+
+    def _retry(self, seat: Seat, error: Unavailable) -> None:
+        """Close it, and build it anew when the outage may be over."""
+        seat.close()
+        if self.stopping or not self.stood:
+            self._end(seat)
+            self._leave(error)
+            return
+        first, longest = self.backoff_s
+        wait_s = min(longest, first * 2**seat.failures) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        seat.retry_at = time.monotonic() + wait_s
+        # One warning for each outage, however many attempts it takes.
+        log.log(logging.INFO if seat.failures else logging.WARNING, "%s: %s; recovering", self._name(seat), error)
+        seat.failures, seat.error = seat.failures + 1, error
+        self.telemetry.recovers("unavailable")
+        self.telemetry.ready(False, f"recovering: {error}", seat.index)
+
+    def _fenced(self, seat: Seat, error: Fenced) -> None:
+        if self.membership.fenced(seat.index):
+            self.telemetry.recovers("fenced")
+            self._drop(seat, str(error))
+            return
+        self._end(seat)
+        self._leave(error)
+
+    def _drop(self, seat: Seat, why: str) -> None:
+        """Forget a shard that another worker goes on with: no checkpoint is owed, the control log says everything."""
+        log.warning("%s dropped: %s", self._name(seat), why)
+        seat.close()
+        del self.seats[seat.index]
+        self.telemetry.left(seat.index)
+
+    def _end(self, seat: Seat) -> None:
+        seat.close()
+        seat.ended = True
+
+    def _leave(self, error: StreamclError) -> None:
+        """Stop all; `run` raises the first error."""
+        if self.error:
+            log.error("while stopping: %s", error)
+        self.error = self.error or error
+        self.stop()
+
+    def _name(self, seat: Seat) -> str:
+        return f"{self.config.name}, shard {seat.index} of {self.config.shard.count}"
