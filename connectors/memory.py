@@ -41,8 +41,8 @@ class MemoryBroker:
 
     Attributes:
         order: How sources opened by URL interleave their streams; see `MemorySource`.
-        away: Asked with the topic (of a source its first stream's, and the partition: "clicks/1") at every call of what is open on this
-            broker; True makes the call raise `Unavailable`.
+        away: Asked at every call of what is open on this broker, with its topic (a source: that of its first stream,
+            and the partition: "clicks/1"); True makes the call raise `Unavailable`.
     """
 
     def __init__(self, name: str) -> None:

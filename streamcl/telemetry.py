@@ -278,7 +278,8 @@ class Telemetry:
         self._reasons[shard] = "" if flag else reason or "not ready"
         self._ready.set(not any(self._reasons.values()))
 
-    def _reason(self) -> str:
+    def why(self) -> str:
+        """Why the process is not ready; "" when it is."""
         labelled = bool(self._shards.labels)
         told = {shard: reason for shard, reason in dict(self._reasons).items() if reason}
         return "; ".join(r if s is None or not labelled else f"shard {s}: {r}" for s, r in told.items())
@@ -313,7 +314,7 @@ class Telemetry:
         return Response(prometheus.generate_latest(self.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     def _serve_ready(self, _: Request) -> Response:
-        return _health(self._reason())
+        return _health(self.why())
 
     def _serve_live(self, _: Request) -> Response:
         still_s = time.monotonic() - self._beat_s

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from streamcl.protocols import ControlLog, Fenced, Sink, Source, State, Stateful
-from streamcl.records import Message, Order, Record, Run, Stream
+from streamcl.records import Message, Order, Origin, Record, Run, Stream
 from streamcl.state import flatten
+from streamcl.worker import Progress
 
 Part = TypeVar("Part", bound=Stateful)
 
@@ -224,6 +225,14 @@ def _frozen(part: Stateful) -> State:
     state = part.state_dict()
     flatten(state)  # raises StateError for a leaf that no checkpoint can hold
     return copy.deepcopy(state)
+
+
+def learned_hash(origins: Iterable[Origin]) -> int:
+    """What `Progress.learned` comes to, summed over all shards modulo 2^128, when each of these was learned once."""
+    progress = Progress()
+    for origin in origins:
+        progress.learn(origin)
+    return progress.learned
 
 
 def equal_states(a: Any, b: Any) -> bool:

@@ -42,7 +42,7 @@ def test_an_unknown_key_names_its_path_and_the_nearest_known_one(more: Any, path
 
 
 def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
-    assert fault(shard={"zzzz": 1}) == "config: shard.zzzz: unknown key; known: index, count"
+    assert fault(delivery={"zzzz": 1}) == "config: delivery.zzzz: unknown key; known: mode"
 
 
 @pytest.mark.parametrize(

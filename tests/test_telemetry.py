@@ -171,6 +171,7 @@ def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
         "reason",
         "source",
         "result",
+        "cause",
         "input",
         "partition",
         "window",
