@@ -7,7 +7,6 @@ what is done about one.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.net.compat import KafkaNetClient
 
+from connectors import kafka_auth
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError
 
@@ -30,7 +30,6 @@ _DENIED = (
     kafka_errors.IllegalSaslStateError,
 )
 _UNKNOWN_TOPIC = 3
-_SHOW_BYTES = ("kafka.net.connection", "kafka.net.transport", "kafka.protocol.parser")
 
 
 class Bounds(NamedTuple):
@@ -53,24 +52,13 @@ def locate(url: str) -> tuple[str, str]:
 
 def settings(servers: str, config: Config) -> dict[str, Any]:
     """What every client is opened with. Holds the password: never log it, never put it into an error."""
-    kafka = config.kafka
     found: dict[str, Any] = {
         "bootstrap_servers": servers.split(","),
         "client_id": f"{config.name}-{config.shard.index}",
-        "security_protocol": kafka.security_protocol,
-        "request_timeout_ms": round(kafka.request_timeout_s * 1000),
+        "request_timeout_ms": round(config.kafka.request_timeout_s * 1000),
         "metadata_max_age_ms": 60_000,
     }
-    for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-        path = getattr(kafka, name)
-        found[name] = None if path is None else str(path)
-    if kafka.security_protocol.startswith("SASL"):
-        for name in _SHOW_BYTES:
-            logging.getLogger(name).addFilter(_above_debug)
-        found["sasl_mechanism"] = kafka.sasl_mechanism
-        found["sasl_plain_username"] = kafka.sasl_username
-        found["sasl_plain_password"] = _password(config)
-    return found
+    return found | kafka_auth.for_kafka_python(config)
 
 
 def consumer_settings(servers: str, config: Config) -> dict[str, Any]:
@@ -85,34 +73,15 @@ def consumer_settings(servers: str, config: Config) -> dict[str, Any]:
     }
 
 
-def _above_debug(record: logging.LogRecord) -> bool:
-    """At DEBUG these loggers print requests as they are, the password with them."""
-    return record.levelno > logging.DEBUG
-
-
-def _password(config: Config) -> str:
-    kafka = config.kafka
-    if kafka.sasl_password_env is not None:
-        found = os.environ.get(kafka.sasl_password_env)
-        if found is None:
-            raise ConnectorError(f"kafka.sasl_password_env: {kafka.sasl_password_env} is not set")
-        return found
-    if kafka.sasl_password_file is not None:
-        try:
-            return kafka.sasl_password_file.read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            cause = type(error).__name__
-            raise ConnectorError(f"kafka.sasl_password_file: {kafka.sasl_password_file}: {cause}") from None
-    raise ConnectorError("SASL needs kafka.sasl_password_env or kafka.sasl_password_file")
-
-
 def connect(client: Callable[..., Any], wanted: Mapping[str, Any], config: Config) -> Any:
     """Open a client of kafka-python, trying again until `kafka.connect_timeout_s` has passed.
 
     Raises:
         ConnectorError: unreachable, refused, or settings that can't be; names bootstrap servers and mechanism.
     """
+    where = f"kafka://{','.join(wanted['bootstrap_servers'])} ({kafka_auth.who(config)})"
     deadline = time.monotonic() + config.kafka.connect_timeout_s
+    told: list[Exception] = []
     attempt_s = 1.0  # short at first: the client itself would retry a wrong password until its time-out
     while True:
         left_s = max(deadline - time.monotonic(), 0.001)
@@ -122,23 +91,21 @@ def connect(client: Callable[..., Any], wanted: Mapping[str, Any], config: Confi
             except kafka_errors.KafkaError as error:
                 causes.append(error)
             except (OSError, ValueError, RuntimeError) as error:
-                raise ConnectorError(f"{_who(wanted)}: {error}") from error
-        fatal = [each for each in causes if isinstance(each, _DENIED) or not transient(each)]
+                raise ConnectorError(f"{where}: {error}") from error
+        told = [each for each in causes if not _timed_out(each)] or told
+        fatal = [each for each in causes if _fatal(each)]
         if fatal or time.monotonic() >= deadline:
-            cause = (fatal or [each for each in causes if not _timed_out(each)] or causes)[0]
-            raise ConnectorError(f"{_who(wanted)}: {explain(cause)}{_hint(cause, wanted)}") from cause
+            cause = (fatal or told or causes)[0]
+            raise ConnectorError(f"{where}: {explain(cause)}{kafka_auth.hint(str(cause), config)}") from cause
         attempt_s *= 2
+
+
+def _fatal(error: Exception) -> bool:
+    return isinstance(error, _DENIED) or not transient(error) or kafka_auth.refused(str(error))
 
 
 def _timed_out(error: Exception) -> bool:
     return isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.RequestTimedOutError)
-
-
-def _hint(cause: Exception, wanted: Mapping[str, Any]) -> str:
-    """The client can lose the broker's last words: it drops what arrives together with the end of a connection."""
-    if "sasl_mechanism" in wanted and "disconnected" in str(cause):
-        return " while authenticating; wrong user, password or mechanism?"
-    return ""
 
 
 def _open(client: Callable[..., Any], wanted: Mapping[str, Any], timeout_s: float) -> Any:
@@ -173,12 +140,6 @@ def _last_words() -> Iterator[list[Exception]]:
         yield causes
     finally:
         source.removeHandler(listener)
-
-
-def _who(wanted: Mapping[str, Any]) -> str:
-    mechanism = f" {wanted['sasl_mechanism']}" if "sasl_mechanism" in wanted else ""
-    user = f" as {wanted['sasl_plain_username']!r}" if mechanism else ""
-    return f"kafka://{','.join(wanted['bootstrap_servers'])} ({wanted['security_protocol']}{mechanism}{user})"
 
 
 def transient(error: BaseException) -> bool:

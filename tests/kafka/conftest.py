@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
-from connectors.apache import ApacheBroker, Listener
+from connectors.apache import ApacheBroker
 from connectors.embedded import EmbeddedBroker
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError
-
-USER, PASSWORD = "worker", "right-Horse-battery"
 
 _numbers = itertools.count()
 
@@ -30,7 +28,6 @@ class Cluster:
 
     kind: str
     bootstrap: str
-    sasl: str = ""
     pid: int | None = None
 
     @property
@@ -111,14 +108,9 @@ def broker() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def apache_kafka() -> Iterator[Cluster]:
-    """One broker of Apache Kafka with a plain listener and one that wants a password."""
-    apache = ApacheBroker(listeners={"LOGIN": Listener("SASL_PLAINTEXT")}, users={USER: PASSWORD})
-    try:
-        apache.__enter__()
-    except ConnectorError as error:
-        _lack(str(error))
-    yield Cluster("apache", apache.bootstrap, apache.listener("LOGIN"), apache.pid)
-    apache.__exit__(None, None, None)
+    """One broker of Apache Kafka."""
+    with started(ApacheBroker()) as apache:
+        yield Cluster("apache", apache.bootstrap, apache.pid)
 
 
 @pytest.fixture(params=["embedded", "apache"])
@@ -126,6 +118,19 @@ def cluster(request: pytest.FixtureRequest) -> Cluster:
     """Each broker in turn, for what must hold on both."""
     found: Cluster = request.getfixturevalue("broker" if request.param == "embedded" else "apache_kafka")
     return found
+
+
+@contextmanager
+def started(apache: ApacheBroker) -> Iterator[ApacheBroker]:
+    """The broker, running; skips (or fails, see STREAMCL_REQUIRE) where it can't be had."""
+    try:
+        apache.__enter__()
+    except ConnectorError as error:
+        _lack(str(error))
+    try:
+        yield apache
+    finally:
+        apache.__exit__(None, None, None)
 
 
 def _lack(reason: str) -> None:
