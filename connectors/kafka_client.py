@@ -30,6 +30,7 @@ _DENIED = (
     kafka_errors.IllegalSaslStateError,
 )
 _UNKNOWN_TOPIC = 3
+_TELL_WHY = ("kafka.net.manager", "kafka.cluster")
 
 
 class Bounds(NamedTuple):
@@ -134,12 +135,14 @@ def _last_words() -> Iterator[list[Exception]]:
             arguments = record.args if isinstance(record.args, tuple) else ()
             causes.extend(each for each in arguments if isinstance(each, Exception))
 
-    listener, source = Listener(logging.WARNING), logging.getLogger("kafka.net.manager")
-    source.addHandler(listener)
+    listener, sources = Listener(logging.WARNING), [logging.getLogger(name) for name in _TELL_WHY]
+    for source in sources:
+        source.addHandler(listener)
     try:
         yield causes
     finally:
-        source.removeHandler(listener)
+        for source in sources:
+            source.removeHandler(listener)
 
 
 def transient(error: BaseException) -> bool:
