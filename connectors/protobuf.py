@@ -169,7 +169,7 @@ def _zigzag(value: bytes, at: int) -> tuple[int, int]:
 def _class_at(file: Any, number: int, indexes: tuple[int, ...]) -> Any:
     within, found = list(file.message_types_by_name.values()), None
     for index in indexes:
-        if not 0 <= index < len(within):
+        if not 0 <= index < len(within) or within[index].GetOptions().map_entry:
             raise BadInput("undecodable", f"schema id {number} has no message at these indexes")
         found = within[index]
         within = list(found.nested_types)

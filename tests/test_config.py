@@ -85,6 +85,8 @@ def test_a_value_out_of_bounds_names_its_path(more: Any, path: str) -> None:
         ({"features": {"y": "numeric"}}, "features.y: is the label"),
         ({"task": "regression", "replay": {"retention": "class_balanced"}}, "replay.retention: "),
         ({"replay": {"retention": "none", "per_event": 1}}, "replay.per_event: "),
+        ({"events": {"url": "file:///e.jsonl", "label": "y", "codec": "avro"}}, "events.codec: the rows of a file"),
+        ({"registry": {"url": "http://user:hunter2@host"}}, "registry.url: no user or password"),
         ({"river": "river.dummy:NoChangeClassifier"}, "river: is saved as a pickle"),
         ({"predictions": "kafka://user:hunter2@host/topic"}, "predictions: no user or password"),
         ({"events": {"url": "kafka://user:hunter2@host/topic", "label": "y"}}, "events: no user or password"),
@@ -116,6 +118,14 @@ def test_a_file_is_read_and_named_in_every_error(tmp_path: Path) -> None:
         Config.load(tmp_path / "none.toml")
 
 
+def test_a_codecs_name_is_short_for_its_table() -> None:
+    short, long = ({"url": URL, "label": "y", "codec": codec} for codec in ("avro", {"kind": "avro"}))
+    assert make(events=short) == make(events=long)
+    assert fault(events={"url": URL, "label": "y", "codec": {"kind": "avro", "schema": "x"}}) == (
+        "config: events.codec.schema: unknown key; did you mean 'schema_file'?"
+    )
+
+
 def test_nothing_can_be_changed_after_parsing() -> None:
     with pytest.raises(ValueError, match="frozen"):
         make().__setattr__("seed", 1)
@@ -137,6 +147,9 @@ def test_nothing_has_changed_after_a_round_trip_through_json() -> None:
         ({"events": {"url": "memory://elsewhere/e", "label": "y"}}, [("events.url", "free")]),
         ({"optimizer": {"learning_rate": 0.5}}, [("optimizer.learning_rate", "stop")]),
         ({"optimizer": {"kind": "sgd"}}, [("optimizer.kind", "new")]),
+        ({"events": {"url": URL, "label": "y", "codec": "avro"}}, [("events.codec.kind", "stop")]),
+        ({"predictions_codec": "avro"}, [("predictions_codec", "stop")]),
+        ({"registry": {"url": "http://elsewhere"}}, [("registry.url", "free")]),
         ({"model": {"hidden": [3]}}, [("model.hidden", "new")]),
         ({"features": {"user": {"kind": "categorical", "buckets": 5}}}, [("features", "new")]),
         ({"seed": 1, "worker": {"threads": 2}}, [("seed", "new"), ("worker.threads", "stop")]),

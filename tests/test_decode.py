@@ -172,6 +172,29 @@ def test_the_key_is_the_field_or_else_the_records_key_or_else_the_id() -> None:
     assert event(decoder(), {}, key=b"\xff").key == "\ufffd"
 
 
+class Upper:
+    """A codec that no event could be read with: `ID 1`."""
+
+    def decode(self, value: bytes) -> Mapping[str, Any]:
+        name, number = value.decode().split()
+        return {name.lower(): int(number)}
+
+    def encode(self, value: Mapping[str, Any]) -> bytes:
+        raise NotImplementedError
+
+
+def test_labels_have_a_codec_of_their_own() -> None:
+    config = decoder(labels={"default": 1}).config
+    made = Decoder(config, JSON(), Upper())
+    assert label_of(made, b"ID 9") == "9"
+    assert event(made, {}).id == "e"
+    assert refusal(made, b"ID 9")[0] == "undecodable"
+
+
+def label_of(made: Decoder, value: bytes) -> str:
+    return made.decode(record(value, LABELS)).id
+
+
 def test_decoding_twice_gives_the_same() -> None:
     made, payload = decoder(), {"id": "e", "n": 1.5, "user": {"name": "x"}, "y": 1}
     one, two = (event(made, payload) for _ in range(2))

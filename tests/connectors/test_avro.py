@@ -216,6 +216,7 @@ def test_a_payload_that_claims_to_be_huge_takes_no_memory() -> None:
     for schema in ("bytes", "string", {"type": "array", "items": "int"}, {"type": "map", "values": "int"}):
         codec = Avro(schema=json.dumps(record(x=schema)))
         refusal(codec, b"\xfe\xff\xff\xff\xff\xff\xff\xff\x7f")  # a length of 2^62 - 1
+        refusal(codec, b"\xff" * 9 + b"\x01")  # of -2^63
 
 
 @pytest.mark.parametrize(

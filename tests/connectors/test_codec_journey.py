@@ -216,6 +216,20 @@ def test_check_names_the_codecs_and_proves_that_the_registry_answers(server: Sch
         connect.check_codecs(chosen)
 
 
+def test_a_backtest_of_a_file_needs_neither_the_codec_nor_the_registry(
+    server: SchemaRegistry, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGISTRY_PASSWORD", "hunter2")
+    server.stop()
+    events, path = tmp_path / "events.jsonl", tmp_path / "shop.toml"
+    events.write_text('{"id": "a", "ts": 1, "user": 1, "price": 1}\n')
+    path.write_text(TOML.format(broker=BROKER, folder=tmp_path / "checkpoints", url=server.url))
+    with pytest.raises(SystemExit) as left:
+        main(["replay", str(path), "--input", f"events={events.as_uri()}", "--json"])
+    assert left.value.code == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["learned"] == 1
+
+
 TOML = """name = "shop"
 predictions = "memory://{broker}/scores"
 predictions_codec = "protobuf"

@@ -264,6 +264,7 @@ def test_the_indexes_lead_to_the_message(server: SchemaRegistry, indexes: bytes,
         (zigzag(1, 2), "no message at these indexes"),
         (zigzag(1, -1), "no message at these indexes"),
         (zigzag(2, 0, 0), "no message at these indexes"),
+        (zigzag(2, 1, 1), "no message at these indexes"),  # an entry of a map
         (zigzag(1, 2**40), "no message at these indexes"),
     ],
 )
