@@ -1,36 +1,33 @@
-"""What source, sink and control log share: settings, connecting, topics and their bounds, and errors in plain words.
+"""The seam below source, sink and control log: what a client library must do, and nothing that we decide ourselves.
 
-The traps named `F1` to `F11` in these modules are faults of the client that we found by running it; each comment says
+`connectors.kafka_python` is the default library, `connectors.librdkafka` the other one; `library` picks. Streams and
+records are ours on this side, faults come in the terms that we act on, so every decision above stands once.
+
+The traps named `F1` to `F11` in these modules are faults of a client that we found by running it; each comment says
 what is done about one.
 """
 
 from __future__ import annotations
 
-import logging
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from enum import StrEnum
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
-from kafka import errors as kafka_errors
-from kafka.net.compat import KafkaNetClient
-
-from connectors import kafka_auth
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError
+from streamcl.protocols import ConnectorError, Fenced, Unavailable
+from streamcl.records import Message, Position, Record, Stream
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_DENIED = (
-    kafka_errors.AuthorizationError,
-    kafka_errors.SaslAuthenticationFailedError,
-    kafka_errors.UnsupportedSaslMechanismError,
-    kafka_errors.IllegalSaslStateError,
-)
-_UNKNOWN_TOPIC = 3
-_TELL_WHY = ("kafka.net.manager", "kafka.cluster")
+_LIBRARIES = {
+    "kafka-python": ("connectors.kafka_python", "kafka-python[crc32c,lz4,zstd]"),
+    "librdkafka": ("connectors.librdkafka", "streamcl[librdkafka]"),
+}
 
 
 class Bounds(NamedTuple):
@@ -38,6 +35,157 @@ class Bounds(NamedTuple):
 
     start: int
     end: int
+
+
+class Kind(StrEnum):
+    """What can be done about a fault."""
+
+    PASSING = "passing"  # it goes by itself: brokers away, a time-out
+    DENIED = "denied"  # the broker's rules: no such topic, not authorised, wrong password
+    RECORD = "record"  # this record is refused, whenever and by whomever it is sent
+    RANGE = "range"  # what was to be read next is not there
+    FENCED = "fenced"  # another writer has taken over
+    BROKEN = "broken"  # everything else
+
+
+class Fault(Exception):
+    """What a library said.
+
+    Attributes:
+        name: The class of the error, for metrics: few values, no addresses.
+        stream, offset: Where, for `Kind.RANGE`.
+    """
+
+    def __init__(self, kind: Kind, name: str, text: str, stream: Stream | None = None, offset: int = -1) -> None:
+        super().__init__(text)
+        self.kind, self.name, self.stream, self.offset = kind, name, stream, offset
+
+    def at(self, where: str) -> ConnectorError:
+        """As an error for a person, beginning with `where`."""
+        error = {Kind.PASSING: Unavailable, Kind.FENCED: Fenced}.get(self.kind, ConnectorError)
+        return error(f"{where}: {self}")
+
+
+class Consumer(Protocol):
+    """Reads committed records of partitions assigned by hand. One thread. Every method may raise Fault."""
+
+    def assign(self, position: Position) -> None:
+        """Read these streams from these offsets, and no others. None is paused."""
+        ...
+
+    def poll(self, timeout_s: float) -> Mapping[Stream, list[Record]]:
+        """What has arrived, all of it; waits when that is nothing."""
+        ...
+
+    def pause(self, stream: Stream) -> None: ...
+
+    def resume(self, stream: Stream) -> None: ...
+
+    def position(self, stream: Stream) -> int:
+        """The next offset to fetch; it steps over the markers of transactions. 0 when nothing is assigned yet."""
+        ...
+
+    def highwater(self, stream: Stream) -> int | None:
+        """The offset of the next append, as the last fetch told; None before the first."""
+        ...
+
+    def asked(self, streams: Sequence[Stream]) -> dict[Stream, Bounds]:
+        """Start and end as brokers answer; see `bounds`."""
+        ...
+
+    def partitions(self, name: str) -> int:
+        """How many the topic of an input has; 0: no such topic, or no right to see it."""
+        ...
+
+    def known_partitions(self, name: str) -> int:
+        """The same from what has been heard, without asking; 0: nothing heard yet."""
+        ...
+
+    def commit(self, position: Position, failed: Callable[[str], None]) -> None:
+        """Returns at once; `failed` may be called later, from any thread."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Delivery(Protocol):
+    """What becomes of one message. `exception` is the library's own; see `Producer.fault`."""
+
+    is_done: bool
+    exception: Any
+
+
+class Producer(Protocol):
+    """Sends at least once, in order, all replicas' acknowledgement. One thread. Sending raises Fault."""
+
+    def send(self, message: Message) -> Delivery: ...
+
+    def wait(self, delivery: Delivery, timeout_s: float) -> None:
+        """Until it is done, or the time is over. Serves what is under way meanwhile."""
+        ...
+
+    def fault(self, delivery: Delivery) -> Fault | None:
+        """Why a delivery that is done has failed."""
+        ...
+
+    def discard(self) -> None:
+        """Close a producer of unknown state. Never raises; waits about 2 s at most."""
+        ...
+
+
+class Transactions(Protocol):
+    """A fenced producer. Calls may block for ever: run them under `within`. Every method may raise Fault."""
+
+    def init(self) -> None:
+        """Fence predecessors and settle what they left."""
+        ...
+
+    def begin(self) -> None: ...
+
+    def send(self, topic: str, message: Message, partition: int | None = None) -> Delivery: ...
+
+    def commit(self) -> None: ...
+
+    def offset(self, delivery: Delivery) -> int:
+        """Of a message whose transaction is committed."""
+        ...
+
+    def discard(self) -> None: ...
+
+
+class Library(Protocol):
+    """A module that wraps a client library.
+
+    Raises (all of them): ConnectorError: refused; Unavailable: no broker within kafka.connect_timeout_s.
+    """
+
+    def open_consumer(self, servers: str, topics: Mapping[str, str], config: Config, group: str = "") -> Consumer:
+        """`topics` by input name. With `group` it can `commit`."""
+        ...
+
+    def open_producer(self, servers: str, topic: str, config: Config) -> Producer: ...
+
+    def open_transactions(self, servers: str, config: Config) -> Transactions: ...
+
+    def ensure_topic(
+        self, servers: str, topic: str, config: Config, partitions: int, configs: Mapping[str, str]
+    ) -> int:
+        """Make a missing topic (-1: as many partitions as the broker likes); the number of its partitions."""
+        ...
+
+    def check(self) -> str:
+        """One line about the library. Raises ConnectorError when a part of it is missing."""
+        ...
+
+
+def library(config: Config) -> Library:
+    """The one that `kafka.client` names. Raises ConnectorError when it is not installed."""
+    module, package = _LIBRARIES[config.kafka.client]
+    try:
+        found: Library = cast("Library", import_module(module))
+    except ImportError as error:
+        raise ConnectorError(f"kafka.client is {config.kafka.client}: pip install '{package}': {error}") from error
+    return found
 
 
 def locate(url: str) -> tuple[str, str]:
@@ -51,171 +199,66 @@ def locate(url: str) -> tuple[str, str]:
     return parts.netloc, topic
 
 
-def settings(servers: str, config: Config) -> dict[str, Any]:
-    """What every client is opened with. Holds the password: never log it, never put it into an error."""
-    found: dict[str, Any] = {
-        "bootstrap_servers": servers.split(","),
-        "client_id": f"{config.name}-{config.shard.index}",
-        "request_timeout_ms": round(config.kafka.request_timeout_s * 1000),
-        "metadata_max_age_ms": 60_000,
-    }
-    return found | kafka_auth.for_kafka_python(config)
-
-
-def consumer_settings(servers: str, config: Config) -> dict[str, Any]:
-    return settings(servers, config) | {
-        "enable_auto_commit": False,
-        "isolation_level": "read_committed",
-        # Never a silent reset; a misspelt policy would act as "none" too, without saying so.
-        "auto_offset_reset": "none",
-        "allow_auto_create_topics": False,
-        "fetch_max_wait_ms": round(config.kafka.fetch_max_wait_s * 1000),
-        "metrics_enabled": False,
-    }
-
-
-def connect(client: Callable[..., Any], wanted: Mapping[str, Any], config: Config) -> Any:
-    """Open a client of kafka-python, trying again until `kafka.connect_timeout_s` has passed.
-
-    Raises:
-        ConnectorError: unreachable, refused, or settings that can't be; names bootstrap servers and mechanism.
-    """
-    where = f"kafka://{','.join(wanted['bootstrap_servers'])} ({kafka_auth.who(config)})"
-    deadline = time.monotonic() + config.kafka.connect_timeout_s
-    told: list[Exception] = []
-    attempt_s = 1.0  # short at first: the client itself would retry a wrong password until its time-out
-    while True:
-        left_s = max(deadline - time.monotonic(), 0.001)
-        with _last_words() as causes:
-            try:
-                return _open(client, wanted, min(attempt_s, left_s))
-            except kafka_errors.KafkaError as error:
-                causes.append(error)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise ConnectorError(f"{where}: {error}") from error
-        told = [each for each in causes if not _timed_out(each)] or told
-        fatal = [each for each in causes if _fatal(each)]
-        if fatal or time.monotonic() >= deadline:
-            cause = (fatal or told or causes)[0]
-            raise ConnectorError(f"{where}: {explain(cause)}{kafka_auth.hint(str(cause), config)}") from cause
-        attempt_s *= 2
-
-
-def _fatal(error: Exception) -> bool:
-    return isinstance(error, _DENIED) or not transient(error) or kafka_auth.refused(str(error))
-
-
-def _timed_out(error: Exception) -> bool:
-    return isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.RequestTimedOutError)
-
-
-def _open(client: Callable[..., Any], wanted: Mapping[str, Any], timeout_s: float) -> Any:
-    """One attempt. A constructor that fails leaves its IO thread running, so we close the network client under it."""
-    made: list[Any] = []
-
-    def network(*args: Any, **kwargs: Any) -> Any:
-        made.append(KafkaNetClient(*args, **kwargs))
-        return made[-1]
-
+def within(timeout_s: float, work: Callable[[], T], what: str) -> T:
+    """Run what may block for ever on a thread of its own. Raises Fault when the time is over; the thread is left."""
+    future: Future[T] = Future()
+    threading.Thread(target=_run, args=(work, future), name="streamcl-kafka", daemon=True).start()
     try:
-        return client(**wanted, bootstrap_timeout_ms=max(1, round(timeout_s * 1000)), kafka_client=network)
-    except BaseException:
-        for each in made:
-            each.close()
-        raise
+        return future.result(timeout_s)
+    except TimeoutError:
+        raise Fault(Kind.PASSING, "timeout", f"{what}: no answer within {timeout_s:g} s") from None
 
 
-@contextmanager
-def _last_words() -> Iterator[list[Exception]]:
-    """Collects why connecting failed: the client tells only its log, and raises a time-out."""
-    causes: list[Exception] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            arguments = record.args if isinstance(record.args, tuple) else ()
-            causes.extend(each for each in arguments if isinstance(each, Exception))
-
-    listener, sources = Listener(logging.WARNING), [logging.getLogger(name) for name in _TELL_WHY]
-    for source in sources:
-        source.addHandler(listener)
+def _run(work: Callable[[], T], future: Future[T]) -> None:
     try:
-        yield causes
-    finally:
-        for source in sources:
-            source.removeHandler(listener)
+        future.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - it is raised again where the result is awaited
+        future.set_exception(error)
 
 
-def transient(error: BaseException) -> bool:
-    """True for what passes when brokers come back. F6: one such error does not call itself retriable."""
-    others = (kafka_errors.UnknownBrokerIdError, kafka_errors.BrokerNotAvailableError)
-    return isinstance(error, others) or bool(getattr(error, "retriable", False))
-
-
-def explain(error: BaseException) -> str:
-    """The cause for a person; the client's own text follows."""
-    if isinstance(error, kafka_errors.AuthorizationError):
-        return f"not authorised: {error}"
-    if isinstance(error, _DENIED):
-        return f"authentication refused: {error}"
-    if isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.KafkaConnectionError):
-        return f"no broker could be reached: {error}"
-    return str(error)
-
-
-@contextmanager
-def plain_errors(where: str) -> Iterator[None]:
-    """Turns every error of the client into a ConnectorError that begins with `where`."""
-    try:
-        yield
-    except kafka_errors.KafkaError as error:
-        raise ConnectorError(f"{where}: {explain(error)}") from error
-
-
-def partition_counts(consumer: Any, topics: Collection[str], servers: str) -> dict[str, int]:
+def partition_counts(consumer: Consumer, topics: Mapping[str, str], servers: str) -> dict[str, int]:
     """Number of partitions by topic. Raises ConnectorError for a topic that does not exist or may not be seen."""
     counts: dict[str, int] = {}
-    for topic in sorted(topics):
-        with plain_errors(f"kafka://{servers}/{topic}"):
-            counts[topic] = len(consumer.partitions_for_topic(topic) or ())
+    for name, topic in sorted(topics.items(), key=lambda item: item[1]):
+        try:
+            counts[topic] = consumer.partitions(name)
+        except Fault as fault:
+            raise fault.at(f"kafka://{servers}/{topic}") from fault
         if not counts[topic]:
             raise ConnectorError(f"kafka://{servers}/{topic}: no such topic, or no right to see it")
     return counts
 
 
-def bounds(servers: str, partitions: Sequence[TopicPartition], config: Config) -> dict[TopicPartition, Bounds]:
-    """What each partition holds now, by asking and then by fetching once.
+def bounds(
+    servers: str, topics: Mapping[str, str], streams: Collection[Stream], config: Config
+) -> dict[Stream, Bounds]:
+    """What each stream holds now, by asking and then by fetching once, with a consumer of its own.
 
     The fetch is for the end: under read_committed the answer to the question is the last stable offset, and a broker
     was seen to answer with the base of its last batch. The high watermark that comes with a fetch is right on both.
     """
-    wanted = consumer_settings(servers, config) | {"fetch_max_wait_ms": 1}
     timeout_s = config.kafka.request_timeout_s
-    consumer = connect(KafkaConsumer, wanted, config)
+    wanted = sorted(streams)
+    kafka = config.kafka.model_copy(update={"fetch_max_wait_s": 0.001})
+    consumer = library(config).open_consumer(servers, topics, config.model_copy(update={"kafka": kafka}))
     try:
-        with plain_errors(f"kafka://{servers}: bounds of {_names(partitions)}"):
-            consumer.assign(partitions)
-            starts = consumer.beginning_offsets(partitions, timeout_ms=timeout_s * 1000)
-            ends = consumer.end_offsets(partitions, timeout_ms=timeout_s * 1000)
-            for partition in partitions:
-                consumer.seek(partition, ends[partition])
-            _fetch_once(consumer, partitions, timeout_s)
-            marks = {each: max(ends[each], consumer.highwater(each)) for each in partitions}
-        return {each: Bounds(starts[each], marks[each]) for each in partitions}
+        asked = consumer.asked(wanted)
+        consumer.assign({stream: asked[stream].end for stream in wanted})
+        _fetch_once(consumer, wanted, timeout_s)
+        return {s: Bounds(asked[s].start, max(asked[s].end, consumer.highwater(s) or 0)) for s in wanted}
+    except Fault as fault:
+        raise fault.at(f"kafka://{servers}: bounds of {', '.join(sorted(set(topics.values())))}") from fault
     finally:
-        consumer.close(timeout_ms=1000)
+        consumer.close()
 
 
-def _fetch_once(consumer: Any, partitions: Sequence[TopicPartition], timeout_s: float) -> None:
+def _fetch_once(consumer: Consumer, streams: Sequence[Stream], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while any(consumer.highwater(each) is None for each in partitions):
+    while any(consumer.highwater(stream) is None for stream in streams):
         if time.monotonic() > deadline:
-            raise kafka_errors.KafkaTimeoutError(f"no fetch was answered within {timeout_s:g} s")
-        for fetched in consumer.poll(timeout_ms=10):
-            consumer.pause(fetched)
-
-
-def _names(partitions: Sequence[TopicPartition]) -> str:
-    return ", ".join(sorted({each.topic for each in partitions}))
+            raise Fault(Kind.PASSING, "timeout", f"no fetch was answered within {timeout_s:g} s")
+        for stream in consumer.poll(0.01):
+            consumer.pause(stream)
 
 
 def ensure_topic(servers: str, topic: str, config: Config, partitions: int = -1, **configs: str) -> int:
@@ -224,41 +267,10 @@ def ensure_topic(servers: str, topic: str, config: Config, partitions: int = -1,
     Raises:
         ConnectorError: it is missing and can't be made.
     """
-    admin = connect(KafkaAdminClient, settings(servers, config), config)
-    try:
-        with plain_errors(f"kafka://{servers}/{topic}: can't be made"):
-            [found] = admin.describe_topics([topic])
-            if found["error_code"] == _UNKNOWN_TOPIC:
-                _create(admin, topic, partitions, configs)
-                [found] = admin.describe_topics([topic])
-        if found["error_code"]:
-            raise ConnectorError(f"kafka://{servers}/{topic}: {kafka_errors.for_code(found['error_code']).__name__}")
-        return len(found["partitions"])
-    finally:
-        admin.close()
-
-
-def _create(admin: Any, topic: str, partitions: int, configs: Mapping[str, str]) -> None:
     named = {key.replace("_", "."): value for key, value in configs.items()}
+    timeout_s = config.kafka.connect_timeout_s + config.kafka.request_timeout_s
+    made = library(config).ensure_topic
     try:
-        admin.create_topics({topic: {"num_partitions": partitions, "configs": named}}, wait_for_metadata=True)
-    except kafka_errors.TopicAlreadyExistsError:
-        admin.wait_for_topics([topic])  # another shard was faster
-    log.info("topic %s made", topic)
-
-
-def discard(producer: Any) -> None:
-    """Close a producer of unknown state. Never raises; waits about 2 s at most.
-
-    F2: `close` raises while records are unacknowledged, and then leaves the sender running. So the second attempt
-    fails them first, for which the client has no public way.
-    """
-    for timeout_s in (0.0, 2.0):
-        try:
-            producer.close(timeout=timeout_s)
-            return
-        except Exception as error:  # noqa: BLE001 - whatever it is, this producer is not used again
-            log.debug("closing a broken producer: %s", error)
-            producer._sender.force_close()
-            producer._sender.join(1.0)
-    producer._closed = True  # else its __del__ tries again, and prints
+        return within(timeout_s, lambda: made(servers, topic, config, partitions, named), "asking for the topic")
+    except Fault as fault:
+        raise fault.at(f"kafka://{servers}/{topic}: can't be made") from fault

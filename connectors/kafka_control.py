@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import orjson
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from kafka import errors as kafka_errors
 
 from connectors import kafka_client as client
+from connectors.kafka_client import Fault, Kind, within
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Fenced
-from streamcl.records import Message, Order
+from streamcl.protocols import ConnectorError, Fenced, Unavailable
+from streamcl.records import Message, Order, Record, Stream
 
 T = TypeVar("T")
 
-_FENCED = (
-    kafka_errors.ProducerFencedError,
-    kafka_errors.InvalidProducerEpochError,
-    kafka_errors.TransactionCoordinatorFencedError,
-)
+_LOG = Stream("control", 0)
 
 
 class KafkaControlLog:
@@ -40,7 +33,7 @@ class KafkaControlLog:
         self._url, self._config = url, config
         self._servers, self._topic = client.locate(url)
         self._outputs = client.locate(config.predictions)[1] if config.predictions else ""
-        self._producer: Any = None
+        self._producer: client.Transactions | None = None
 
     def open(self) -> None:
         """See `ControlLog.open`. Makes a missing topic, one that keeps its records for ever."""
@@ -48,8 +41,8 @@ class KafkaControlLog:
         count = client.ensure_topic(self._servers, self._topic, self._config, 1, retention_ms="-1")
         if count != 1:
             raise ConnectorError(f"{self._url}: a control log needs 1 partition, this topic has {count}")
-        self._producer = client.connect(KafkaProducer, self._settings(), self._config)
-        self._guarded(self._producer.init_transactions)
+        self._producer = client.library(self._config).open_transactions(self._servers, self._config)
+        self._guarded(self._producer.init)
 
     def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
         """See `ControlLog.append`. About 2.5 ms; gives up after kafka.transaction_timeout_s.
@@ -70,92 +63,68 @@ class KafkaControlLog:
             ConnectorError: `start` is outside the log, its end does not come within kafka.connect_timeout_s, or a
                 record is no order; names the offset.
         """
-        partition = TopicPartition(self._topic, 0)
-        limit = client.bounds(self._servers, [partition], self._config)[partition]
+        limit = client.bounds(self._servers, {"control": self._topic}, [_LOG], self._config)[_LOG]
         if not limit.start <= start <= limit.end:
             raise ConnectorError(
                 f"{self._url} partition 0: offset {start} is wanted, available are {limit.start} to {limit.end}"
             )
-        return self._orders(partition, start, limit.end)
+        return self._orders(start, limit.end)
 
     def close(self) -> None:
         if self._producer is not None:
             producer, self._producer = self._producer, None
-            client.discard(producer)
+            producer.discard()
 
     def _transaction(self, value: bytes, outputs: Sequence[Message]) -> int:
         """The offset of the control record, once its transaction is committed."""
         producer = self._producer
-        producer.begin_transaction()
+        assert producer is not None  # noqa: S101 - `append` looks first
+        producer.begin()
         for message in outputs:
-            producer.send(self._outputs, message.value, message.key, list(message.headers))
-        sent = producer.send(self._topic, value=value, partition=0)
-        producer.commit_transaction()
-        return int(sent.get(0).offset)
-
-    def _settings(self) -> dict[str, Any]:
-        kafka = self._config.kafka
-        return client.settings(self._servers, self._config) | {
-            "transactional_id": f"{self._config.name}-{self._config.shard.index}",
-            "transaction_timeout_ms": round(kafka.transaction_timeout_s * 1000),
-            "max_block_ms": round(kafka.transaction_timeout_s * 1000),
-            # Waits in steps of this are what a transaction's slowest percentile consists of.
-            "retry_backoff_ms": 20,
-            "allow_auto_create_topics": False,
-            "metrics_enabled": False,
-        }
+            producer.send(self._outputs, message)
+        sent = producer.send(self._topic, Message(value), 0)
+        producer.commit()
+        return producer.offset(sent)
 
     def _guarded(self, work: Callable[[], T]) -> T:
-        """Run on a thread of its own, for commits have no time-out (F4); any failure shuts the log (F3)."""
-        future: Future[T] = Future()
-        threading.Thread(target=_run, args=(work, future), name="streamcl-control", daemon=True).start()
+        """Any failure shuts the log (F3)."""
         try:
-            return future.result(self._config.kafka.transaction_timeout_s)
-        except _FENCED as error:
+            return within(self._config.kafka.transaction_timeout_s, work, "the transaction")
+        except Fault as fault:
             self.close()
-            raise Fenced(f"{self._url}: another worker has opened the control log of this shard") from error
-        except (kafka_errors.KafkaError, TimeoutError) as error:
-            self.close()
-            cause = client.explain(error) or f"no answer within {self._config.kafka.transaction_timeout_s:g} s"
-            raise ConnectorError(f"{self._url}: {cause}; what became of the transaction is unknown") from error
+            if fault.kind is Kind.FENCED:
+                raise Fenced(f"{self._url}: another worker has opened the control log of this shard") from fault
+            raise Unavailable(f"{self._url}: {fault}; what became of the transaction is unknown") from fault
 
-    def _orders(self, partition: TopicPartition, start: int, end: int) -> Iterator[tuple[int, Order]]:
-        consumer = client.connect(KafkaConsumer, client.consumer_settings(self._servers, self._config), self._config)
+    def _orders(self, start: int, end: int) -> Iterator[tuple[int, Order]]:
+        topics = {"control": self._topic}
+        consumer = client.library(self._config).open_consumer(self._servers, topics, self._config)
         try:
-            consumer.assign([partition])
-            consumer.seek(partition, start)
+            consumer.assign({_LOG: start})
             deadline = time.monotonic() + self._config.kafka.connect_timeout_s
             # The position steps over the markers of transactions; the last record's offset would stop short of the end.
-            while consumer.position(partition, timeout_ms=0) < end:
-                with client.plain_errors(self._url):
-                    fetched = consumer.poll(timeout_ms=100).get(partition, [])
+            while consumer.position(_LOG) < end:
+                fetched = consumer.poll(0.1).get(_LOG, [])
                 if fetched:
                     deadline = time.monotonic() + self._config.kafka.connect_timeout_s
                 elif time.monotonic() > deadline:
-                    at = consumer.position(partition, timeout_ms=0)
-                    raise ConnectorError(f"{self._url}: can't be read to its end: at offset {at} of {end}")
+                    at = consumer.position(_LOG)
+                    raise Unavailable(f"{self._url}: can't be read to its end: at offset {at} of {end}")
                 for record in fetched:
-                    if record.offset < end:
-                        yield record.offset + 1, self._order(record)
+                    if record.origin.offset < end:
+                        yield record.origin.offset + 1, self._order(record)
+        except Fault as fault:
+            raise fault.at(self._url) from fault
         finally:
-            consumer.close(timeout_ms=1000)
+            consumer.close()
 
-    def _order(self, record: Any) -> Order:
+    def _order(self, record: Record) -> Order:
+        where = f"{self._url} partition 0, offset {record.origin.offset}"
         try:
             found = orjson.loads(record.value or b"")
             shard, order = found["shard"], Order.from_json(found)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConnectorError(f"{self._url} partition 0, offset {record.offset}: not an order: {error}") from error
+            raise ConnectorError(f"{where}: not an order: {error}") from error
         if shard != self._config.shard.index:
-            raise ConnectorError(
-                f"{self._url} partition 0, offset {record.offset}: written by shard {shard},"
-                f" this is shard {self._config.shard.index}"
-            )
+            raise ConnectorError(f"{where}: written by shard {shard}, this is shard {self._config.shard.index}")
         return order
-
-
-def _run(work: Callable[[], T], future: Future[T]) -> None:
-    try:
-        future.set_result(work())
-    except BaseException as error:  # noqa: BLE001 - it is raised again where the result is awaited
-        future.set_exception(error)

@@ -7,14 +7,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from kafka import KafkaProducer
-from kafka import errors as kafka_errors
 
 from connectors import kafka_client as client
+from connectors.kafka_client import Delivery, Fault, Kind
 from streamcl.config import Config
-from streamcl.protocols import BadInput, ConnectorError
+from streamcl.protocols import BadInput, ConnectorError, Unavailable
 from streamcl.records import Message
 
 log = logging.getLogger(__name__)
@@ -30,18 +27,17 @@ class _Entry:
     message: Message
     size: int
     deadline: float
-    future: Any
+    delivery: Delivery
 
 
 class KafkaSink:
     """Sends to one topic, made when it is missing; partition by key.
 
     At least once: an outage shorter than kafka.delivery_timeout_s loses nothing and may repeat what was on its way.
-    F1, F2: the client's default, an idempotent producer, never sends again after one refused record or a long outage,
-    so idempotence is off and order is kept by one request in flight. F5: the client queues without bound, so the
-    bound is ours: `send` blocks while kafka.max_inflight_records or _bytes are unacknowledged.
+    F5: a library queues without bound, so the bound is ours: `send` blocks while kafka.max_inflight_records or _bytes
+    are unacknowledged.
 
-    A message whose value and key are both None is sent with an empty value; the client can't send it otherwise.
+    A message whose value and key are both None is sent with an empty value.
 
     Attributes:
         rebuilds: How often the producer was replaced (count).
@@ -92,35 +88,16 @@ class KafkaSink:
         """Give up what is not acknowledged; call `flush` before to keep it."""
         self._ledger.clear()
         self.inflight_bytes = 0
-        client.discard(self._producer)
+        self._producer.discard()
 
-    def _open(self) -> Any:
-        kafka = self._config.kafka
-        wanted = client.settings(self._servers, self._config) | {
-            "enable_idempotence": False,
-            "acks": "all",
-            "max_in_flight_requests_per_connection": 1,
-            "delivery_timeout_ms": round(kafka.delivery_timeout_s * 1000),
-            "max_block_ms": round(kafka.delivery_timeout_s * 1000),
-            "linger_ms": round(kafka.linger_s * 1000),
-            "batch_size": 128 << 10,
-            "compression_type": None if kafka.compression == "none" else kafka.compression,
-            "max_request_size": kafka.max_request_bytes,
-            "allow_auto_create_topics": False,
-            "metrics_enabled": False,
-        }
-        producer = client.connect(KafkaProducer, wanted, self._config)
-        with client.plain_errors(self._url):
-            producer.partitions_for(self._topic)  # now, so that no `send` has to wait for it
-        return producer
+    def _open(self) -> client.Producer:
+        return client.library(self._config).open_producer(self._servers, self._topic, self._config)
 
-    def _produce(self, message: Message) -> Any:
-        value = b"" if message.value is None and message.key is None else message.value
-        time_ms = None if message.time_s is None else round(message.time_s * 1000)
+    def _produce(self, message: Message) -> Delivery:
         try:
-            return self._producer.send(self._topic, value, message.key, list(message.headers), timestamp_ms=time_ms)
-        except kafka_errors.KafkaError as error:
-            raise ConnectorError(f"{self._url}: {client.explain(error)}") from error
+            return self._producer.send(message)
+        except Fault as fault:
+            raise fault.at(self._url) from fault
 
     def _wait_for_room(self, size: int) -> None:
         kafka = self._config.kafka
@@ -134,40 +111,41 @@ class KafkaSink:
     def _wait(self) -> None:
         """Until the head of the ledger is settled, and whatever else is settled by then."""
         head = self._ledger[0]
-        try:
-            head.future.get(max(head.deadline - time.monotonic(), 0.0))
-        except kafka_errors.KafkaError as error:
-            if not head.future.is_done:
-                raise self._undelivered(error) from error
+        left_s = head.deadline - time.monotonic()
+        self._producer.wait(head.delivery, max(left_s, 0.0))
+        if not head.delivery.is_done:
+            raise self._undelivered(Fault(Kind.PASSING, "timeout", "no broker could be reached"))
         self._settle()
 
     def _settle(self) -> None:
         """Strike acknowledged messages off the head of the ledger; a failed one breaks the producer."""
-        while self._ledger and self._ledger[0].future.is_done:
-            if self._ledger[0].future.failed():
-                self._rebuild(self._ledger[0].future.exception)
+        while self._ledger and self._ledger[0].delivery.is_done:
+            fault = self._producer.fault(self._ledger[0].delivery)
+            if fault is not None:
+                self._rebuild(fault)
                 return
             self.inflight_bytes -= self._ledger.popleft().size
 
-    def _rebuild(self, error: Exception) -> None:
+    def _rebuild(self, fault: Fault) -> None:
         """Another producer, and the ledger again from its head: order is kept, nothing is lost."""
         late = time.monotonic() >= self._ledger[0].deadline
-        if late or not (client.transient(error) or isinstance(error, kafka_errors.UnknownError)):
-            raise self._undelivered(error) from error
-        log.warning("%s: %s; sending %d messages again", self._url, client.explain(error), len(self._ledger))
-        client.discard(self._producer)
+        if late or fault.kind not in (Kind.PASSING, Kind.RECORD):
+            raise self._undelivered(fault) from fault
+        log.warning("%s: %s; sending %d messages again", self._url, fault, len(self._ledger))
+        settled = [entry.delivery.is_done and self._producer.fault(entry.delivery) is None for entry in self._ledger]
+        self._producer.discard()
         time.sleep(_BACKOFF_S)
         self._producer = self._open()
         self.rebuilds += 1
-        for entry in self._ledger:
-            if not (entry.future.is_done and entry.future.succeeded()):
-                entry.future = self._produce(entry.message)
+        for entry, done in zip(self._ledger, settled, strict=True):
+            if not done:
+                entry.delivery = self._produce(entry.message)
 
-    def _undelivered(self, error: Exception) -> ConnectorError:
+    def _undelivered(self, fault: Fault) -> ConnectorError:
+        error = Unavailable if fault.kind is Kind.PASSING else ConnectorError
         count, limit = len(self._ledger), self._config.kafka.delivery_timeout_s
-        return ConnectorError(
-            f"{self._url}: {count} messages are not acknowledged (kafka.delivery_timeout_s is {limit:g}):"
-            f" {client.explain(error)}"
+        return error(
+            f"{self._url}: {count} messages are not acknowledged (kafka.delivery_timeout_s is {limit:g}): {fault}"
         )
 
 

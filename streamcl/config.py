@@ -335,6 +335,9 @@ class _Security(Station):
 class Kafka(_Security):
     """Settings of the Kafka connector."""
 
+    client: Literal["kafka-python", "librdkafka"] = Free(
+        "kafka-python", description="library that talks to brokers; librdkafka needs streamcl[librdkafka]"
+    )
     start_at: Literal["earliest", "latest"] = Free("earliest", description="where a shard without any state starts")
     on_gap: Literal["fail", "earliest", "latest"] = Free(
         "fail", description="where to go on when retention has removed what was to be read next"

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kafka import TopicPartition
-from kafka import errors as kafka_errors
+from kafka.consumer.fetcher import ConsumerRecord
 
-from connectors import kafka, kafka_client
+from connectors import kafka, kafka_client, kafka_python
 from connectors.kafka import KafkaSource
-from connectors.kafka_client import Bounds
+from connectors.kafka_client import Bounds, Fault, Kind
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError
 from streamcl.records import Origin, Record, Stream
 
 Logs = Mapping[Stream, Sequence[int]]
 """Timestamps in ms of the records of each stream."""
-
-
-class Fetched(NamedTuple):
-    topic: str
-    offset: int
-    timestamp: int
-    value: bytes = b""
-    key: bytes | None = None
-    headers: tuple[tuple[str, bytes | None], ...] = ()
 
 
 class FakeConsumer:
@@ -43,52 +34,49 @@ class FakeConsumer:
     def __init__(self, logs: Logs, batch: int, choose: Callable[[Sequence[Stream]], Stream | None]) -> None:
         self.logs, self.batch, self.choose = logs, batch, choose
         self.handed = dict.fromkeys(logs, 0)
-        self.faults: list[Exception] = []
-        self.paused: set[TopicPartition] = set()
+        self.faults: list[Fault] = []
+        self.paused: set[Stream] = set()
 
-    def poll(self, timeout_ms: float, max_records: int) -> dict[TopicPartition, list[Fetched]]:
+    def poll(self, timeout_s: float) -> dict[Stream, list[Record]]:
         if self.faults:
             raise self.faults.pop(0)
         ready = [each for each in self.logs if self.handed[each] < len(self.logs[each])]
-        ready = [each for each in ready if _partition(each) not in self.paused]
+        ready = [each for each in ready if each not in self.paused]
         stream = self.choose(ready) if ready else None
         if stream is None:
             return {}
         start = self.handed[stream]
         times = self.logs[stream][start : start + self.batch]
         self.handed[stream] += len(times)
-        return {_partition(stream): [Fetched(stream.input, start + i, time) for i, time in enumerate(times)]}
+        return {stream: [_record(Origin(*stream, start + i), time) for i, time in enumerate(times)]}
 
-    def partitions_for_topic(self, topic: str) -> set[int]:
-        return {stream.partition for stream in self.logs if stream.input == topic}
+    def partitions(self, name: str) -> int:
+        return len([stream for stream in self.logs if stream.input == name])
 
-    def assign(self, partitions: Sequence[TopicPartition]) -> None:
-        pass
+    known_partitions = partitions
 
-    def assignment(self) -> set[TopicPartition]:
-        return {_partition(stream) for stream in self.logs}
+    def assign(self, position: Mapping[Stream, int]) -> None:
+        self.handed |= position
+        self.paused.clear()
 
-    def pause(self, partition: TopicPartition) -> None:
-        self.paused.add(partition)
+    def pause(self, stream: Stream) -> None:
+        self.paused.add(stream)
 
-    def resume(self, partition: TopicPartition) -> None:
-        self.paused.discard(partition)
+    def resume(self, stream: Stream) -> None:
+        self.paused.discard(stream)
 
-    def seek(self, partition: TopicPartition, offset: int) -> None:
-        self.handed[Stream(*partition)] = offset
+    def position(self, stream: Stream) -> int:
+        return self.handed[stream]
 
-    def position(self, partition: TopicPartition, timeout_ms: float) -> int:
-        return self.handed[Stream(*partition)]
+    def highwater(self, stream: Stream) -> int:
+        return len(self.logs[stream])
 
-    def highwater(self, partition: TopicPartition) -> int:
-        return len(self.logs[Stream(*partition)])
-
-    def close(self, timeout_ms: float = 0) -> None:
+    def close(self) -> None:
         pass
 
 
-def _partition(stream: Stream) -> TopicPartition:
-    return TopicPartition(stream.input, stream.partition)
+def _record(origin: Origin, time_ms: int) -> Record:
+    return Record(origin, origin.input, time_ms / 1000, b"")
 
 
 def _config(max_records: int) -> Config:
@@ -105,9 +93,9 @@ def _config(max_records: int) -> Config:
 
 def _open(fake: FakeConsumer, max_records: int = 4) -> KafkaSource:
     """A source on the fake, at the start of its logs."""
-    limits = {_partition(stream): Bounds(0, len(times)) for stream, times in fake.logs.items()}
+    limits = {stream: Bounds(0, len(times)) for stream, times in fake.logs.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kafka_client, "connect", lambda *_: fake)
+        patch.setattr(kafka_client, "library", lambda _: SimpleNamespace(open_consumer=lambda *_, **__: fake))
         patch.setattr(kafka_client, "bounds", lambda *_: limits)
         config = _config(max_records)
         source = kafka.open_source(config.inputs, config)
@@ -201,7 +189,7 @@ def test_while_brokers_are_away_polls_are_empty_and_nothing_is_lost(caplog: pyte
     logs = {Stream("events", 0): [1, 2], Stream("labels", 0): []}
     fake = FakeConsumer(logs, 5, _first)
     source = _open(fake)
-    fake.faults = [kafka_errors.UnknownBrokerIdError(), kafka_errors.NodeNotReadyError()]
+    fake.faults = [Fault(Kind.PASSING, "UnknownBrokerId", "away"), Fault(Kind.PASSING, "NodeNotReady", "away")]
     with caplog.at_level(logging.WARNING, "connectors.kafka"):
         assert source.poll(5, 0.01) == []
         assert [record.origin.offset for record in source.poll(5, 5.0)] == [0, 1]
@@ -212,7 +200,7 @@ def test_while_brokers_are_away_polls_are_empty_and_nothing_is_lost(caplog: pyte
 def test_a_refusal_while_polling_is_an_error_that_names_the_topic() -> None:
     fake = FakeConsumer({Stream("events", 0): [1], Stream("labels", 0): []}, 5, _first)
     source = _open(fake)
-    fake.faults = [kafka_errors.TopicAuthorizationFailedError({"events"})]
+    fake.faults = [Fault(Kind.DENIED, "TopicAuthorizationFailed", "not authorised: events")]
     with pytest.raises(ConnectorError, match=r"kafka://fake:1.*not authorised.*events"):
         source.poll(5, 1.0)
 
@@ -234,6 +222,7 @@ def test_a_stream_of_another_shard_is_refused() -> None:
 
 
 def test_a_header_without_value_and_a_missing_time_have_a_meaning() -> None:
-    found = Fetched("clicks", 3, -1, b"v", b"k", (("a", None), ("b", b"1")))
+    given = dict.fromkeys(ConsumerRecord._fields) | {"topic": "clicks", "offset": 3, "timestamp": -1}
+    given |= {"value": b"v", "key": b"k", "headers": [("a", None), ("b", b"1")]}
     expected = Record(Origin("events", 2, 3), "clicks", 0.0, b"v", b"k", (("a", b""), ("b", b"1")))
-    assert kafka._record(Stream("events", 2), found) == expected
+    assert kafka_python._record(Stream("events", 2), ConsumerRecord(**given)) == expected

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kafka import errors as kafka_errors
 
 from connectors import kafka, kafka_client, kafka_sink
+from connectors.kafka_client import Fault, Kind
 from connectors.kafka_sink import KafkaSink
 from streamcl.config import Config
 from streamcl.protocols import BadInput, ConnectorError
@@ -23,42 +24,39 @@ if TYPE_CHECKING:
 URL = "kafka://fake:1/out"
 
 
-class FakeFuture:
-    """Settled when it is waited for: a send is either stored or fails with `error`."""
-
-    def __init__(self, error: Exception | None) -> None:
-        self.exception, self.is_done = error, False
-
-    def get(self, timeout_s: float) -> None:
-        self.is_done = True
-        if self.exception is not None:
-            raise self.exception
-
-    def failed(self) -> bool:
-        return self.is_done and self.exception is not None
-
-    def succeeded(self) -> bool:
-        return self.is_done and self.exception is None
+class FakeDelivery:
+    def __init__(self, exception: Fault | None) -> None:
+        self.exception, self.is_done = exception, False
 
 
 class FakeProducer:
-    """Stores what it is sent, unless the next of `faults` is an error; once it has failed it fails for ever."""
+    """Stores what it is sent, unless the next of `faults` is an error; once it has failed it fails for ever.
 
-    def __init__(self, stored: list[bytes], faults: Iterator[Exception | None]) -> None:
+    What becomes of a message is known when it is waited for.
+    """
+
+    def __init__(self, stored: list[bytes], faults: Iterator[Fault | None]) -> None:
         self.stored, self.faults = stored, faults
-        self.broken: Exception | None = None
+        self.broken: Fault | None = None
 
-    def send(self, _topic: str, value: bytes, *_: Any, **__: Any) -> FakeFuture:
+    def send(self, message: Message) -> FakeDelivery:
         self.broken = self.broken or next(self.faults, None)
         if self.broken is None:
-            self.stored.append(value)
-        return FakeFuture(self.broken)
+            self.stored.append(message.value or b"")
+        return FakeDelivery(self.broken)
 
-    def partitions_for(self, topic: str) -> set[int]:
-        return {0}
+    def wait(self, delivery: FakeDelivery, timeout_s: float) -> None:
+        delivery.is_done = True
 
-    def close(self, timeout: float) -> None:
+    def fault(self, delivery: FakeDelivery) -> Fault | None:
+        return delivery.exception
+
+    def discard(self) -> None:
         pass
+
+
+PASSING = Fault(Kind.PASSING, "NotEnoughReplicas", "not enough replicas")
+DENIED = Fault(Kind.DENIED, "TopicAuthorizationFailed", "not authorised: out")
 
 
 def _config(**kafka_settings: Any) -> Config:
@@ -74,10 +72,11 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def _fake(patched: pytest.MonkeyPatch, faults: list[Exception | None], **kafka_settings: Any) -> Any:
+def _fake(patched: pytest.MonkeyPatch, faults: list[Fault | None], **kafka_settings: Any) -> Any:
     stored: list[bytes] = []
     script = iter(faults)
-    patched.setattr(kafka_client, "connect", lambda *_: FakeProducer(stored, script))
+    fake = SimpleNamespace(open_producer=lambda *_: FakeProducer(stored, script))
+    patched.setattr(kafka_client, "library", lambda _: fake)
     return KafkaSink(URL, _config(**kafka_settings)), stored
 
 
@@ -89,7 +88,7 @@ def test_whatever_breaks_for_a_while_every_message_is_stored_in_order(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kafka_client, "ensure_topic", lambda *_: 1)
         patch.setattr(kafka_sink, "_BACKOFF_S", 0.0)
-        faults = [kafka_errors.NotEnoughReplicasError() if each else None for each in broken]
+        faults = [PASSING if each else None for each in broken]
         sink, stored = _fake(patch, faults, max_inflight_records=room)
         values = [b"%d" % number for number in range(count)]
         for value in values:
@@ -103,7 +102,7 @@ def test_whatever_breaks_for_a_while_every_message_is_stored_in_order(
 
 
 def test_a_refusal_is_an_error_and_not_retried(patched: pytest.MonkeyPatch) -> None:
-    sink, _ = _fake(patched, [kafka_errors.TopicAuthorizationFailedError("out")])
+    sink, _ = _fake(patched, [DENIED])
     sink.send([Message(b"v")])
     with pytest.raises(ConnectorError, match=rf"{URL}: 1 messages are not acknowledged.*not authorised"):
         sink.flush()
@@ -111,7 +110,7 @@ def test_a_refusal_is_an_error_and_not_retried(patched: pytest.MonkeyPatch) -> N
 
 
 def test_a_fault_that_stays_is_an_error_after_the_delivery_timeout(patched: pytest.MonkeyPatch) -> None:
-    sink, _ = _fake(patched, [kafka_errors.NotEnoughReplicasError()] * 10**6, delivery_timeout_s=0.2)
+    sink, _ = _fake(patched, [PASSING] * 10**6, delivery_timeout_s=0.2)
     sink.send([Message(b"v")])
     began = time.monotonic()
     with pytest.raises(ConnectorError, match=r"delivery_timeout_s is 0.2"):

@@ -1,0 +1,446 @@
+"""The client library kafka-python behind the seam of `connectors.kafka_client`; pure Python, the default."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import errors as kafka_errors
+from kafka.net.compat import KafkaNetClient
+from kafka.structs import OffsetAndMetadata
+
+from connectors import kafka_auth
+from connectors.kafka_client import Bounds, Fault, Kind
+from streamcl.config import Config
+from streamcl.protocols import ConnectorError, Unavailable
+from streamcl.records import Message, Origin, Position, Record, Stream
+
+log = logging.getLogger(__name__)
+
+_DENIED = (
+    kafka_errors.AuthorizationError,
+    kafka_errors.SaslAuthenticationFailedError,
+    kafka_errors.UnsupportedSaslMechanismError,
+    kafka_errors.IllegalSaslStateError,
+)
+_KINDS: tuple[tuple[Kind, tuple[type[Exception], ...]], ...] = (
+    (
+        Kind.FENCED,
+        (
+            kafka_errors.ProducerFencedError,
+            kafka_errors.InvalidProducerEpochError,
+            kafka_errors.TransactionCoordinatorFencedError,
+        ),
+    ),
+    (Kind.DENIED, (*_DENIED, kafka_errors.UnknownTopicOrPartitionError, kafka_errors.InvalidTopicError)),
+    (
+        Kind.RECORD,
+        (
+            kafka_errors.MessageSizeTooLargeError,
+            kafka_errors.RecordListTooLargeError,
+            kafka_errors.InvalidRecordError,
+            kafka_errors.CorruptRecordError,
+            kafka_errors.InvalidTimestampError,
+            kafka_errors.UnknownError,
+        ),
+    ),
+)
+_UNKNOWN_TOPIC = 3
+_TELL_WHY = ("kafka.net.manager", "kafka.cluster")
+
+
+class Consumer:
+    """See `kafka_client.Consumer`."""
+
+    def __init__(self, servers: str, topics: Mapping[str, str], config: Config, group: str) -> None:
+        self._servers, self._topics, self._config, self._group = servers, dict(topics), config, group
+        self._consumer = connect(KafkaConsumer, consumer_settings(servers, config), config)
+        self._committer = self._open_committer() if group else None
+        self._partitions: dict[Stream, TopicPartition] = {}
+        self._streams: dict[TopicPartition, Stream] = {}
+
+    def assign(self, position: Position) -> None:
+        self._streams = {self._named(stream): stream for stream in position}
+        self._partitions = {stream: partition for partition, stream in self._streams.items()}
+        with faults():
+            self._consumer.assign(list(self._streams))
+            for stream, offset in position.items():
+                self._consumer.resume(self._partitions[stream])
+                self._consumer.seek(self._partitions[stream], offset)
+
+    def poll(self, timeout_s: float) -> Mapping[Stream, list[Record]]:
+        try:
+            # Everything it holds: a partition that is paused with a part of a fetch still inside the client can stay
+            # silent for ever after it is resumed.
+            fetched = self._consumer.poll(timeout_ms=timeout_s * 1000, max_records=sys.maxsize)
+        except kafka_errors.OffsetOutOfRangeError as error:
+            partition, offset = next(iter(error.args[0].items()))
+            raise Fault(Kind.RANGE, "OffsetOutOfRange", str(error), self._streams[partition], offset) from error
+        except kafka_errors.KafkaError as error:
+            raise fault_of(error) from error
+        found = {}
+        for partition, records in fetched.items():
+            stream = self._streams[partition]
+            found[stream] = [_record(stream, each) for each in records]
+        return found
+
+    def pause(self, stream: Stream) -> None:
+        self._consumer.pause(self._partitions[stream])
+
+    def resume(self, stream: Stream) -> None:
+        self._consumer.resume(self._partitions[stream])
+
+    def position(self, stream: Stream) -> int:
+        if stream not in self._partitions:
+            return 0
+        with faults():
+            return self._consumer.position(self._partitions[stream], timeout_ms=0) or 0
+
+    def highwater(self, stream: Stream) -> int | None:
+        if stream not in self._partitions:
+            return None
+        mark: int | None = self._consumer.highwater(self._partitions[stream])
+        return mark
+
+    def asked(self, streams: Sequence[Stream]) -> dict[Stream, Bounds]:
+        partitions = [self._named(stream) for stream in streams]
+        timeout_ms = self._config.kafka.request_timeout_s * 1000
+        with faults():
+            starts = self._consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
+            ends = self._consumer.end_offsets(partitions, timeout_ms=timeout_ms)
+        return {s: Bounds(starts[p], ends[p]) for s, p in zip(streams, partitions, strict=True)}
+
+    def partitions(self, name: str) -> int:
+        with faults():
+            return len(self._consumer.partitions_for_topic(self._topics[name]) or ())
+
+    def known_partitions(self, name: str) -> int:
+        return len(self._consumer._cluster.partitions_for_topic(self._topics[name]) or ())
+
+    def commit(self, position: Position, failed: Callable[[str], None]) -> None:
+        """By a client of its own: with a group, `poll` would wait for a coordinator and could fail for lack of one."""
+        assert self._committer is not None  # noqa: S101 - opened with a group
+
+        def answered(_: Any, answer: Any) -> None:
+            if isinstance(answer, Exception):
+                failed(str(answer))
+
+        offsets = {self._named(each): OffsetAndMetadata(offset, "", -1) for each, offset in position.items()}
+        try:
+            self._committer.commit_async(offsets, callback=answered)
+        except kafka_errors.KafkaError as error:
+            failed(str(error))
+
+    def close(self) -> None:
+        for each in filter(None, (self._consumer, self._committer)):
+            each.close(timeout_ms=1000)
+
+    def _open_committer(self) -> Any:
+        wanted = settings(self._servers, self._config) | {"group_id": self._group}
+        wanted |= {"enable_auto_commit": False, "metrics_enabled": False}
+        return connect(KafkaConsumer, wanted, self._config)
+
+    def _named(self, stream: Stream) -> TopicPartition:
+        return TopicPartition(self._topics[stream.input], stream.partition)
+
+
+def _record(stream: Stream, found: Any) -> Record:
+    """A record of the client as ours. A header without value reads as an empty one, a missing time as 0."""
+    headers = tuple((name, value or b"") for name, value in found.headers)
+    origin = Origin(stream.input, stream.partition, found.offset)
+    return Record(origin, found.topic, max(found.timestamp, 0) / 1000, found.value, found.key, headers)
+
+
+class Producer:
+    """See `kafka_client.Producer`.
+
+    F1, F2: the library's default, an idempotent producer, never sends again after one refused record or a long outage,
+    so idempotence is off and order is kept by one request in flight.
+    """
+
+    def __init__(self, servers: str, topic: str, config: Config) -> None:
+        self._topic = topic
+        self._producer = connect(KafkaProducer, _producer_settings(servers, config), config)
+        with faults():
+            self._producer.partitions_for(topic)  # now, so that no `send` has to wait for it
+
+    def send(self, message: Message) -> Any:
+        return _send(self._producer, self._topic, message, None)
+
+    def wait(self, delivery: Any, timeout_s: float) -> None:
+        _wait(delivery, timeout_s)
+
+    def fault(self, delivery: Any) -> Fault | None:
+        return None if delivery.exception is None else fault_of(delivery.exception)
+
+    def discard(self) -> None:
+        discard(self._producer)
+
+
+class Transactions:
+    """See `kafka_client.Transactions`. F4: its calls have no time-out of their own."""
+
+    def __init__(self, servers: str, config: Config) -> None:
+        kafka = config.kafka
+        wanted = settings(servers, config) | {
+            "transactional_id": f"{config.name}-{config.shard.index}",
+            "transaction_timeout_ms": round(kafka.transaction_timeout_s * 1000),
+            "max_block_ms": round(kafka.transaction_timeout_s * 1000),
+            # Waits in steps of this are what a transaction's slowest percentile consists of.
+            "retry_backoff_ms": 20,
+            "allow_auto_create_topics": False,
+            "metrics_enabled": False,
+        }
+        self._producer = connect(KafkaProducer, wanted, config)
+
+    def init(self) -> None:
+        with faults():
+            self._producer.init_transactions()
+
+    def begin(self) -> None:
+        with faults():
+            self._producer.begin_transaction()
+
+    def send(self, topic: str, message: Message, partition: int | None = None) -> Any:
+        return _send(self._producer, topic, message, partition)
+
+    def commit(self) -> None:
+        with faults():
+            self._producer.commit_transaction()
+
+    def offset(self, delivery: Any) -> int:
+        with faults():
+            return int(delivery.get(0).offset)
+
+    def discard(self) -> None:
+        discard(self._producer)
+
+
+def open_consumer(servers: str, topics: Mapping[str, str], config: Config, group: str = "") -> Consumer:
+    return Consumer(servers, topics, config, group)
+
+
+def open_producer(servers: str, topic: str, config: Config) -> Producer:
+    return Producer(servers, topic, config)
+
+
+def open_transactions(servers: str, config: Config) -> Transactions:
+    return Transactions(servers, config)
+
+
+def check() -> str:
+    """Raises ConnectorError when the C library for checksums is missing; without it consuming is five times slower."""
+    if find_spec("crc32c") is None:
+        raise ConnectorError("the package crc32c is missing: pip install 'kafka-python[crc32c]'")
+    return "crc32c is installed"
+
+
+def _send(producer: Any, topic: str, message: Message, partition: int | None) -> Any:
+    # The library can't send a message that has neither value nor key.
+    value = b"" if message.value is None and message.key is None else message.value
+    time_ms = None if message.time_s is None else round(message.time_s * 1000)
+    with faults():
+        return producer.send(topic, value, message.key, list(message.headers), partition, time_ms)
+
+
+def _wait(delivery: Any, timeout_s: float) -> None:
+    try:
+        delivery.get(max(timeout_s, 0.0))
+    except kafka_errors.KafkaError:
+        return
+
+
+def _producer_settings(servers: str, config: Config) -> dict[str, Any]:
+    kafka = config.kafka
+    return settings(servers, config) | {
+        "enable_idempotence": False,
+        "acks": "all",
+        "max_in_flight_requests_per_connection": 1,
+        "delivery_timeout_ms": round(kafka.delivery_timeout_s * 1000),
+        "max_block_ms": round(kafka.delivery_timeout_s * 1000),
+        "linger_ms": round(kafka.linger_s * 1000),
+        "batch_size": 128 << 10,
+        "compression_type": None if kafka.compression == "none" else kafka.compression,
+        "max_request_size": kafka.max_request_bytes,
+        "allow_auto_create_topics": False,
+        "metrics_enabled": False,
+    }
+
+
+def settings(servers: str, config: Config) -> dict[str, Any]:
+    """What every client is opened with. Holds the password: never log it, never put it into an error."""
+    found: dict[str, Any] = {
+        "bootstrap_servers": servers.split(","),
+        "client_id": f"{config.name}-{config.shard.index}",
+        "request_timeout_ms": round(config.kafka.request_timeout_s * 1000),
+        "metadata_max_age_ms": 60_000,
+    }
+    return found | kafka_auth.for_kafka_python(config)
+
+
+def consumer_settings(servers: str, config: Config) -> dict[str, Any]:
+    return settings(servers, config) | {
+        "enable_auto_commit": False,
+        "isolation_level": "read_committed",
+        # Never a silent reset; a misspelt policy would act as "none" too, without saying so.
+        "auto_offset_reset": "none",
+        "allow_auto_create_topics": False,
+        "fetch_max_wait_ms": round(config.kafka.fetch_max_wait_s * 1000),
+        "metrics_enabled": False,
+    }
+
+
+def connect(client: Callable[..., Any], wanted: Mapping[str, Any], config: Config) -> Any:
+    """Open a client of kafka-python, trying again until `kafka.connect_timeout_s` has passed.
+
+    Raises:
+        ConnectorError: unreachable, refused, or settings that can't be; names bootstrap servers and mechanism.
+    """
+    where = f"kafka://{','.join(wanted['bootstrap_servers'])} ({kafka_auth.who(config)})"
+    deadline = time.monotonic() + config.kafka.connect_timeout_s
+    told: list[Exception] = []
+    attempt_s = 1.0  # short at first: the client itself would retry a wrong password until its time-out
+    while True:
+        left_s = max(deadline - time.monotonic(), 0.001)
+        with _last_words() as causes:
+            try:
+                return _open(client, wanted, min(attempt_s, left_s))
+            except kafka_errors.KafkaError as error:
+                causes.append(error)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ConnectorError(f"{where}: {error}") from error
+        told = [each for each in causes if not _timed_out(each)] or told
+        fatal = [each for each in causes if _fatal(each)]
+        if fatal or time.monotonic() >= deadline:
+            cause = (fatal or told or causes)[0]
+            refusal = ConnectorError if fatal else Unavailable
+            raise refusal(f"{where}: {explain(cause)}{kafka_auth.hint(str(cause), config)}") from cause
+        attempt_s *= 2
+
+
+def _fatal(error: Exception) -> bool:
+    return isinstance(error, _DENIED) or not transient(error) or kafka_auth.refused(str(error))
+
+
+def _timed_out(error: Exception) -> bool:
+    return isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.RequestTimedOutError)
+
+
+def _open(client: Callable[..., Any], wanted: Mapping[str, Any], timeout_s: float) -> Any:
+    """One attempt. A constructor that fails leaves its IO thread running, so we close the network client under it."""
+    made: list[Any] = []
+
+    def network(*args: Any, **kwargs: Any) -> Any:
+        made.append(KafkaNetClient(*args, **kwargs))
+        return made[-1]
+
+    try:
+        return client(**wanted, bootstrap_timeout_ms=max(1, round(timeout_s * 1000)), kafka_client=network)
+    except BaseException:
+        for each in made:
+            each.close()
+        raise
+
+
+@contextmanager
+def _last_words() -> Iterator[list[Exception]]:
+    """Collects why connecting failed: the client tells only its log, and raises a time-out."""
+    causes: list[Exception] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            arguments = record.args if isinstance(record.args, tuple) else ()
+            causes.extend(each for each in arguments if isinstance(each, Exception))
+
+    listener, sources = Listener(logging.WARNING), [logging.getLogger(name) for name in _TELL_WHY]
+    for source in sources:
+        source.addHandler(listener)
+    try:
+        yield causes
+    finally:
+        for source in sources:
+            source.removeHandler(listener)
+
+
+def transient(error: BaseException) -> bool:
+    """True for what passes when brokers come back. F6: one such error does not call itself retriable."""
+    others = (kafka_errors.UnknownBrokerIdError, kafka_errors.BrokerNotAvailableError)
+    return isinstance(error, others) or bool(getattr(error, "retriable", False))
+
+
+def explain(error: BaseException) -> str:
+    """The cause for a person; the client's own text follows."""
+    if isinstance(error, kafka_errors.AuthorizationError):
+        return f"not authorised: {error}"
+    if isinstance(error, _DENIED):
+        return f"authentication refused: {error}"
+    if isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.KafkaConnectionError):
+        return f"no broker could be reached: {error}"
+    return str(error)
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """Turns every error of the library into a Fault."""
+    try:
+        yield
+    except kafka_errors.KafkaError as error:
+        raise fault_of(error) from error
+
+
+def fault_of(error: BaseException) -> Fault:
+    return Fault(_kind(error), type(error).__name__.removesuffix("Error"), explain(error))
+
+
+def _kind(error: BaseException) -> Kind:
+    for kind, classes in _KINDS:
+        if isinstance(error, classes):
+            return kind
+    return Kind.PASSING if transient(error) else Kind.BROKEN
+
+
+def ensure_topic(servers: str, topic: str, config: Config, partitions: int, configs: Mapping[str, str]) -> int:
+    admin = connect(KafkaAdminClient, settings(servers, config), config)
+    try:
+        with faults():
+            [found] = admin.describe_topics([topic])
+            if found["error_code"] == _UNKNOWN_TOPIC:
+                _create(admin, topic, partitions, configs)
+                [found] = admin.describe_topics([topic])
+            if found["error_code"]:
+                raise kafka_errors.for_code(found["error_code"])()
+        return len(found["partitions"])
+    finally:
+        admin.close()
+
+
+def _create(admin: Any, topic: str, partitions: int, configs: Mapping[str, str]) -> None:
+    wanted = {"num_partitions": partitions, "configs": dict(configs)}
+    try:
+        admin.create_topics({topic: wanted}, wait_for_metadata=True)
+    except kafka_errors.TopicAlreadyExistsError:
+        admin.wait_for_topics([topic])  # another shard was faster
+    log.info("topic %s made", topic)
+
+
+def discard(producer: Any) -> None:
+    """Close a producer of unknown state. Never raises; waits about 2 s at most.
+
+    F2: `close` raises while records are unacknowledged, and then leaves the sender running. So the second attempt
+    fails them first, for which the client has no public way.
+    """
+    for timeout_s in (0.0, 2.0):
+        try:
+            producer.close(timeout=timeout_s)
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, this producer is not used again
+            log.debug("closing a broken producer: %s", error)
+            producer._sender.force_close()
+            producer._sender.join(1.0)
+    producer._closed = True  # else its __del__ tries again, and prints
