@@ -159,8 +159,10 @@ class Library(Protocol):
     Raises (all of them): ConnectorError: refused; Unavailable: no broker within kafka.connect_timeout_s.
     """
 
-    def open_consumer(self, servers: str, topics: Mapping[str, str], config: Config, group: str = "") -> Consumer:
-        """`topics` by input name. With `group` it can `commit`."""
+    def open_consumer(
+        self, servers: str, topics: Mapping[str, str], config: Config, *, group: str = "", max_wait_s: float = 0.0
+    ) -> Consumer:
+        """`topics` by input name. With `group` it can `commit`. `max_wait_s` instead of kafka.fetch_max_wait_s."""
         ...
 
     def open_producer(self, servers: str, topic: str, config: Config) -> Producer: ...
@@ -239,8 +241,7 @@ def bounds(
     """
     timeout_s = config.kafka.request_timeout_s
     wanted = sorted(streams)
-    kafka = config.kafka.model_copy(update={"fetch_max_wait_s": 0.001})
-    consumer = library(config).open_consumer(servers, topics, config.model_copy(update={"kafka": kafka}))
+    consumer = library(config).open_consumer(servers, topics, config, max_wait_s=0.001)
     try:
         asked = consumer.asked(wanted)
         consumer.assign({stream: asked[stream].end for stream in wanted})

@@ -58,9 +58,9 @@ _TELL_WHY = ("kafka.net.manager", "kafka.cluster")
 class Consumer:
     """See `kafka_client.Consumer`."""
 
-    def __init__(self, servers: str, topics: Mapping[str, str], config: Config, group: str) -> None:
+    def __init__(self, servers: str, topics: Mapping[str, str], config: Config, group: str, max_wait_s: float) -> None:
         self._servers, self._topics, self._config, self._group = servers, dict(topics), config, group
-        self._consumer = connect(KafkaConsumer, consumer_settings(servers, config), config)
+        self._consumer = connect(KafkaConsumer, consumer_settings(servers, config, max_wait_s), config)
         self._committer = self._open_committer() if group else None
         self._partitions: dict[Stream, TopicPartition] = {}
         self._streams: dict[TopicPartition, Stream] = {}
@@ -222,8 +222,10 @@ class Transactions:
         discard(self._producer)
 
 
-def open_consumer(servers: str, topics: Mapping[str, str], config: Config, group: str = "") -> Consumer:
-    return Consumer(servers, topics, config, group)
+def open_consumer(
+    servers: str, topics: Mapping[str, str], config: Config, *, group: str = "", max_wait_s: float = 0.0
+) -> Consumer:
+    return Consumer(servers, topics, config, group, max_wait_s)
 
 
 def open_producer(servers: str, topic: str, config: Config) -> Producer:
@@ -284,14 +286,14 @@ def settings(servers: str, config: Config) -> dict[str, Any]:
     return found | kafka_auth.for_kafka_python(config)
 
 
-def consumer_settings(servers: str, config: Config) -> dict[str, Any]:
+def consumer_settings(servers: str, config: Config, max_wait_s: float = 0.0) -> dict[str, Any]:
     return settings(servers, config) | {
         "enable_auto_commit": False,
         "isolation_level": "read_committed",
         # Never a silent reset; a misspelt policy would act as "none" too, without saying so.
         "auto_offset_reset": "none",
         "allow_auto_create_topics": False,
-        "fetch_max_wait_ms": round(config.kafka.fetch_max_wait_s * 1000),
+        "fetch_max_wait_ms": round((max_wait_s or config.kafka.fetch_max_wait_s) * 1000),
         "metrics_enabled": False,
     }
 
