@@ -4,9 +4,9 @@ A framed payload is a zero byte, the schema's id in four bytes (big-endian), and
 
 What an id means never changes, so an answer is kept for as long as the process lives, and decoding stays a pure
 function of the payload. Two things are not the payload's fault, and never make it a dead letter. A registry that is
-away is asked again, with back-off, while the loop waits (`registry.patience_s`), and then the worker stops; one that
-refuses us stops it at once. Only its own answer that it has no such schema makes a payload bad: 404 with the code
-40403, for any other 404 comes from a wrong URL or a proxy.
+away is asked again, with back-off, while the loop waits (`registry.patience_s`), and then the shard recovers; one that
+refuses us stops the worker at once. Only its own answer that it has no such schema makes a payload bad: 404 with the
+code 40403, for any other 404 comes from a wrong URL or a proxy.
 
 That answer can change, for an id may be registered later. It is believed at once, because waiting would only move the
 moment, and for `registry.unknown_id_s`. So there is one thing that recovery can see otherwise than the first run did:

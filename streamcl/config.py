@@ -370,7 +370,9 @@ class Registry(Station):
     ssl_certfile: Path | None = Free(None, description="PEM file of the client's certificate")
     ssl_keyfile: Path | None = Free(None, description="PEM file of the client's key")
     timeout_s: float = Free(10.0, gt=0, description="how long one answer may take")
-    patience_s: float = Free(60.0, ge=0, description="how long the loop waits for a registry that is away, then stops")
+    patience_s: float = Free(
+        10.0, ge=0, description="how long a turn waits for a registry that is away; then the shard recovers"
+    )
     unknown_id_s: float = Free(60.0, ge=0, description="how long a schema id that it does not know is not asked again")
     subject: str | None = Stop(None, description="of the predictions' schema; default: TOPIC-value")
     register_schema: bool = Free(True, description="register the predictions' schema; else it must be there already")

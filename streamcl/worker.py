@@ -366,6 +366,7 @@ def build(config: Config) -> Worker:
     Raises:
         ConnectorError: nothing of it is left open.
     """
+    codecs = connect.codecs(config)
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(contextlib.closing(connect.open_source(config)))
         sink = connect.open_sink(config.predictions, config) if config.predictions and not config.exactly_once else None
@@ -373,7 +374,7 @@ def build(config: Config) -> Worker:
             opened.enter_context(contextlib.closing(sink))
         dead_letters = opened.enter_context(contextlib.closing(connect.open_sink(config.dead_letters_url, config)))
         control = connect.open_control(config) if keeps_order(config, source) else None
-        worker = Worker(config, source, connect.codecs(config), sink, dead_letters, control)
+        worker = Worker(config, source, codecs, sink, dead_letters, control)
         opened.pop_all()
         return worker
 

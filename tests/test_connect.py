@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, EntryPoints
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from pathlib import Path
 
 import pytest
 
 import connectors.memory
+from connectors.avro import Avro
 from connectors.codec import JSON
 from connectors.file import FileControlLog, FileSink
+from connectors.protobuf import Protobuf
 from streamcl import connect
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError
+from streamcl.protocols import ConnectorError, Format
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,11 @@ def test_json_is_the_codec_unless_another_is_named() -> None:
         for ask in (connect.codecs, connect.check_codecs):
             with pytest.raises(ConnectorError, match=r"no codec 'thrift'; known: avro, json"):
                 ask(config(**stations))
+
+
+def test_the_codecs_that_are_registered_are_of_one_form() -> None:
+    formats: dict[str, Format] = {"avro": Avro, "json": JSON, "protobuf": Protobuf}
+    assert {point.name: point.load() for point in entry_points(group=connect.CODECS)} == formats
 
 
 def test_the_predictions_codec_is_looked_for_only_where_there_are_predictions() -> None:

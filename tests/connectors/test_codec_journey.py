@@ -18,9 +18,12 @@ from connectors.registry import framed
 from streamcl import connect
 from streamcl.cli import main
 from streamcl.config import Config
+from streamcl.host import FixedShards, Host
 from streamcl.protocols import ConnectorError, Unavailable
 from streamcl.records import Message
 from streamcl.recovery import Keeper, store_of
+from streamcl.state import digest
+from streamcl.telemetry import Telemetry
 from streamcl.worker import build
 from tests.connectors.registry_server import Answer, SchemaRegistry
 from tests.journey import BROKER, Item, Result, click, die_after, fill, finish, settings, view
@@ -178,6 +181,29 @@ def test_a_registry_that_stays_away_stops_the_worker_and_the_next_one_goes_on(
     assert memory.broker(BROKER).messages("shop-dead-letters") == []
     server.start()
     assert finish(chosen).digest == plain.digest
+    assert memory.broker(BROKER).messages("shop-dead-letters") == []
+
+
+def test_shards_in_one_process_come_through_an_outage_of_the_registry(server: SchemaRegistry, tmp_path: Path) -> None:
+    plain = plain_result(tmp_path / "json")
+    fill(encoded(server, stream()))
+    chosen = config(server, tmp_path / "avro", telemetry={"port": 0})
+    host = Host(chosen, FixedShards(chosen), Telemetry(chosen), backoff_s=(0.0, 0.0))
+    turns = host.run()
+    next(turns)
+    calls = iter(range(12))
+
+    def fault(_: str) -> None:
+        if next(calls, 2) % 3 < 2:  # two of three, and good again after the twelfth
+            raise Answer(503, 50003, "no leader")
+
+    server.fault = fault
+    for _ in turns:
+        pass
+    [seat] = host.seats.values()
+    assert next(calls, None) is None
+    assert seat.last
+    assert digest(seat.last.state_dict()) == plain.digest
     assert memory.broker(BROKER).messages("shop-dead-letters") == []
 
 
