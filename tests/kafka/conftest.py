@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -137,3 +138,15 @@ def _lack(reason: str) -> None:
     if "kafka" in os.environ.get("STREAMCL_REQUIRE", "").split(","):
         pytest.fail(f"STREAMCL_REQUIRE names kafka, but: {reason}")
     pytest.skip(reason)
+
+
+def toml(table: Mapping[str, Any]) -> str:
+    """A configuration as a file: one inline value a line."""
+    return "".join(f"{name} = {_inline(value)}\n" for name, value in table.items())
+
+
+def _inline(value: Any) -> str:
+    """JSON's strings and numbers are TOML's."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {_inline(v)}" for k, v in value.items() if v is not None) + "}"
+    return json.dumps(value)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +29,7 @@ from streamcl.config import Config, Kafka
 from streamcl.protocols import ConnectorError, Unavailable
 from streamcl.records import Message, Order, Run, Stream
 from tests.kafka.certificates import Authority, Pair
-from tests.kafka.conftest import Cluster, started
+from tests.kafka.conftest import Cluster, started, toml
 
 EVENTS = Stream("events", 0)
 USER, PASSWORD = "worker", "right-Horse-battery"
@@ -322,3 +327,87 @@ def test_librdkafka_is_told_the_same(tmp_path: Path) -> None:
     value, expires_at_s = kafka_auth.for_librdkafka(config)["oauth_cb"]("")
     assert value == "opaque"
     assert time.time() < expires_at_s
+
+
+_AT_DEBUG = """
+import logging, sys
+import kafka, kafka.admin, kafka.consumer, kafka.producer, connectors.kafka
+from streamcl import cli
+logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+for name in [each for each in logging.root.manager.loggerDict if each.startswith("kafka")]:
+    logging.getLogger(name).setLevel(logging.DEBUG)  # the command line quiets their parent only
+cli.main()
+"""
+
+
+def _streamcl(output: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    with output.open("wb") as file:
+        return subprocess.Popen([sys.executable, "-c", _AT_DEBUG, *arguments], stdout=file, stderr=file)
+
+
+def _said(output: Path, *arguments: str) -> bytes:
+    _streamcl(output, *arguments).wait(60)
+    return output.read_bytes()
+
+
+def _scraped(port: int, process: subprocess.Popen[bytes]) -> bytes:
+    """/metrics, once the worker serves it and until it has learned."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and process.poll() is None:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page,
+        ):
+            found: bytes = page.read()
+            if b"streamcl_" in found:
+                return found
+        time.sleep(0.1)
+    raise AssertionError(f"no metrics; the worker left with {process.poll()}")
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-512", "OAUTHBEARER"])
+def test_no_secret_shows_in_logs_metrics_errors_checks_or_checkpoints(
+    secured: Secured, tmp_path: Path, mechanism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = _unsigned(marker="right-Token-text")
+    with _endpoint([(200, {"access_token": token, "expires_in": 600})]) as (url, _), socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.close()
+        login = _login(mechanism, "SASL_SSL")
+        if mechanism == "OAUTHBEARER":
+            login = {"security_protocol": "SASL_SSL", "sasl_mechanism": mechanism} | _client(url)
+        trust = {"ssl_cafile": secured.authority.certificate, "ssl_key_password_env": "TEST_KEY_PASSWORD"}
+        topic = secured.topic()
+        Cluster("apache", secured.broker.bootstrap).produce(topic, [(0, b'{"id": 1, "x": 2, "y": 1}', 1)] * 50)
+        config = secured.config(
+            "TLSLOGIN",
+            login | trust | _own(secured.locked),
+            events=topic,
+            checkpoint={"folder": str(tmp_path / "checkpoints")},
+            telemetry={"port": port},
+        )
+        path = tmp_path / "config.toml"
+        path.write_text(toml(config.model_dump(mode="json", exclude_none=True)))
+        process = _streamcl(tmp_path / "run", "run", str(path), "--idle-exit-s", "3", "--json")
+        shown = {"metrics": _scraped(port, process)}
+        left_with = process.wait(60)
+        shown["run"] = (tmp_path / "run").read_bytes()
+        assert left_with == 0, shown["run"][-2000:]
+        shown["check"] = _said(tmp_path / "said", "check", str(path))
+        for name in ("TEST_PASSWORD", "TEST_CLIENT_SECRET"):
+            monkeypatch.setenv(name, "wrong-Horse-secret")
+        shown["refusal"] = b"" if mechanism == "OAUTHBEARER" else _said(tmp_path / "said", "check", str(path))
+    shown["schema"] = json.dumps(Config.model_json_schema()).encode()
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        if file.is_file():
+            shown[file.name] = file.read_bytes()
+    assert b'"learned": 50' in shown["run"]
+    assert shown["run"].count(b"DEBUG:kafka.") > 20
+    assert mechanism == "OAUTHBEARER" or b"check kafka.sasl_username" in shown["refusal"]
+    assert any(b'"config"' in text for name, text in shown.items() if "manifest" in name)
+    plain = [PASSWORD, CLIENT_SECRET, KEY_PASSWORD, token, "right-Token-text", "wrong-Horse-secret"]
+    coded = [base64.b64encode(each.encode()).decode() for each in (*plain, f"us:{CLIENT_SECRET}")]
+    for where, text in shown.items():
+        for secret in (*plain, *coded):
+            assert secret.encode() not in text, (where, secret)
