@@ -2,7 +2,7 @@
 
 A record becomes an object of plain values, by the schema that its writer used:
 
-- timestamps (millis, micros, nanos; local ones too) and times of day are numbers of seconds, so `time_unit` stays "s";
+- timestamps (millis, micros, nanos; local ones too) and times of day are numbers of seconds, whatever `time_unit` says;
   a date is its number of days since 1970;
 - a decimal is the nearest float, a uuid and an enum are strings, bytes and fixed are base64;
 - a union is the value of its branch, a map an object; NaN and infinity pass, to be refused where a feature reads them.
@@ -28,7 +28,7 @@ from fastavro.schema import SchemaParseException
 from connectors import registry
 from connectors.registry import Registry, Schema
 from streamcl.config import Config
-from streamcl.protocols import BadInput, ConnectorError
+from streamcl.protocols import BadInput, ConnectorError, Seconds
 
 KIND = "AVRO"
 _UNUSABLE = (SchemaParseException, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -188,6 +188,13 @@ def _seconds(per_second: int) -> Callable[..., float]:
     return read
 
 
+def _timestamp(per_second: int) -> Callable[..., Seconds]:
+    def read(value: int, *_: Any) -> Seconds:
+        return Seconds(value / per_second)
+
+    return read
+
+
 def _decimal(value: bytes, schema: Mapping[str, Any], *_: Any) -> float:
     return float(int.from_bytes(value, "big", signed=True) / 10 ** int(schema.get("scale", 0)))
 
@@ -211,8 +218,8 @@ _READERS: dict[str, Callable[..., Any]] = {
     "fixed-streamcl-plain": _base64,
 }
 for _unit, _per_second in (("millis", 10**3), ("micros", 10**6), ("nanos", 10**9)):
-    _READERS[f"long-streamcl-timestamp-{_unit}"] = _seconds(_per_second)
-    _READERS[f"long-streamcl-local-timestamp-{_unit}"] = _seconds(_per_second)
+    _READERS[f"long-streamcl-timestamp-{_unit}"] = _timestamp(_per_second)
+    _READERS[f"long-streamcl-local-timestamp-{_unit}"] = _timestamp(_per_second)
 LOGICAL_READERS.update(_READERS)
 
 

@@ -8,7 +8,7 @@ A message becomes an object of plain values, under the names of the .proto file:
 - integers of any width are integers, bytes are base64, an enum is the name of its value (its number where it has none);
 - a field that knows presence (optional, oneof, a message) and is not set is absent; any other has its default;
 - repeated fields are lists, maps are objects whose keys are strings;
-- Timestamp and Duration are numbers of seconds, so `time_unit` stays "s"; wrappers are what they wrap, Struct, Value
+- Timestamp and Duration are numbers of seconds, whatever `time_unit` says; wrappers are what they wrap, Struct, Value
   and ListValue what they stand for; any other message is an object.
 
 Not supported: schemas that a registry gives as .proto text only (it must know `?format=serialized`, as Confluent's
@@ -45,7 +45,7 @@ from google.protobuf.message import DecodeError
 from connectors import registry
 from connectors.registry import Registry, Schema
 from streamcl.config import Config
-from streamcl.protocols import BadInput, ConnectorError
+from streamcl.protocols import BadInput, ConnectorError, Seconds
 
 KIND = "PROTOBUF"
 _DATA = (any_pb2, duration_pb2, empty_pb2, field_mask_pb2, struct_pb2, timestamp_pb2, wrappers_pb2)
@@ -246,7 +246,8 @@ def _message(name: str, value: Any) -> Any:
     if not name.startswith("google.protobuf."):
         return _plain(value)
     if name in ("google.protobuf.Timestamp", "google.protobuf.Duration"):
-        return (value.seconds * 10**9 + value.nanos) / 10**9
+        seconds = (value.seconds * 10**9 + value.nanos) / 10**9
+        return Seconds(seconds) if name.endswith("Timestamp") else seconds
     if name in ("google.protobuf.Struct", "google.protobuf.Value", "google.protobuf.ListValue"):
         return _json(value)
     if value.DESCRIPTOR.file.name == "google/protobuf/wrappers.proto":

@@ -1,6 +1,7 @@
 """A client of schema registries that speak Confluent's REST interface, and the frame that names a payload's schema.
 
-A framed payload is a zero byte, the schema's id in four bytes (big-endian), and what the schema describes.
+A framed payload is a zero byte, the schema's id in four bytes (big-endian), and what the schema describes. Not
+supported: logging in by token, and ids that stand in a header.
 
 What an id means never changes, so an answer is kept for as long as the process lives, and decoding stays a pure
 function of the payload. Two things are not the payload's fault, and never make it a dead letter. A registry that is

@@ -9,7 +9,7 @@ Table of contents, in the order of the journey (start with `worker`):
     records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec
     config         one pydantic model per station
-    connect        URL to connector, through entry points
+    connect        URL to connector, name to codec: through entry points
     decode         record to event or label
     features       event to arrays
     join           tickets waiting for labels

@@ -82,7 +82,7 @@ class Events(Station):
     id: FieldPath | None = Stop(None, description="field of the event id; without it the id is input:partition:offset")
     key: FieldPath | None = Stop(None, description="field of the key (user, session); without it the record's key")
     time: FieldPath | None = Stop(None, description="field of the event time; without it the record's timestamp")
-    time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field")
+    time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field, unless the codec knows it")
     label: FieldPath | None = Stop(None, description="field of an inline label; may be absent in single events")
     max_bytes: int = Stop(1_048_576, ge=1, description="a larger payload goes to the dead letters")
     unknown_fields: Literal["ignore", "dead_letter"] = Stop("ignore", description="fields the config does not name")
@@ -100,7 +100,7 @@ class Labels(Station):
     label: FieldPath = Stop("label", description="field of the label")
     default: float | None = Stop(None, description="the label when the field is absent: 1 for a stream of clicks")
     time: FieldPath | None = Stop(None, description="field of the label's time; without it the record's timestamp")
-    time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field")
+    time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field, unless the codec knows it")
 
 
 class Join(Station):

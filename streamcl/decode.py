@@ -7,7 +7,7 @@ from typing import Any
 
 from streamcl.config import Config
 from streamcl.features import ABSENT, Featurizer, category, kind_of, lookup, number
-from streamcl.protocols import BadInput, Codec
+from streamcl.protocols import BadInput, Codec, Seconds
 from streamcl.records import EVENTS, LABELS, Event, Label, Origin, Record
 
 Path = tuple[str, ...] | None
@@ -89,7 +89,7 @@ class Decoder:
             raise BadInput("schema", f"field {name!r}: expected a number, not {kind_of(value)}")
         if not -1e15 <= value <= 1e15:  # false for NaN
             raise BadInput("non_finite", f"field {name!r}: not a time")
-        seconds = value / 1000.0 if unit == "ms" else float(value)
+        seconds = value / 1000.0 if unit == "ms" and not isinstance(value, Seconds) else float(value)
         if seconds > record.time_s + self.config.events.max_future_s:
             # One event dated 2099 would close every attribution window.
             raise BadInput("future", f"field {name!r}: more than events.max_future_s ahead of the record's timestamp")

@@ -181,6 +181,10 @@ class BadInput(StreamclError):
         self.reason = reason
 
 
+class Seconds(float):
+    """A time since 1970 from a codec that knows its unit, whatever `time_unit` says of plain numbers."""
+
+
 class Codec(Protocol):
     """Bytes to a mapping and back."""
 

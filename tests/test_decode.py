@@ -7,7 +7,7 @@ import pytest
 from connectors.codec import JSON
 from streamcl.config import Config
 from streamcl.decode import Decoder
-from streamcl.protocols import BadInput
+from streamcl.protocols import BadInput, Seconds
 from streamcl.records import EVENTS, LABELS, Event, Label, Origin, Record
 
 
@@ -145,6 +145,24 @@ def test_times_are_seconds_or_milliseconds_or_the_records_own() -> None:
     assert event(decoder(time="at"), {"at": 12.5}).time_s == 12.5
     assert event(decoder(time="at", time_unit="ms"), {"at": 12_500}).time_s == 12.5
     assert event(decoder(), {"at": 12.5}, time_s=99.0).time_s == 99.0
+
+
+class Clocked:
+    """A codec whose payloads are times of a known unit."""
+
+    def decode(self, value: bytes) -> Mapping[str, Any]:
+        return {"id": "e", "at": Seconds(value), "plain": float(value)}
+
+    def encode(self, value: Mapping[str, Any]) -> bytes:
+        raise NotImplementedError
+
+
+def test_a_time_whose_unit_the_codec_knows_is_taken_in_it() -> None:
+    for field, seconds in (("at", 12.5), ("plain", 0.0125)):
+        made = Decoder(decoder(time=field, time_unit="ms").config, Clocked())
+        found = made.decode(record(b"12.5"))
+        assert found.time_s == seconds
+        assert type(found.time_s) is float
 
 
 def test_the_future_begins_after_max_future_s_and_the_past_has_no_end() -> None:

@@ -21,7 +21,7 @@ from connectors.avro import Avro, predictions_schema
 from connectors.registry import Registry, framed
 from streamcl.config import Config
 from streamcl.config import Registry as Settings
-from streamcl.protocols import BadInput, ConnectorError
+from streamcl.protocols import BadInput, ConnectorError, Seconds
 from streamcl.records import EVENTS, Origin, Prediction, Scores
 from tests.connectors.registry_server import SchemaRegistry
 from tests.test_messages import scores
@@ -93,12 +93,12 @@ FIXED = {"type": "fixed", "name": "F", "size": 2}
         (logical("int", "date"), 19_000, 19_000),
         (logical("int", "time-millis"), 1500, 1.5),
         (logical("long", "time-micros"), 1_500_000, 1.5),
-        (logical("long", "timestamp-millis"), 1_700_000_000_123, 1_700_000_000.123),
-        (logical("long", "timestamp-micros"), 1_700_000_000_123_456, 1_700_000_000.123456),
-        (logical("long", "timestamp-nanos"), 1_500_000_000, 1.5),
-        (logical("long", "local-timestamp-millis"), -1500, -1.5),
-        (logical("long", "timestamp-millis"), 2**63 - 1, (2**63 - 1) / 1000),
-        (["null", logical("long", "timestamp-millis")], 1500, 1.5),
+        (logical("long", "timestamp-millis"), 1_700_000_000_123, Seconds(1_700_000_000.123)),
+        (logical("long", "timestamp-micros"), 1_700_000_000_123_456, Seconds(1_700_000_000.123456)),
+        (logical("long", "timestamp-nanos"), 1_500_000_000, Seconds(1.5)),
+        (logical("long", "local-timestamp-millis"), -1500, Seconds(-1.5)),
+        (logical("long", "timestamp-millis"), 2**63 - 1, Seconds((2**63 - 1) / 1000)),
+        (["null", logical("long", "timestamp-millis")], 1500, Seconds(1.5)),
         (logical("string", "uuid"), "not checked", "not checked"),
         (logical("fixed", "uuid", name="F", size=16), bytes(range(16)), str(UUID(bytes=bytes(range(16))))),
         (logical("bytes", "decimal", precision=9, scale=2), b"\xfb\x2e", -12.34),

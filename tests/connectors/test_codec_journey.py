@@ -78,7 +78,7 @@ def encoded(server: SchemaRegistry, items: Sequence[Item]) -> list[Item]:
 
 def config(server: SchemaRegistry, folder: Path, **changes: Any) -> Config:
     plain = settings(folder)
-    events = plain.events.model_dump(mode="json") | {"codec": "avro"}
+    events = plain.events.model_dump(mode="json") | {"codec": "avro", "time_unit": "ms"}  # their schema knows better
     registry = {"url": server.url, "patience_s": 0.0, **changes.pop("registry", {})}
     return settings(folder, events=events, predictions_codec="protobuf", registry=registry, **changes)
 

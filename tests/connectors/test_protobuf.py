@@ -20,7 +20,7 @@ from connectors.registry import Registry, framed
 from streamcl.config import Config
 from streamcl.config import Registry as Settings
 from streamcl.messages import prediction_message
-from streamcl.protocols import BadInput, ConnectorError
+from streamcl.protocols import BadInput, ConnectorError, Seconds
 from streamcl.records import EVENTS
 from tests.connectors.registry_server import SchemaRegistry, descriptors
 from tests.connectors.test_avro import prediction
@@ -156,6 +156,11 @@ def test_keys_of_maps_are_strings_and_structs_are_what_they_stand_for() -> None:
     found = Protobuf(message=View).decode(message.SerializeToString())
     assert found["by_number"] == {"-3": {"units": 9, "nanos": 0}}
     assert found["free"] == free
+
+
+def test_a_timestamp_knows_its_unit_and_a_duration_is_a_number() -> None:
+    found = reads(at={"seconds": 1, "nanos": 500_000_000}, lasts={"seconds": 1})
+    assert (type(found["at"]), type(found["lasts"])) == (Seconds, float)
 
 
 def test_nan_passes_to_where_features_are_read() -> None:
