@@ -24,6 +24,7 @@ from rich.table import Table
 
 from streamcl import __version__, connect
 from streamcl.bench.command import bench
+from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Damaged, Snapshot, Store, difference, environment
 from streamcl.config import Config, ConfigError, changes, fingerprint
 from streamcl.demo import command as demo
@@ -91,6 +92,13 @@ def run(
     idle_exit_s: Annotated[
         float | None, typer.Option(min=0.0, help="Leave, cleanly, once nothing has come for this long. Default: never.")
     ] = None,
+    bootstrap: Annotated[
+        bool, typer.Option(help="A first start learns what the topics hold by now without publishing, then goes live.")
+    ] = False,
+    history: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL", help="It learns from this instead: events=file:///old.jsonl (repeatable)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run shards until told to stop (SIGTERM, Ctrl-C): they finish their turn, save, and leave.
@@ -100,7 +108,8 @@ def run(
     settings = _with_shards(Config.load(config), shards)
     with contextlib.closing(Telemetry(settings)) as telemetry, contextlib.ExitStack() as signals:
         membership = signals.enter_context(contextlib.closing(_membership(settings)))
-        host = Host(settings, membership, telemetry, accept_changes=accept_changes)
+        past = _bootstrap(settings, history or ()) if bootstrap or history else None
+        host = Host(settings, membership, telemetry, accept_changes=accept_changes, bootstrap=past)
         signals.enter_context(_stopping(host))
         telemetry.start()
         quiet_since = time.monotonic()
@@ -112,6 +121,16 @@ def run(
     _summary_of_all(
         settings, {seat.last: seat.readings for _, seat in sorted(host.seats.items()) if seat.last}, as_json
     )
+
+
+def _bootstrap(config: Config, history: Sequence[str]) -> Bootstrap:
+    """Of what the topics hold, or of recorded `history`, which every shard learns whole."""
+    if not history:
+        if config.kafka.start_at != "earliest":
+            raise ConfigError(f"--bootstrap: kafka.start_at is {config.kafka.start_at!r}, which leaves no history")
+        return Bootstrap()
+    recorded = _redirected(config, dict(map(_pair, history)), None)
+    return Bootstrap(lambda: connect.open_source(recorded))
 
 
 def _membership(config: Config) -> Membership:
@@ -246,7 +265,7 @@ def _backtest(config: Config) -> Worker:
 def _pair(text: str) -> tuple[str, str]:
     name, _, url = text.partition("=")
     if name not in (EVENTS, LABELS) or not url:
-        raise ConfigError(f"--input {text}: expected events=URL or labels=URL")
+        raise ConfigError(f"{text}: expected events=URL or labels=URL")
     return name, url
 
 

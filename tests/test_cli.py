@@ -189,6 +189,22 @@ def test_replay_follows_a_recorded_order(shop: Path, streamcl: Run) -> None:
     assert merged["state_digest"] != ordered["state_digest"]
 
 
+def test_a_recorded_history_is_learned_first_and_not_answered(shop: Path, streamcl: Run) -> None:
+    config, lines = str(shop / "shop.toml"), (shop / "events.jsonl").read_text().splitlines(keepends=True)
+    (shop / "old.jsonl").write_text("".join(lines[:150]))
+    (shop / "events.jsonl").write_text("".join(lines[150:]))
+    ran = answer(streamcl, "run", config, "--history", f"events=file://{shop}/old.jsonl", "--json")
+    assert ran["counts"] == {"inline": 200, "learned": 200, "predicted": 200}
+    scores = [json.loads(line) for line in (shop / "scores.jsonl").read_text().splitlines()]
+    assert [score["id"] for score in scores] == [str(id) for id in range(150, 200)]
+    assert ran["position"] == {"events": {"0": 50}}
+
+
+def test_a_history_that_is_no_input_is_refused(shop: Path, streamcl: Run) -> None:
+    done = streamcl("run", str(shop / "shop.toml"), "--history", "views=file:///old.jsonl")
+    assert (done.returncode, "expected events=URL" in done.stderr) == (2, True)
+
+
 def test_help_teaches_every_command(streamcl: Run) -> None:
     overview = streamcl("--help").stdout
     for command in ("run", "replay", "serve", "check", "schema", "checkpoint", "bench"):
