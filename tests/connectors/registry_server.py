@@ -38,6 +38,7 @@ class SchemaRegistry:
 
     Attributes:
         asked: Every request so far, as `GET /path`.
+        logins: The Authorization header of each, "" where there is none.
         login: (user, password) that every request must bring; None: everybody is let in.
         fault: Called for every request; may raise an Answer.
         incompatible: Refuse every new schema of a subject that exists.
@@ -48,6 +49,7 @@ class SchemaRegistry:
         self.schemas: dict[int, Body] = {}
         self.subjects: dict[str, list[int]] = {}
         self.asked: list[str] = []
+        self.logins: list[str] = []
         self.login: tuple[str, str] | None = None
         self.fault: Callable[[str], None] = lambda _: None
         self.incompatible = False
@@ -112,6 +114,7 @@ class SchemaRegistry:
 
             def _answer(self, body: Body) -> None:
                 registry.asked.append(f"{self.command} {self.path}")
+                registry.logins.append(self.headers.get("Authorization", ""))
                 try:
                     registry._admit(self.headers.get("Authorization", ""))
                     registry.fault(self.path)

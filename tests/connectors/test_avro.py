@@ -133,7 +133,6 @@ def _cases() -> st.SearchStrategy[Case]:
     longs = st.integers(-(2**63), 2**63 - 1)
     unscaled = st.integers(-(2**70), 2**70)
     leaves = st.one_of(
-        st.just(Case("null", None, None)),
         st.booleans().map(lambda v: Case("boolean", v, v)),
         longs.map(lambda v: Case("long", v, v)),
         st.floats(allow_nan=False).map(lambda v: Case("double", v, v)),
@@ -142,7 +141,12 @@ def _cases() -> st.SearchStrategy[Case]:
         longs.map(lambda v: Case(logical("long", "timestamp-micros"), v, float(Decimal(v) / 10**6))),
         st.tuples(unscaled, st.integers(0, 20)).map(lambda pair: _decimal(*pair)),
     )
-    return st.recursive(leaves, _containers, max_leaves=8)
+    return st.recursive(leaves, _containers, max_leaves=8) | _optional(leaves) | st.just(Case("null", None, None))
+
+
+def _optional(inner: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
+    """Of what is no union itself."""
+    return inner.map(lambda case: Case(["null", case.schema], case.raw, case.plain))
 
 
 def _decimal(unscaled: int, scale: int) -> Case:
@@ -152,16 +156,13 @@ def _decimal(unscaled: int, scale: int) -> Case:
 
 
 def _containers(inner: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
-    some = inner.filter(lambda case: case.schema != "null")
+    inner |= _optional(inner)
     return st.one_of(
-        st.tuples(some, st.integers(0, 3)).map(
+        st.tuples(inner, st.integers(0, 3)).map(
             lambda p: Case({"type": "array", "items": p[0].schema}, [p[0].raw] * p[1], [p[0].plain] * p[1])
         ),
         st.tuples(inner, st.text(max_size=3)).map(
             lambda p: Case({"type": "map", "values": p[0].schema}, {p[1]: p[0].raw}, {p[1]: p[0].plain})
-        ),
-        some.filter(lambda case: not isinstance(case.schema, list)).map(
-            lambda case: Case(["null", case.schema], case.raw, case.plain)
         ),
     )
 

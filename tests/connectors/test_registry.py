@@ -205,6 +205,20 @@ def test_the_password_comes_from_the_environment_or_from_a_file(
         assert client(server, clock, username="reader", **where).by_id(number)
 
 
+def test_neither_a_proxy_nor_a_login_comes_out_of_the_environment(
+    server: SchemaRegistry, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    number = server.add("s", TEXT)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password hunter2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert client(server, clock, patience_s=0).by_id(number).text == TEXT
+    assert server.logins == [""]
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
