@@ -161,24 +161,25 @@ class Registry:
 
     def register(self, subject: str, schema: Schema) -> int:
         """The id of a schema of ours, which is registered unless it is there already."""
-        return self._posted(subject, schema, "/versions")
+        try:
+            return self._posted(subject, "/versions", schema)
+        except _Refused as error:
+            raise self._fault(f"subject {subject}", error) from None
 
     def find(self, subject: str, schema: Schema) -> int | None:
         """The id of a schema of ours; None when it isn't registered under `subject`."""
         try:
-            return self._posted(subject, schema, "")
-        except _Refused:
-            return None
-
-    def _posted(self, subject: str, schema: Schema, what: str) -> int:
-        body = {"schema": schema.text} | ({} if schema.kind == "AVRO" else {"schemaType": schema.kind})
-        try:
-            answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}{what}", body)
-            return int(answer["id"])
+            return self._posted(subject, "", schema)
         except _Refused as error:
-            if not what and error.code in (_UNKNOWN_SCHEMA, _UNKNOWN_SUBJECT):
-                raise
+            if error.code in (_UNKNOWN_SCHEMA, _UNKNOWN_SUBJECT):
+                return None
             raise self._fault(f"subject {subject}", error) from None
+
+    def _posted(self, subject: str, path: str, schema: Schema) -> int:
+        body = {"schema": schema.text} | ({} if schema.kind == "AVRO" else {"schemaType": schema.kind})
+        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}{path}", body)
+        try:
+            return int(answer["id"])
         except (KeyError, TypeError, ValueError):
             raise self._fault(f"subject {subject}", "the answer holds no id") from None
 
