@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from connectors import kafka_client as client
 from connectors.kafka_client import Fault, Kind
 from connectors.kafka_control import KafkaControlLog
+from connectors.kafka_group import KafkaGroup
 from connectors.kafka_sink import KafkaSink
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Gap
@@ -241,6 +242,10 @@ def open_sink(url: str, config: Config) -> KafkaSink:
 
 def open_control(url: str, config: Config) -> KafkaControlLog:
     return KafkaControlLog(url, config)
+
+
+def join_group(url: str, config: Config) -> KafkaGroup:
+    return KafkaGroup(url, config)
 
 
 def check(urls: Collection[str], config: Config) -> Sequence[str]:

@@ -1,0 +1,148 @@
+"""Shards handed out by a consumer group, whole: partition i of a small topic of ours stands for shard i.
+
+Partition p of an input belongs to shard p % count, so a group on the input itself would tear shards apart. The topic
+`NAME-shards-COUNT` holds no records, it only has `count` partitions; its name carries the count, so that the workers of
+before and after `streamcl reshard` form two groups and none of the old ones is handed a shard of the new.
+
+The group decides who should hold a shard, the control log's fence who does: what a listener is told late, or never,
+costs a shard a recovery, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+
+from kafka import AsyncConsumerRebalanceListener, KafkaConsumer, TopicPartition
+from kafka import errors as kafka_errors
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+
+from connectors import kafka_client as client
+from streamcl.config import Config
+from streamcl.protocols import ConnectorError
+
+log = logging.getLogger(__name__)
+
+_EVERY_S = 0.05  # between two looks; one takes about 0.5 ms, and heartbeats are sent meanwhile all the same
+
+
+class KafkaGroup:
+    """A seat in the group; see `Membership`.
+
+    A member whose shard was fenced lets go of it until the group hands it out anew, or for one session time-out: then
+    whoever fenced it was no member, or is none any more.
+
+    Attributes:
+        rebalances: How often shards were assigned, revoked or lost (count).
+
+    Raises:
+        ConnectorError: an unreachable or refusing broker, a topic with another number of partitions.
+    """
+
+    def __init__(self, url: str, config: Config) -> None:
+        self._config = config
+        self._servers, _ = client.locate(url)
+        self.topic = f"{config.name}-shards-{config.shard.count}"
+        count = client.ensure_topic(self._servers, self.topic, config, config.shard.count)
+        if count != config.shard.count:
+            raise ConnectorError(
+                f"kafka://{self._servers}/{self.topic}: hands out {config.shard.count} shards and needs as many"
+                f" partitions, it has {count}; delete the topic, it holds nothing"
+            )
+        self.rebalances = 0
+        self._lock = threading.Lock()  # the client calls its listener on a thread of its own
+        self._tenures: dict[int, int] = {}
+        self._doubted: dict[int, float] = {}
+        self._asked_at, self._troubled = 0.0, False
+        self._consumer = client.connect(KafkaConsumer, _settings(self._servers, self.topic, config), config)
+        self._consumer.subscribe(topics=[self.topic], listener=_Listener(self))
+
+    def held(self) -> Mapping[int, int]:
+        """See `Membership.held`. While brokers are away it stays as it was: the fence says who may go on."""
+        if time.monotonic() - self._asked_at >= _EVERY_S:
+            self._ask()
+            self._asked_at = time.monotonic()
+        with self._lock:
+            self._doubted = {shard: end for shard, end in self._doubted.items() if end > time.monotonic()}
+            return {shard: tenure for shard, tenure in self._tenures.items() if shard not in self._doubted}
+
+    def settled(self) -> bool:
+        return bool(self._consumer.group_metadata().generation_id >= 0)
+
+    def fenced(self, shard: int) -> bool:
+        with self._lock:
+            self._doubted[shard] = time.monotonic() + self._config.shard.session_timeout_s
+        return True
+
+    def close(self) -> None:
+        """A static member does not leave: it has session_timeout_s to come back."""
+        try:
+            self._consumer.close(timeout_ms=1000)
+        except kafka_errors.KafkaError as error:
+            log.warning("%s: leaving the group: %s", self.topic, client.explain(error))
+
+    def assigned(self, shards: Iterable[int]) -> None:
+        with self._lock:
+            self.rebalances += 1
+            for shard in shards:
+                self._tenures[shard] = self.rebalances
+                self._doubted.pop(shard, None)
+
+    def taken(self, shards: Iterable[int]) -> None:
+        with self._lock:
+            self.rebalances += 1
+            for shard in shards:
+                self._tenures.pop(shard, None)
+                self._doubted.pop(shard, None)
+
+    def _ask(self) -> None:
+        try:
+            self._consumer.poll(timeout_ms=0)
+        except kafka_errors.KafkaError as error:
+            if not client.transient(error):
+                raise ConnectorError(f"kafka://{self._servers}/{self.topic}: {client.explain(error)}") from error
+            if not self._troubled:
+                log.warning("%s: %s; the shards stay as they are until it answers", self.topic, client.explain(error))
+            self._troubled = True
+        else:
+            self._troubled = False
+
+
+class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # the client has no types
+    """F7, F8: on the client's thread nothing may block, and nothing may raise. F9: a lost generation takes all."""
+
+    def __init__(self, group: KafkaGroup) -> None:
+        self._group = group
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._group.assigned(each.partition for each in assigned)
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        self._group.taken(each.partition for each in revoked)
+
+    async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        self._group.taken(each.partition for each in lost)
+
+
+def _settings(servers: str, group: str, config: Config) -> dict[str, object]:
+    shard = config.shard
+    found: dict[str, object] = client.settings(servers, config) | {
+        "group_id": group,
+        "partition_assignment_strategy": [CooperativeStickyAssignor],
+        "session_timeout_ms": round(shard.session_timeout_s * 1000),
+        "heartbeat_interval_ms": round(shard.session_timeout_s * 1000 / 4),
+        "max_poll_interval_ms": round(shard.max_poll_interval_s * 1000),
+        "enable_auto_commit": False,
+        "auto_offset_reset": "earliest",  # of a topic without records
+        "allow_auto_create_topics": False,
+        "metrics_enabled": False,
+    }
+    name = shard.group_instance_id_env
+    if name is not None:
+        if not os.environ.get(name):
+            raise ConnectorError(f"shard.group_instance_id_env: {name} is not set")
+        found["group_instance_id"] = os.environ[name]
+    return found
