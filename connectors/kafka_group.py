@@ -20,17 +20,23 @@ from kafka import AsyncConsumerRebalanceListener, KafkaConsumer, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 
-from connectors import kafka_client as client
+from connectors import kafka_python as client
+from connectors.kafka_client import Fault, ensure_topic, locate
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError
 
 log = logging.getLogger(__name__)
 
-_EVERY_S = 0.05  # between two looks; one takes about 0.5 ms, and heartbeats are sent meanwhile all the same
+_POLL_MS = 500
+_BACKOFF_S = 1.0
 
 
 class KafkaGroup:
     """A seat in the group; see `Membership`.
+
+    A thread of its own polls, without a gap: a join that completes between two polls is thrown away by the client and
+    begun anew, so short polls between turns may never join at all. It stops polling when nobody has asked for a while:
+    a member whose loop stands still is no member after shard.max_poll_interval_s.
 
     A member whose shard was fenced lets go of it until the group hands it out anew, or for one session time-out: then
     whoever fenced it was no member, or is none any more.
@@ -44,27 +50,34 @@ class KafkaGroup:
 
     def __init__(self, url: str, config: Config) -> None:
         self._config = config
-        self._servers, _ = client.locate(url)
+        self._servers, _ = locate(url)
         self.topic = f"{config.name}-shards-{config.shard.count}"
-        count = client.ensure_topic(self._servers, self.topic, config, config.shard.count)
+        count = ensure_topic(self._servers, self.topic, config, config.shard.count)
         if count != config.shard.count:
             raise ConnectorError(
                 f"kafka://{self._servers}/{self.topic}: hands out {config.shard.count} shards and needs as many"
                 f" partitions, it has {count}; delete the topic, it holds nothing"
             )
         self.rebalances = 0
-        self._lock = threading.Lock()  # the client calls its listener on a thread of its own
         self._tenures: dict[int, int] = {}
         self._doubted: dict[int, float] = {}
-        self._asked_at, self._troubled = 0.0, False
-        self._consumer = client.connect(KafkaConsumer, _settings(self._servers, self.topic, config), config)
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._error: Exception | None = None
+        self._asked_at = time.monotonic()
+        try:
+            self._consumer = client.connect(KafkaConsumer, _settings(self._servers, self.topic, config), config)
+        except Fault as fault:
+            raise fault.at(f"kafka://{self._servers}/{self.topic}") from fault
         self._consumer.subscribe(topics=[self.topic], listener=_Listener(self))
+        self._thread = threading.Thread(target=self._poll, name="streamcl-group", daemon=True)
+        self._thread.start()
 
     def held(self) -> Mapping[int, int]:
         """See `Membership.held`. While brokers are away it stays as it was: the fence says who may go on."""
-        if time.monotonic() - self._asked_at >= _EVERY_S:
-            self._ask()
-            self._asked_at = time.monotonic()
+        self._asked_at = time.monotonic()
+        if self._error:
+            raise ConnectorError(f"kafka://{self._servers}/{self.topic}: {client.explain(self._error)}")
         with self._lock:
             self._doubted = {shard: end for shard, end in self._doubted.items() if end > time.monotonic()}
             return {shard: tenure for shard, tenure in self._tenures.items() if shard not in self._doubted}
@@ -79,6 +92,8 @@ class KafkaGroup:
 
     def close(self) -> None:
         """A static member does not leave: it has session_timeout_s to come back."""
+        self._closing.set()
+        self._thread.join(2.0)
         try:
             self._consumer.close(timeout_ms=1000)
         except kafka_errors.KafkaError as error:
@@ -98,17 +113,23 @@ class KafkaGroup:
                 self._tenures.pop(shard, None)
                 self._doubted.pop(shard, None)
 
-    def _ask(self) -> None:
-        try:
-            self._consumer.poll(timeout_ms=0)
-        except kafka_errors.KafkaError as error:
-            if not client.transient(error):
-                raise ConnectorError(f"kafka://{self._servers}/{self.topic}: {client.explain(error)}") from error
-            if not self._troubled:
-                log.warning("%s: %s; the shards stay as they are until it answers", self.topic, client.explain(error))
-            self._troubled = True
-        else:
-            self._troubled = False
+    def _poll(self) -> None:
+        patience_s, troubled = self._config.shard.max_poll_interval_s / 2, False
+        while not self._closing.is_set() and not self._error:
+            if time.monotonic() - self._asked_at > patience_s:
+                self._closing.wait(_BACKOFF_S)
+                continue
+            try:
+                self._consumer.poll(timeout_ms=_POLL_MS)
+                troubled = False
+            except Exception as error:  # noqa: BLE001 - `held` raises it where it is seen
+                if not client.transient(error):
+                    self._error = error
+                    return
+                if not troubled:
+                    log.warning("%s: %s; the shards stay as they are", self.topic, client.explain(error))
+                troubled = True
+                self._closing.wait(_BACKOFF_S)
 
 
 class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # the client has no types
@@ -134,7 +155,7 @@ def _settings(servers: str, group: str, config: Config) -> dict[str, object]:
         "partition_assignment_strategy": [CooperativeStickyAssignor],
         "session_timeout_ms": round(shard.session_timeout_s * 1000),
         "heartbeat_interval_ms": round(shard.session_timeout_s * 1000 / 4),
-        "max_poll_interval_ms": round(shard.max_poll_interval_s * 1000),
+        "max_poll_interval_ms": round(shard.max_poll_interval_s * 1000 / 2),  # the other half passes before
         "enable_auto_commit": False,
         "auto_offset_reset": "earliest",  # of a topic without records
         "allow_auto_create_topics": False,

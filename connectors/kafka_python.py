@@ -199,23 +199,33 @@ class Transactions:
         }
         self._producer = connect(KafkaProducer, wanted, config)
 
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Once the client has heard that it is fenced, its calls say no more than that they can't go on."""
+        try:
+            yield
+        except (kafka_errors.KafkaError, Fault) as error:
+            cause = self._producer._transaction_manager.last_error or error
+            raise (cause if isinstance(cause, Fault) else fault_of(cause)) from error
+
     def init(self) -> None:
-        with faults():
+        with self._faults():
             self._producer.init_transactions()
 
     def begin(self) -> None:
-        with faults():
+        with self._faults():
             self._producer.begin_transaction()
 
     def send(self, topic: str, message: Message, partition: int | None = None) -> Any:
-        return _send(self._producer, topic, message, partition)
+        with self._faults():
+            return _send(self._producer, topic, message, partition)
 
     def commit(self) -> None:
-        with faults():
+        with self._faults():
             self._producer.commit_transaction()
 
     def offset(self, delivery: Any) -> int:
-        with faults():
+        with self._faults():
             return int(delivery.get(0).offset)
 
     def discard(self) -> None:

@@ -214,6 +214,7 @@ class Host:
         restored = keeper.restore()
         self.telemetry.restored(len(keeper.store.damaged), "ok" if restored else "none", seat.index)
         seat.life.saved, seat.life.since, self.stood = keeper.last, time.monotonic(), True
+        log.info("%s stands at %d records", self._name(seat), worker.progress.records)
         if seat.failures:
             log.warning("%s stands again, after %d failures", self._name(seat), seat.failures)
         return seat.life
