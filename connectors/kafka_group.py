@@ -21,7 +21,7 @@ from kafka import errors as kafka_errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 
 from connectors import kafka_python as client
-from connectors.kafka_client import Fault, ensure_topic, locate
+from connectors.kafka_client import ensure_topic, locate
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError
 
@@ -65,10 +65,7 @@ class KafkaGroup:
         self._closing = threading.Event()
         self._error: Exception | None = None
         self._asked_at = time.monotonic()
-        try:
-            self._consumer = client.connect(KafkaConsumer, _settings(self._servers, self.topic, config), config)
-        except Fault as fault:
-            raise fault.at(f"kafka://{self._servers}/{self.topic}") from fault
+        self._consumer = client.connect(KafkaConsumer, _settings(self._servers, self.topic, config), config)
         self._consumer.subscribe(topics=[self.topic], listener=_Listener(self))
         self._thread = threading.Thread(target=self._poll, name="streamcl-group", daemon=True)
         self._thread.start()
