@@ -26,6 +26,7 @@ replay = {{retention = "reservoir", capacity = 50, per_event = 2}}
 checkpoint = {{folder = "{folder}/checkpoints", every_events = 300}}
 join = {{attribution_window_s = 60.0}}
 worker = {{max_records = 50}}
+delivery = {{mode = "{mode}"}}
 telemetry = {{port = 0}}
 [events]
 url = "{url}/{events}"
@@ -35,7 +36,7 @@ time = "ts"
 LABELS = '\n[labels]\nurl = "{url}/{labels}"\ndefault = 1\ntime = "ts"\n'
 
 
-def write(cluster: Cluster, folder: Path, own_topic: bool) -> dict[str, str]:
+def write(cluster: Cluster, folder: Path, own_topic: bool, mode: str = "at_least_once") -> dict[str, str]:
     """Produce the stream, write the same stream as files, and the config; returns the topics by role."""
     topics = {role: cluster.topic() for role in ("events", "labels", "predictions", "dead")}
     events = [{"id": i, "ts": i, "user": i % 7, "price": i % 3} for i in range(EVENTS)]
@@ -47,7 +48,7 @@ def write(cluster: Cluster, folder: Path, own_topic: bool) -> dict[str, str]:
         lines = [json.dumps(row).encode() for row in rows]
         cluster.produce(topics[role], [(0, v, 1000 * int(row["ts"])) for v, row in zip(lines, rows, strict=True)])
         (folder / f"{role}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    text = CONFIG.format(name=cluster.name(), url=cluster.url, folder=folder, **topics)
+    text = CONFIG.format(name=cluster.name(), url=cluster.url, folder=folder, mode=mode, **topics)
     text += LABELS.format(url=cluster.url, **topics) if own_topic else 'label = "clicked"\n'
     (folder / "config.toml").write_text(text)
     return topics
@@ -108,6 +109,20 @@ def test_a_killed_worker_on_kafka_equals_a_replay_of_the_files(
         answers[dict(message.headers)["streamcl-input"]].add((message.key, message.value))
     assert set(answers) == {f"events:0:{i}".encode() for i in range(EVENTS)}
     assert all(len(values) == 1 for values in answers.values())  # what was sent twice was the same twice
+
+
+@pytest.mark.parametrize("own_topic", [False, True], ids=["labels inline", "labels on their own topic"])
+def test_exactly_once_a_killed_worker_has_answered_each_event_once(
+    apache_kafka: Cluster, tmp_path: Path, own_topic: bool
+) -> None:
+    topics = write(apache_kafka, tmp_path, own_topic, "exactly_once")
+    for records in (300, 600):
+        kill_once_saved(streamcl(tmp_path, "run"), tmp_path, records)
+    ran = answer(streamcl(tmp_path, "run", "--idle-exit-s", "3"))
+    replayed = answer(streamcl(tmp_path, "replay", "--order", Config.load(tmp_path / "config.toml").control_url))
+    assert ran["state_digest"] == replayed["state_digest"]
+    inputs = [dict(m.headers)["streamcl-input"] for m in published(apache_kafka, topics["predictions"])]
+    assert sorted(inputs) == sorted(f"events:0:{i}".encode() for i in range(EVENTS))
 
 
 def test_an_undisturbed_run_sends_exactly_one_prediction_for_each_event(cluster: Cluster, tmp_path: Path) -> None:
