@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 import orjson
@@ -17,6 +17,8 @@ from streamcl.records import Message, Order, Record, Stream
 T = TypeVar("T")
 
 _LOG = Stream("control", 0)
+# After these an append may have come through or not; opening anew tells, and cures. A denial it does not cure.
+_OUTCOME_UNKNOWN = (Kind.PASSING, Kind.RECORD, Kind.BROKEN, Kind.RANGE)
 
 
 class KafkaControlLog:
@@ -42,7 +44,7 @@ class KafkaControlLog:
         if count != 1:
             raise ConnectorError(f"{self._url}: a control log needs 1 partition, this topic has {count}")
         self._producer = client.library(self._config).open_transactions(self._servers, self._config)
-        self._guarded(self._producer.init)
+        self._guarded(self._producer.init, passing=(Kind.PASSING,))  # nothing is under way yet
 
     def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
         """See `ControlLog.append`. About 2.5 ms; gives up after kafka.transaction_timeout_s.
@@ -86,14 +88,16 @@ class KafkaControlLog:
         producer.commit()
         return producer.offset(sent)
 
-    def _guarded(self, work: Callable[[], T]) -> T:
-        """Any failure shuts the log (F3)."""
+    def _guarded(self, work: Callable[[], T], passing: Collection[Kind] = _OUTCOME_UNKNOWN) -> T:
+        """Any failure shuts the log (F3); which ones pass when it is opened anew is the caller's to say."""
         try:
             return within(self._config.kafka.transaction_timeout_s, work, "the transaction")
         except Fault as fault:
             self.close()
             if fault.kind is Kind.FENCED:
                 raise Fenced(f"{self._url}: another worker has opened the control log of this shard") from fault
+            if fault.kind not in passing:
+                raise fault.at(self._url) from fault
             raise Unavailable(f"{self._url}: {fault}; what became of the transaction is unknown") from fault
 
     def _orders(self, start: int, end: int) -> Iterator[tuple[int, Order]]:

@@ -111,14 +111,21 @@ class Consumer:
     def asked(self, streams: Sequence[Stream]) -> dict[Stream, Bounds]:
         partitions = [self._named(stream) for stream in streams]
         timeout_ms = self._config.kafka.request_timeout_s * 1000
-        with faults():
-            starts = self._consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
-            ends = self._consumer.end_offsets(partitions, timeout_ms=timeout_ms)
+        try:
+            with faults():
+                starts = self._consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
+                ends = self._consumer.end_offsets(partitions, timeout_ms=timeout_ms)
+        except KeyError as error:  # the library drops a partition whose log is from before 0.10
+            raise Fault(Kind.BROKEN, "UnsupportedForMessageFormat", f"no offsets are known of {error}") from error
         return {s: Bounds(starts[p], ends[p]) for s, p in zip(streams, partitions, strict=True)}
 
     def partitions(self, name: str) -> int:
+        topic = self._topics[name]
         with faults():
-            return len(self._consumer.partitions_for_topic(self._topics[name]) or ())
+            found = self._consumer.partitions_for_topic(topic)
+        if not found:  # the library does not tell why
+            _raise_passing_fault(self._servers, topic, self._config)
+        return len(found or ())
 
     def known_partitions(self, name: str) -> int:
         return len(self._consumer._cluster.partitions_for_topic(self._topics[name]) or ())
@@ -407,6 +414,10 @@ def faults() -> Iterator[None]:
 
 
 def fault_of(error: BaseException) -> Fault:
+    """A transactional producer that has failed wraps the cause in every later error: then the cause counts."""
+    cause = next((each for each in error.args if isinstance(each, kafka_errors.KafkaError)), None)
+    if type(error) is kafka_errors.KafkaError and cause is not None:
+        return fault_of(cause)
     return Fault(_kind(error), type(error).__name__.removesuffix("Error"), explain(error))
 
 
@@ -430,6 +441,19 @@ def ensure_topic(servers: str, topic: str, config: Config, partitions: int, conf
         return len(found["partitions"])
     finally:
         admin.close()
+
+
+def _raise_passing_fault(servers: str, topic: str, config: Config) -> None:
+    """When brokers say of a topic what passes by itself."""
+    admin = connect(KafkaAdminClient, settings(servers, config), config)
+    try:
+        with faults():
+            [found] = admin.describe_topics([topic])
+    finally:
+        admin.close()
+    fault = fault_of(kafka_errors.for_code(found["error_code"])())
+    if found["error_code"] and fault.kind is Kind.PASSING:
+        raise fault
 
 
 def _create(admin: Any, topic: str, partitions: int, configs: Mapping[str, str]) -> None:
