@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from streamcl.config import Config, Shard
-from streamcl.protocols import ConnectorError, Fenced, Unavailable
+from streamcl.protocols import ConnectorError, Fenced, Gap, Unavailable
 from streamcl.records import LABELS, Headers, Message, Order, Origin, Position, Record, Stream
 
 Choice = Literal["time", "input"] | Callable[[Sequence[Record]], Record]
@@ -55,6 +55,7 @@ class MemoryBroker:
         self.epochs: dict[str, int] = {}
         self._topics: dict[str, list[list[Message]]] = {}
         self._committed: dict[str, dict[int, int]] = {}
+        self._starts: dict[tuple[str, int], int] = {}
         self._sinks: list[MemorySink] = []
         self._fuse: tuple[int, bool] | None = None
 
@@ -95,6 +96,16 @@ class MemoryBroker:
         """By partition the offset last committed by a source."""
         with self.changed:
             return dict(self._committed.get(topic, {}))
+
+    def trim(self, topic: str, partition: int, start: int) -> None:
+        """Retention: what stands before offset `start` can't be read any more."""
+        with self.changed:
+            self._starts[topic, partition] = start
+
+    def start(self, topic: str, partition: int) -> int:
+        """The first offset that can be read."""
+        with self.changed:
+            return self._starts.get((topic, partition), 0)
 
     def finish(self) -> None:
         """Promise that nothing more is produced: a source that has read everything is exhausted."""
@@ -254,7 +265,8 @@ class MemorySource:
                 raise ConnectorError(f"{stream} is not in this shard")
             if not 0 <= offset <= self._end(stream):
                 raise ConnectorError(f"{self._url(stream)}: offset {offset} is outside 0 .. {self._end(stream)}")
-        self._next = {stream: position.get(stream, 0) for stream in self._next}
+        self._next = {stream: position.get(stream, self._start(stream)) for stream in self._next}
+        self._refuse_gap()
         return dict(self._next)
 
     def commit(self, position: Position) -> None:
@@ -273,6 +285,15 @@ class MemorySource:
 
     def _url(self, stream: Stream) -> str:
         return f"memory://{self._broker.name}/{self._topics[stream.input]}, partition {stream.partition}"
+
+    def _refuse_gap(self) -> None:
+        wanted = {stream: offset for stream, offset in self._next.items() if offset < self._start(stream)}
+        if wanted:
+            where = ", ".join(f"{self._url(stream)}: offset {offset}" for stream, offset in wanted.items())
+            raise Gap(f"gone before it was read: {where}", wanted, {stream: self._start(stream) for stream in wanted})
+
+    def _start(self, stream: Stream) -> int:
+        return self._broker.start(self._topics[stream.input], stream.partition)
 
     def _end(self, stream: Stream) -> int:
         return self._broker.end(self._topics[stream.input], stream.partition)

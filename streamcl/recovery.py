@@ -39,7 +39,7 @@ from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Loaded, Snapshot, Store, difference, environment
 from streamcl.config import Config, ConfigError, changes
 from streamcl.protocols import Gap, StreamclError
-from streamcl.records import Order, Turn
+from streamcl.records import EVENTS, Order, Turn
 from streamcl.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -129,6 +129,9 @@ class Keeper:
         log.error("%s; kafka.on_gap is %s: %d records are skipped, going on at %s", gap, policy, skipped, position)
         if worker.control:
             since = worker.control_offset
+            if worker.config.exactly_once:  # what the void orders have answered is learned anew, and not answered again
+                for _, order in worker.control.read(since):
+                    worker.progress.publish_from |= {s: o for s, o in order.position.items() if s.input == EVENTS}
             worker.control_offset = worker.control.append(Order((), position, leap=since))
         worker.progress.position = dict(worker.source.seek(position))
         worker.counts["skipped"] += skipped
