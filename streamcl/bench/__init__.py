@@ -17,6 +17,7 @@ BENCHES = {
     "stream": "streamcl.bench.stream",
     "retention": "streamcl.bench.retention",
     "journey": "streamcl.bench.journey",
+    "recovery": "streamcl.bench.recovery",
 }
 """Module by bench name. A module has `READS`, the options that it heeds, and `run(options) -> Report`."""
 

@@ -29,9 +29,11 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
     plot: Annotated[Path | None, typer.Option(help="draw the curves into this file")] = None,
     via: Annotated[str | None, typer.Option(help="URL whose topics the events travel through")] = None,
+    kills: Annotated[int | None, typer.Option(help="how often a process is killed")] = None,
+    events: Annotated[int | None, typer.Option(help="how many events are streamed")] = None,
 ) -> None:
     """Measure what is promised, beside its peers. Exit code 0: every bar is met; 2: it could not be measured."""
-    options = Options(data, stream, preset, task, method, device, quick, seeds, as_json, plot, via)
+    options = Options(data, stream, preset, task, method, device, quick, seeds, as_json, plot, via, kills, events)
     try:
         code = main(name, options)
     except StreamclError as error:

@@ -30,6 +30,8 @@ class Options:
         json: One JSON object on stdout instead of a table.
         plot: Where to draw the curves; the suffix chooses the format.
         via: URL whose topics the events travel through, e.g. `kafka://localhost:9092`.
+        kills: How often a process is killed (count).
+        events: How many events are streamed (count).
     """
 
     data: Path | None = None
@@ -43,6 +45,8 @@ class Options:
     json: bool = False
     plot: Path | None = None
     via: str | None = None
+    kills: int | None = None
+    events: int | None = None
 
     def require_read_by(self, bench: str, reads: Collection[str]) -> None:
         """Raises OptionError for an option that was given and would be ignored."""
@@ -60,10 +64,15 @@ class Options:
 
     def seed_list(self, default: int) -> list[int]:
         """0, 1, ... as many as asked for."""
-        count = default if self.seeds is None else self.seeds
-        if count < 1:
-            raise OptionError(f"--seeds: {count} is below 1")
-        return list(range(count))
+        return list(range(self.count("seeds", default)))
+
+    def count(self, name: str, default: int) -> int:
+        """The value of option `name`, at least 1."""
+        given: int | None = getattr(self, name)
+        value = default if given is None else given
+        if value < 1:
+            raise OptionError(f"--{name}: {value} is below 1")
+        return value
 
 
 def _flags(reads: Collection[str]) -> str:
