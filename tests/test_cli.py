@@ -210,3 +210,9 @@ def test_help_teaches_every_command(streamcl: Run) -> None:
     for command in ("run", "replay", "serve", "check", "schema", "checkpoint", "bench"):
         assert command in overview
         assert streamcl(command, "--help").returncode == 0
+
+
+def test_a_start_does_not_wait_for_what_only_a_report_needs() -> None:
+    loaded = "import sys, streamcl.cli; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -17,7 +17,6 @@ import orjson
 import typer
 from rich.console import Console
 
-from streamcl.demo.report import write_report
 from streamcl.demo.simulator import Settings
 from streamcl.demo.stage import Plan, Result, run
 from streamcl.demo.view import number
@@ -65,6 +64,8 @@ def main(
 
 
 def _conclude(result: Result, out: Path, console: Console, as_json: bool) -> int:
+    from streamcl.demo.report import write_report  # a worker's start must not wait for matplotlib
+
     summary = result.summary()
     out.mkdir(parents=True, exist_ok=True)
     encoded = orjson.dumps(summary, option=orjson.OPT_INDENT_2)
