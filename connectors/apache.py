@@ -86,7 +86,7 @@ class ApacheBroker:
         self._listeners = {"PLAINTEXT": Listener()} | dict(listeners or {})
         self._users = dict(users or {})
         self._timeout_s = timeout_s
-        ports = iter(_free_ports(brokers * (len(self._listeners) + 1)))
+        ports = iter(free_ports(brokers * (len(self._listeners) + 1)))
         self._ports = [{name: next(ports) for name in (*self._listeners, "CONTROLLER")} for _ in range(brokers)]
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._folder: tempfile.TemporaryDirectory[str]
@@ -333,7 +333,7 @@ def _identifier() -> str:
     return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     found: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe:
