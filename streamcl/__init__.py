@@ -21,6 +21,7 @@ Table of contents, in the order of the journey (start with `worker`):
     metrics        prequential metrics
     drift          detectors, and the signals they emit
     state          a state tree as JSON and arrays, and its digest
+    writer         snapshots written beside learning
     checkpoint     atomic, verified snapshots
     telemetry      turns to Prometheus
     serve          predictions over HTTP from the newest snapshot

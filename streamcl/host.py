@@ -15,9 +15,10 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Snapshot
@@ -62,6 +63,7 @@ class Life:
     saved: Snapshot | None
     since: float
     told: float = 0.0
+    failed: Counter[str] = field(default_factory=Counter)
 
 
 class Seat:
@@ -90,6 +92,7 @@ class Seat:
         if self.life:
             with suppress(Exception):  # whatever it is, this worker is not used again
                 self.life.worker.close()
+            self.life.keeper.close()
         self.life = None
 
 
@@ -265,6 +268,9 @@ class Host:
             life.saved = last
             self.telemetry.checkpointed(life.keeper.seconds, last.size_bytes, seat.index)
             log.info("saved %s (%d bytes)", last.name, last.size_bytes)
+        for cause, count in (life.keeper.failures - life.failed).items():
+            self.telemetry.checkpoint_failed(cause, count)
+        life.failed = life.keeper.failures.copy()
 
     def _retry(self, seat: Seat, error: Unavailable) -> None:
         """Close it, and build it anew when the outage may be over."""

@@ -30,19 +30,36 @@ P is the position that the control log leads to.
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from streamcl.bootstrap import Bootstrap
-from streamcl.checkpoint import Loaded, Snapshot, Store, difference, environment
+from streamcl.checkpoint import CheckpointError, Loaded, Snapshot, Store, difference, environment
 from streamcl.config import Config, ConfigError, changes
 from streamcl.protocols import Gap, StreamclError
 from streamcl.records import EVENTS, Order, Turn
 from streamcl.worker import Worker
+from streamcl.writer import Writer, Written
 
 log = logging.getLogger(__name__)
+
+LONGEST_BACKOFF_S = 60.0
+
+FAILURES = {errno.ENOSPC: "disk_full", errno.EACCES: "denied", errno.EROFS: "read_only", errno.EIO: "io"}
+_OS_ERROR = re.compile(r"os error (\d+)")
+
+
+def cause_of(error: CheckpointError) -> str:
+    """Why a snapshot could not be written, in a word: a label of few values."""
+    cause = error.__cause__
+    told = _OS_ERROR.search(str(cause))  # safetensors says it in its text only
+    number = cause.errno if isinstance(cause, OSError) else int(told[1]) if told else None
+    return FAILURES.get(number or 0, "other")
 
 
 class Keeper:
@@ -53,18 +70,34 @@ class Keeper:
             run didn't end cleanly: what it did after the snapshot will not repeat exactly.
         bootstrap: How a first start learns from history before it publishes. A later start goes on with what the first
             one began.
+        beside: Write snapshots on a thread of their own (see `Writer`).
+
+    Attributes:
+        last: The newest snapshot, read or written.
+        seconds: That the last write took.
+        failures: Writes that failed, by cause (count). The worker goes on, and tries again after a back-off.
+        deferred: Snapshots put off because the one before was still being written (count).
     """
 
     def __init__(
-        self, worker: Worker, store: Store, accept_changes: bool = False, bootstrap: Bootstrap | None = None
+        self,
+        worker: Worker,
+        store: Store,
+        accept_changes: bool = False,
+        bootstrap: Bootstrap | None = None,
+        beside: bool = True,
     ) -> None:
         self.worker = worker
         self.store = store
         self.accept_changes = accept_changes
         self.bootstrap = bootstrap
+        self.writer = Writer(store, beside)
         self.since = 0
         self.last: Snapshot | None = None
-        self.seconds = 0.0  # that the last save took
+        self.seconds = 0.0
+        self.failures: Counter[str] = Counter()
+        self.deferred = 0
+        self._outage, self._retry_at = 0, 0.0
 
     def restore(self) -> Snapshot | None:
         """Bring the worker to where its shard stood; returns the snapshot it began from, None for a first start."""
@@ -157,23 +190,75 @@ class Keeper:
         log.warning("going on although these changed: %s", ", ".join(differences))
 
     def run(self) -> Iterator[Turn]:
-        """The worker's turns, with a snapshot every `checkpoint.every_events` records and one at a clean end."""
+        """The worker's turns, with a snapshot every `checkpoint.every_events` records and one at a clean end.
+
+        Raises:
+            CheckpointError: only the one at the end could not be written; those before are tried again.
+        """
         for turn in self.worker.run():
             yield turn
             self.since += turn.records
-            if self.since >= self.worker.config.checkpoint.every_events:
-                self.save()
+            self._settle()
+            if self.since >= self.worker.config.checkpoint.every_events and time.monotonic() >= self._retry_at:
+                self._cut()
+        self._settle(wait=True)
         self.save(clean=self.worker.caught_up)
 
     def save(self, clean: bool = False) -> Snapshot:
-        """Cut a snapshot here. Everything sent so far is durable first, so that none of it can be missing later."""
-        began = time.perf_counter()
+        """Cut a snapshot here and write it before going on. Raises CheckpointError."""
         self.worker.flush()
-        self.last = self.store.save(self.worker.state_dict(), self._manifest(clean))
-        self.since, self.seconds = 0, time.perf_counter() - began
-        if self.worker.progress.position:
-            self.worker.source.commit(self.worker.progress.position)
-        return self.last
+        self.writer.begin(self.worker.state_dict(), self._manifest(clean), dict(self.worker.progress.position))
+        self.since = 0
+        written = self.writer.taken(wait=True)
+        assert written is not None  # noqa: S101 - it was begun two lines above
+        return self._keep(written)
+
+    def close(self) -> None:
+        """Wait for a write under way."""
+        self.writer.close()
+
+    def _cut(self) -> None:
+        """Cut a snapshot here and let it be written beside learning.
+
+        Everything sent so far is durable first: a snapshot is of use only if nothing before it can be missing later.
+        """
+        if self.writer.busy:
+            self.deferred += 1
+            self.since = 0  # the next one is due an interval later
+            return
+        self.worker.flush()
+        try:
+            self.writer.begin(self.worker.state_dict(), self._manifest(False), dict(self.worker.progress.position))
+            self.since = 0
+        except CheckpointError as error:
+            self._failed(error)
+        self._settle()
+
+    def _settle(self, wait: bool = False) -> None:
+        try:
+            written = self.writer.taken(wait)
+        except CheckpointError as error:
+            self._failed(error)
+            return
+        if written:
+            self._keep(written)
+
+    def _keep(self, written: Written) -> Snapshot:
+        if self._outage:
+            log.warning("%s: written again, after %d failures", written.snapshot.path, self._outage)
+        self._outage, self.last, self.seconds = 0, written.snapshot, written.seconds
+        if written.position:
+            self.worker.source.commit(written.position)
+        return written.snapshot
+
+    def _failed(self, error: CheckpointError) -> None:
+        """Serving goes on: what was lost is only time, should the worker die before the next snapshot."""
+        self.failures[cause_of(error)] += 1
+        # One warning for each outage, however many attempts it takes.
+        log.log(logging.INFO if self._outage else logging.WARNING, "%s; going on without, trying again", error)
+        self._outage += 1
+        self._retry_at = time.monotonic() + min(2.0**self._outage, LONGEST_BACKOFF_S) / 2
+        self.since = self.worker.config.checkpoint.every_events
 
     def _manifest(self, clean: bool) -> dict[str, Any]:
         return {

@@ -42,6 +42,17 @@ def flatten(state: State) -> tuple[Any, Arrays]:
     return _pack(state, "", arrays), arrays
 
 
+def private(value: Any) -> Any:
+    """A copy of a state that shares no array, list or dict with it."""
+    if isinstance(value, dict):
+        return {key: private(item) for key, item in value.items()}
+    if type(value) is list:
+        return value.copy() if _plain(value) else [private(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value.copy() if type(value) is np.ndarray else value
+
+
 def unflatten(rest: Any, arrays: Mapping[str, torch.Tensor]) -> State:
     """The inverse of `flatten`."""
     state: State = _unpack(rest, arrays)

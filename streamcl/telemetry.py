@@ -82,6 +82,8 @@ PARTS = {
     "mean": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
 }
 CAUSES = ("unavailable", "fenced")
+SAVE_FAULTS = ("disk_full", "denied", "read_only", "io", "other")
+"""Why a checkpoint could not be written."""
 LIVE_S = 60.0
 _TURN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SAVE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -207,6 +209,9 @@ class Telemetry:
             "Starts: from the newest checkpoint (ok), from one before a damaged one (damaged), without any (none).",
             result=("ok", "damaged", "none"),
         )
+        self._failures = self._counter(
+            "checkpoint_failures_total", "Checkpoints that could not be written; the worker goes on.", cause=SAVE_FAULTS
+        )
         self._damaged = self._counter("checkpoint_damaged_total", "Damaged checkpoints that were passed over.")
 
     def _counter(self, name: str, text: str, **labels: tuple[str, ...]) -> prometheus.Counter:
@@ -249,6 +254,10 @@ class Telemetry:
         self._save_seconds.observe(seconds)
         self._of(self._save_bytes, shard).set(size_bytes)
         self._of(self._saved_at, shard).set_to_current_time()
+
+    def checkpoint_failed(self, cause: str, count: int = 1) -> None:
+        """A checkpoint could not be written, for one of `SAVE_FAULTS`."""
+        self._failures.labels(cause).inc(count)
 
     def restored(self, damaged: int, result: str, shard: int = 0) -> None:
         """The worker stands where its shard stood (`ok`) or at a beginning (`none`); `damaged` were passed over."""

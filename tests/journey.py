@@ -84,7 +84,7 @@ def finish(config: Config, order: memory.Choice = "time", bootstrap: Bootstrap |
     """Start a worker where its shard stands, and run it to the end of the stream."""
     memory.broker(BROKER).order = order
     worker = build(config)
-    keeper = Keeper(worker, store_of(config), bootstrap=bootstrap)
+    keeper = Keeper(worker, store_of(config), bootstrap=bootstrap, beside=False)
     keeper.restore()
     for _ in keeper.run():
         pass
@@ -94,7 +94,7 @@ def finish(config: Config, order: memory.Choice = "time", bootstrap: Bootstrap |
 def die_after(config: Config, turns: int, order: memory.Choice = "time") -> None:
     """Start a worker, let it take some turns, and drop it as kill -9 would: nothing is flushed, saved or closed."""
     memory.broker(BROKER).order = order
-    keeper = Keeper(build(config), store_of(config))
+    keeper = Keeper(build(config), store_of(config), beside=False)
     keeper.restore()
     for _, _turn in zip(range(turns), keeper.run(), strict=False):
         pass

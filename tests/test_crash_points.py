@@ -89,7 +89,7 @@ class Life:
 
     def run(self) -> None:
         worker = build(self.config)
-        keeper = Keeper(worker, store_of(self.config))
+        keeper = Keeper(worker, store_of(self.config), beside=False)
         owners: dict[str, Any] = {"worker": worker, "store": keeper.store}
         owners |= {name: getattr(worker, name) for name in ("control", "source", "predictions", "dead_letters")}
         for call in sorted(CALLS):
@@ -199,11 +199,11 @@ def test_with_the_newest_snapshots_lost_an_older_one_leads_to_the_same_state(tmp
 def test_of_two_workers_with_one_identity_the_older_neither_publishes_nor_saves(tmp_path: Path, mode: str) -> None:
     fill(stream(), 2)
     config = config_of(tmp_path, mode)
-    older = Keeper(build(config), store_of(config))
+    older = Keeper(build(config), store_of(config), beside=False)
     older.restore()
     turns = older.run()
     next(turns)
-    newer = Keeper(build(config), store_of(config))
+    newer = Keeper(build(config), store_of(config), beside=False)
     newer.restore()
     before = len(memory.broker(BROKER).messages("scores")), store_of(config).ls()
     with pytest.raises(Fenced):

@@ -154,7 +154,7 @@ def test_the_learned_hash_names_exactly_the_records_that_were_learned_from(items
         fill(items)
         config = settings(Path(folder))
         worker = build(config)
-        keeper = Keeper(worker, store_of(config))
+        keeper = Keeper(worker, store_of(config), beside=False)
         keeper.restore()
         learned = [outcome.ticket.origin for turn in keeper.run() for outcome in turn.outcomes]
         other = build(config).progress
@@ -223,7 +223,7 @@ def test_a_damaged_snapshot_is_passed_over_counted_and_logged(
         arrays.write_bytes(data[:-1] if damage == "torn" else data[:-1] + bytes([data[-1] ^ 1]))
     with caplog.at_level(logging.WARNING):
         worker = build(config)
-        keeper = Keeper(worker, store_of(config))
+        keeper = Keeper(worker, store_of(config), beside=False)
         keeper.restore()
     assert [name for name, _ in keeper.store.damaged] == [newest.name]
     assert newest.name in caplog.text
@@ -252,7 +252,7 @@ def test_a_lost_checkpoint_folder_is_an_error_that_names_the_control_log(tmp_pat
 def test_a_predecessor_is_fenced_and_can_neither_publish_nor_save(tmp_path: Path) -> None:
     fill(STREAM)
     config = settings(tmp_path)
-    old = Keeper(build(config), store_of(config))
+    old = Keeper(build(config), store_of(config), beside=False)
     old.restore()
     turns = old.run()
     next(turns)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from streamcl import connect
 from streamcl.config import Config
 from streamcl.demo.ledger import BEFORE, Alarm, Ledger
 from streamcl.demo.simulator import Settings, simulate
@@ -23,7 +24,8 @@ def worker() -> Worker:
         "features": {"user": {"kind": "categorical", "buckets": 8}},
         "model": {"kind": "logistic"},
     })  # fmt: skip
-    return Worker(config, None, None)  # type: ignore[arg-type]  # the ledger asks it for nothing but its learner
+    # The ledger asks it for nothing but its learner.
+    return Worker(config, None, connect.codecs(config))  # type: ignore[arg-type]
 
 
 def _outcome(ledger: Ledger, i: int, score: float = 0.3, version: int = 0) -> Outcome:

@@ -1,0 +1,68 @@
+"""Writes cuts of a state beside learning: one at a time, on a thread of its own, which touches nothing that lives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from streamcl.checkpoint import Snapshot, Store
+from streamcl.protocols import State
+from streamcl.records import Position
+from streamcl.state import private
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A snapshot that was written, where it stands, and how long its writing took (s)."""
+
+    snapshot: Snapshot
+    position: Position
+    seconds: float
+
+
+class Writer:
+    """At most one write is under way.
+
+    Args:
+        beside: False writes at once, in the caller's thread: tests that die in the middle of it want that.
+    """
+
+    def __init__(self, store: Store, beside: bool = True) -> None:
+        self.store = store
+        self.beside = beside
+        self._pool: ThreadPoolExecutor | None = None
+        self._future: Future[Written] | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._future is not None and not self._future.done()
+
+    def begin(self, state: State, manifest: Mapping[str, Any], position: Position) -> None:
+        """Take a cut over; `taken` hands it back. The pause is that of copying the state: some ms for 10 MB."""
+        if not self.beside:
+            self._future = Future()
+            self._future.set_result(self._write(state, manifest, position))
+            return
+        self._pool = self._pool or ThreadPoolExecutor(1, "streamcl-checkpoint")
+        self._future = self._pool.submit(self._write, private(state), manifest, position)
+
+    def taken(self, wait: bool = False) -> Written | None:
+        """What has been written since the last call, if anything was. Raises what went wrong with it."""
+        if self._future is None or not (wait or self._future.done()):
+            return None
+        future, self._future = self._future, None
+        return future.result()
+
+    def close(self) -> None:
+        """Let a write under way come to its end, and forget what became of it."""
+        if self._pool:
+            self._pool.shutdown()
+        self._pool = self._future = None
+
+    def _write(self, state: State, manifest: Mapping[str, Any], position: Position) -> Written:
+        began = time.perf_counter()
+        snapshot = self.store.save(state, manifest)
+        return Written(snapshot, position, time.perf_counter() - began)
