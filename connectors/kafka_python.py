@@ -298,7 +298,7 @@ def settings(servers: str, config: Config) -> dict[str, Any]:
         "bootstrap_servers": servers.split(","),
         "client_id": f"{config.name}-{config.shard.index}",
         "request_timeout_ms": round(config.kafka.request_timeout_s * 1000),
-        "metadata_max_age_ms": 60_000,
+        "metadata_max_age_ms": round(config.kafka.metadata_max_age_s * 1000),
     }
     return found | kafka_auth.for_kafka_python(config)
 

@@ -345,6 +345,10 @@ class Kafka(_Security):
     request_timeout_s: float = Free(30.0, gt=0, description="how long a broker may take to answer")
     connect_timeout_s: float = Free(30.0, gt=0, description="how long a start waits for an unreachable broker")
     fetch_max_wait_s: float = Free(0.1, gt=0, description="how long a broker may wait for records to come")
+    fetch_queue_bytes: int = Free(
+        16 << 20, ge=1 << 20, description="what librdkafka fetches ahead; kafka-python holds one fetch per broker"
+    )
+    metadata_max_age_s: float = Free(60.0, gt=0, description="how often topics are looked at for new partitions")
     delivery_timeout_s: float = Free(120.0, gt=0, description="how long a prediction may be on its way")
     linger_s: float = Free(0.005, ge=0, description="how long a prediction waits for others to travel with")
     max_inflight_records: int = Free(20_000, ge=1, description="unacknowledged predictions; beyond it the loop waits")

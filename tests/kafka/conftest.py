@@ -9,7 +9,7 @@ import signal
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ class Cluster:
     kind: str
     bootstrap: str
     pid: int | None = None
+    client: str = "kafka-python"
 
     @property
     def url(self) -> str:
@@ -70,7 +71,7 @@ class Cluster:
 
     def config(self, events: str, labels: str | None = None, /, **tables: Any) -> Config:
         """A configuration on the topics `events` and `labels`, with time-outs for tests; `tables` go over it."""
-        kafka = {"connect_timeout_s": 8.0, "request_timeout_s": 8.0, "delivery_timeout_s": 20.0}
+        kafka = {"client": self.client, "connect_timeout_s": 8.0, "request_timeout_s": 8.0, "delivery_timeout_s": 20.0}
         data: dict[str, Any] = {
             "name": self.name(),
             "events": {"url": f"{self.url}/{events}", "id": "id", "label": None if labels else "y"},
@@ -114,11 +115,17 @@ def apache_kafka() -> Iterator[Cluster]:
         yield Cluster("apache", apache.bootstrap, apache.pid)
 
 
-@pytest.fixture(params=["embedded", "apache"])
+CLIENTS = ("kafka-python", "librdkafka")
+
+
+@pytest.fixture(params=[(broker, client) for broker in ("broker", "apache_kafka") for client in CLIENTS], ids="-".join)
 def cluster(request: pytest.FixtureRequest) -> Cluster:
-    """Each broker in turn, for what must hold on both."""
-    found: Cluster = request.getfixturevalue("broker" if request.param == "embedded" else "apache_kafka")
-    return found
+    """Each broker with each client library in turn, for what must hold on all of them."""
+    broker, client = request.param
+    if client == "librdkafka":
+        pytest.importorskip("confluent_kafka", reason="streamcl[librdkafka] is not installed")
+    found: Cluster = request.getfixturevalue(broker)
+    return replace(found, client=client)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ join = {{attribution_window_s = 60.0}}
 worker = {{max_records = 50}}
 delivery = {{mode = "{mode}"}}
 telemetry = {{port = 0}}
+kafka = {{client = "{client}"}}
 [events]
 url = "{url}/{events}"
 id = "id"
@@ -48,7 +49,8 @@ def write(cluster: Cluster, folder: Path, own_topic: bool, mode: str = "at_least
         lines = [json.dumps(row).encode() for row in rows]
         cluster.produce(topics[role], [(0, v, 1000 * int(row["ts"])) for v, row in zip(lines, rows, strict=True)])
         (folder / f"{role}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    text = CONFIG.format(name=cluster.name(), url=cluster.url, folder=folder, mode=mode, **topics)
+    told = {"name": cluster.name(), "url": cluster.url, "client": cluster.client, "mode": mode}
+    text = CONFIG.format(**told, folder=folder, **topics)
     text += LABELS.format(url=cluster.url, **topics) if own_topic else 'label = "clicked"\n'
     (folder / "config.toml").write_text(text)
     return topics
@@ -85,7 +87,16 @@ def published(cluster: Cluster, topic: str) -> list[Any]:
     return messages
 
 
-@pytest.mark.parametrize("own_topic", [False, True], ids=["labels inline", "labels on their own topic"])
+@pytest.mark.parametrize(
+    ("cluster", "own_topic"),
+    [
+        (("broker", "kafka-python"), False),
+        (("apache_kafka", "kafka-python"), True),
+        (("apache_kafka", "librdkafka"), True),
+    ],
+    indirect=["cluster"],
+    ids=["embedded, labels inline", "apache, labels on their own topic", "apache, librdkafka"],
+)
 def test_a_killed_worker_on_kafka_equals_a_replay_of_the_files(
     cluster: Cluster, tmp_path: Path, own_topic: bool
 ) -> None:
@@ -111,20 +122,26 @@ def test_a_killed_worker_on_kafka_equals_a_replay_of_the_files(
     assert all(len(values) == 1 for values in answers.values())  # what was sent twice was the same twice
 
 
-@pytest.mark.parametrize("own_topic", [False, True], ids=["labels inline", "labels on their own topic"])
+@pytest.mark.parametrize(
+    ("cluster", "own_topic"),
+    [(("apache_kafka", "kafka-python"), False), (("apache_kafka", "librdkafka"), True)],
+    indirect=["cluster"],
+    ids=["kafka-python, labels inline", "librdkafka, labels on their own topic"],
+)
 def test_exactly_once_a_killed_worker_has_answered_each_event_once(
-    apache_kafka: Cluster, tmp_path: Path, own_topic: bool
+    cluster: Cluster, tmp_path: Path, own_topic: bool
 ) -> None:
-    topics = write(apache_kafka, tmp_path, own_topic, "exactly_once")
+    topics = write(cluster, tmp_path, own_topic, "exactly_once")
     for records in (300, 600):
         kill_once_saved(streamcl(tmp_path, "run"), tmp_path, records)
     ran = answer(streamcl(tmp_path, "run", "--idle-exit-s", "3"))
     replayed = answer(streamcl(tmp_path, "replay", "--order", Config.load(tmp_path / "config.toml").control_url))
     assert ran["state_digest"] == replayed["state_digest"]
-    inputs = [dict(m.headers)["streamcl-input"] for m in published(apache_kafka, topics["predictions"])]
+    inputs = [dict(m.headers)["streamcl-input"] for m in published(cluster, topics["predictions"])]
     assert sorted(inputs) == sorted(f"events:0:{i}".encode() for i in range(EVENTS))
 
 
+@pytest.mark.parametrize("cluster", [("apache_kafka", "kafka-python"), ("broker", "librdkafka")], indirect=True)
 def test_an_undisturbed_run_sends_exactly_one_prediction_for_each_event(cluster: Cluster, tmp_path: Path) -> None:
     topics = write(cluster, tmp_path, own_topic=False)
     answer(streamcl(tmp_path, "run", "--idle-exit-s", "3"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
@@ -14,11 +13,9 @@ from kafka import errors as kafka_errors
 from connectors import kafka, kafka_client
 from connectors.kafka import KafkaSource
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError
+from streamcl.protocols import ConnectorError, Unavailable
 from streamcl.records import Message, Record, Stream
-
-if TYPE_CHECKING:
-    from tests.kafka.conftest import Cluster
+from tests.kafka.conftest import CLIENTS, Cluster
 
 EVENTS, LABELS = Stream("events", 0), Stream("labels", 0)
 
@@ -123,17 +120,18 @@ def test_inputs_with_different_partition_counts_are_refused(broker: Cluster) -> 
         _source(broker.config(events, labels))
 
 
-def test_an_unreachable_broker_is_an_error_after_the_timeout() -> None:
+@pytest.mark.parametrize("library", CLIENTS)
+def test_an_unreachable_broker_is_an_error_after_the_timeout(library: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         closed = f"127.0.0.1:{taken.getsockname()[1]}"
     url = f"kafka://{closed}/clicks"
-    kafka_settings = {"connect_timeout_s": 0.5}
+    kafka_settings = {"connect_timeout_s": 0.5, "client": library}
     config = Config.parse(
         {"name": "a", "events": {"url": url, "label": "y"}, "features": {"x": "numeric"}, "kafka": kafka_settings}
     )
     began = time.monotonic()
     for attempt in (_source, lambda config: kafka.open_sink(url, config), lambda config: kafka.check([url], config)):
-        with pytest.raises(ConnectorError, match=rf"kafka://{closed} \(PLAINTEXT\): no broker could be reached"):
+        with pytest.raises(Unavailable, match=rf"kafka://{closed} \(PLAINTEXT\): no broker could be reached"):
             attempt(config)
     assert 1.5 <= time.monotonic() - began < 6
 
@@ -237,7 +235,7 @@ def test_check_tells_what_it_found(cluster: Cluster) -> None:
     config = cluster.config(events, labels)
     found = kafka.check([*config.inputs.values(), config.dead_letters_url], config)
     assert found == [
-        "crc32c is installed",
+        kafka_client.library(config).check(),
         f"{cluster.url}/{events}: 2 partition(s), offsets 0: 0 to 0, 1: 0 to 3",
         f"{cluster.url}/{labels}: 2 partition(s), offsets 0: 0 to 0, 1: 0 to 0",
         f"{config.dead_letters_url}: will be made",

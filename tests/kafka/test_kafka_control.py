@@ -74,7 +74,7 @@ def test_another_shard_is_not_fenced(broker: Cluster) -> None:
 def test_a_broker_that_does_not_answer_shuts_the_log_until_it_is_opened_again(cluster: Cluster) -> None:
     config = cluster.config(cluster.topic(), kafka={"transaction_timeout_s": 1.0})
     log = kafka.open_control(config.control_url, config)
-    log.open()
+    _open_patiently(log)  # a broker makes the topic of its transactions when it is first asked
     log.append(_order(0))
     with cluster.frozen():
         began = time.monotonic()
