@@ -66,6 +66,11 @@ class MemoryBroker:
             if len(made) != partitions:
                 raise ConnectorError(f"memory://{self.name}/{topic} exists with {len(made)} partitions")
 
+    def grow(self, topic: str, partitions: int) -> None:
+        """Give a topic more partitions, empty ones."""
+        with self.changed:
+            self._topics[topic] += [[] for _ in range(partitions - len(self._topics[topic]))]
+
     def produce(
         self,
         topic: str,

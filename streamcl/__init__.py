@@ -5,6 +5,7 @@ Table of contents, in the order of the journey (start with `worker`):
     worker         the loop, one screen
     recovery       the one recovery path, and the checkpoints that it starts from
     host           shards in one process, and the recovery of each while the others go on
+    reshard        N shards become M, offline
     bootstrap      learning from history before going live
     records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec

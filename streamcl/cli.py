@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from streamcl import __version__, connect
+from streamcl import reshard as resharding
 from streamcl.bench.command import bench
 from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Damaged, Snapshot, Store, difference, environment
@@ -254,7 +255,7 @@ def replay(
 
 
 def _logged(worker: Worker) -> bool:
-    return worker.config.events.url.startswith("kafka:") and keeps_order(worker.config, worker.source)
+    return worker.config.events.url.startswith("kafka:") and keeps_order(worker.config, worker.source.streams())
 
 
 def _backtest(config: Config) -> Worker:
@@ -293,6 +294,33 @@ def _progress(turns: Iterator[Turn], worker: Worker) -> Iterator[Turn]:
             idle_since = time.monotonic() if turn.records else idle_since
             if not turn.records and not lag and time.monotonic() - idle_since > 5.0:
                 worker.stop()
+
+
+@app.command()
+def reshard(
+    config: ConfigFile,
+    old: Annotated[int, typer.Option("--from", min=1, help="How many shards there are; all of them stopped cleanly.")],
+    new: Annotated[int, typer.Option("--to", min=1, help="How many there shall be; as many, if topics have grown.")],
+    dry_run: Annotated[bool, typer.Option(help="Print the plan and write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make M shards of N, offline: positions, tickets and counts move, and nothing is lost or learned twice.
+
+    Then set shard.count = M. The old snapshots stay, marked, so that no worker starts from them.
+    """
+    settings = Config.load(config)
+    planned = resharding.plan(settings, old, new)
+    told = planned.describe()
+    if as_json:
+        out(told)
+    else:
+        columns = ("shard", "model_of", "position", "new_partitions", "records", "tickets")
+        table = Table(*columns, title=f"{settings.name}: {old} shards to {new}", title_justify="left")
+        for shard in told["shards"]:
+            table.add_row(*(orjson.dumps(shard[column]).decode() for column in columns))
+        Console().print(table)
+    if not dry_run:
+        resharding.carry_out(planned)
 
 
 @app.command()

@@ -492,9 +492,10 @@ class Config(Station):
         """URL by input name."""
         return {EVENTS: self.events.url} | ({LABELS: self.labels.url} if self.labels else {})
 
-    def of_shard(self, index: int) -> Self:
-        """The same worker on another shard."""
-        return self.model_copy(update={"shard": self.shard.model_copy(update={"index": index})})
+    def of_shard(self, index: int, count: int | None = None) -> Self:
+        """The same worker on shard `index`, of `count` if that is to be another."""
+        change = {"index": index, "count": count or self.shard.count, "indices": None}
+        return self.model_copy(update={"shard": self.shard.model_copy(update=change)})
 
     @property
     def exactly_once(self) -> bool:
@@ -511,8 +512,9 @@ class Config(Station):
 
     @property
     def control_url(self) -> str:
-        suffix = f"control-{self.shard.index}" if self.shard.count > 1 else "control"
-        return self.control or self._beside(suffix)
+        """Each shard's own: with several its index is part of the name."""
+        suffix = f"-{self.shard.index}" if self.shard.count > 1 else ""
+        return self.control + suffix if self.control else self._beside(f"control{suffix}")
 
     def _beside(self, suffix: str) -> str:
         url = urlsplit(self.events.url)

@@ -109,6 +109,7 @@ class Keeper:
         if loaded is None:
             self._start_afresh()
             return None
+        self._still_a_shard(loaded)
         self._compatible(loaded)
         worker.load_state_dict(loaded.state)
         worker.control_offset = int(loaded.manifest["control_offset"])
@@ -123,6 +124,7 @@ class Keeper:
 
     def _start_afresh(self) -> None:
         worker = self.worker
+        _refuse_other_counts(worker.config)
         if self.store.damaged:
             names = ", ".join(name for name, _ in self.store.damaged)
             where = self.store.folder
@@ -137,6 +139,11 @@ class Keeper:
         else:
             worker.progress.position = dict(worker.source.seek({}))
         self.save()
+
+    def _still_a_shard(self, loaded: Loaded) -> None:
+        count = loaded.manifest.get("resharded_to")
+        if count is not None:
+            raise ConfigError(f"{self.store.folder}: this shard has become a part of others: set shard.count = {count}")
 
     def _refuse_new_partitions(self) -> None:
         known, found = self.worker.progress.position.keys(), self.worker.source.streams()
@@ -207,7 +214,7 @@ class Keeper:
     def save(self, clean: bool = False) -> Snapshot:
         """Cut a snapshot here and write it before going on. Raises CheckpointError."""
         self.worker.flush()
-        self.writer.begin(self.worker.state_dict(), self._manifest(clean), dict(self.worker.progress.position))
+        self.writer.begin(self.worker.state_dict(), self.manifest(clean), dict(self.worker.progress.position))
         self.since = 0
         written = self.writer.taken(wait=True)
         assert written is not None  # noqa: S101 - it was begun two lines above
@@ -228,7 +235,7 @@ class Keeper:
             return
         self.worker.flush()
         try:
-            self.writer.begin(self.worker.state_dict(), self._manifest(False), dict(self.worker.progress.position))
+            self.writer.begin(self.worker.state_dict(), self.manifest(False), dict(self.worker.progress.position))
             self.since = 0
         except CheckpointError as error:
             self._failed(error)
@@ -260,7 +267,8 @@ class Keeper:
         self._retry_at = time.monotonic() + min(2.0**self._outage, LONGEST_BACKOFF_S) / 2
         self.since = self.worker.config.checkpoint.every_events
 
-    def _manifest(self, clean: bool) -> dict[str, Any]:
+    def manifest(self, clean: bool) -> dict[str, Any]:
+        """What a snapshot cut here says about itself."""
         return {
             "name": self.worker.config.name,
             "records": self.worker.progress.records,
@@ -270,6 +278,19 @@ class Keeper:
             "config": self.worker.config.model_dump(mode="json"),
             "environment": environment(),
         }
+
+
+def _refuse_other_counts(config: Config) -> None:
+    """A first start beside the snapshots of another number of shards would learn everything a second time."""
+    folder, count = config.checkpoint.folder, config.shard.count
+    found = (re.fullmatch(rf"{re.escape(config.name)}-\d+-of-(\d+)", each.name) for each in folder.glob("*-of-*"))
+    others = {int(match[1]): match[0] for match in found if match} | {count: ""}
+    for other, name in sorted(others.items()):
+        if other != count and Store(folder / name).ls():
+            raise ConfigError(
+                f"shard.count is {count}, but {folder / name} holds snapshots of {other} shards: run `streamcl reshard"
+                f" --from {other} --to {count}` first, or start under another name"
+            )
 
 
 def store_of(config: Config) -> Store:

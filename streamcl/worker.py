@@ -373,16 +373,16 @@ def build(config: Config) -> Worker:
         if sink:
             opened.enter_context(contextlib.closing(sink))
         dead_letters = opened.enter_context(contextlib.closing(connect.open_sink(config.dead_letters_url, config)))
-        control = connect.open_control(config) if keeps_order(config, source) else None
+        control = connect.open_control(config) if keeps_order(config, source.streams()) else None
         worker = Worker(config, source, codecs, sink, dead_letters, control)
         opened.pop_all()
         return worker
 
 
-def keeps_order(config: Config, source: Source) -> bool:
+def keeps_order(config: Config, streams: Sequence[Stream]) -> bool:
     """Whether a shard has a control log: for the order of its inputs, for its answers, or for the fence alone.
 
     A single stream has an order by itself; but where shards may move, the log keeps the former holder out.
     """
     moves = config.shard.count > 1 or config.shard.assignment == "group"
-    return len(source.streams()) > 1 or config.exactly_once or moves
+    return len(streams) > 1 or config.exactly_once or moves

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 import pytest
 
-from streamcl.cli import main
+from streamcl.cli import _with_shards, main
+from streamcl.config import ConfigError
+from tests.journey import settings
 
 CONFIG = """
 name = "shop"
@@ -216,3 +218,37 @@ def test_a_start_does_not_wait_for_what_only_a_report_needs() -> None:
     loaded = "import sys, streamcl.cli; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_reshard_prints_its_plan_and_a_dry_run_writes_nothing(shop: Path, streamcl: Run) -> None:
+    config = str(shop / "shop.toml")
+    ran = answer(streamcl, "run", config, "--json")
+    before = answer(streamcl, "checkpoint", "ls", config, "--json")
+    planned = answer(streamcl, "reshard", config, "--from", "1", "--to", "1", "--dry-run", "--json")
+    assert (planned["records"], planned["learned_hash"]) == (200, ran["learned_hash"])
+    assert planned["shards"][0]["position"] == {"events": {"0": 200}}
+    assert answer(streamcl, "checkpoint", "ls", config, "--json") == before
+    assert "1 shards to 1" in streamcl("reshard", config, "--from", "1", "--to", "1").stdout
+    assert len(answer(streamcl, "checkpoint", "ls", config, "--json")["snapshots"]) == len(before["snapshots"]) + 1
+    refused = streamcl("reshard", config, "--from", "2", "--to", "1")
+    assert refused.returncode == 1
+    assert "no snapshot of shard 0 of 2" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [("1/4", "--shards 1/4: expected"), ("3", "indices [3] must be below count 1"), ("x", "--shards x: expected")],
+)
+def test_shards_that_are_not_there_are_refused(shop: Path, streamcl: Run, shards: str, message: str) -> None:
+    done = streamcl("run", str(shop / "shop.toml"), "--shards", shards)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_shards_are_named_by_a_list_or_by_a_remainder() -> None:
+    config = settings(Path("unused"), shard={"count": 4, "indices": [0, 2]})
+    assert _with_shards(config, "1/2").shard.here == (1, 3)
+    assert _with_shards(config, "3,0").shard.here == (0, 3)
+    assert _with_shards(config, None).shard.here == (0, 2)
+    with pytest.raises(ConfigError, match="a group hands out the shards"):
+        _with_shards(settings(Path("unused"), shard={"count": 4, "assignment": "group"}), "1/2")
