@@ -229,7 +229,7 @@ def test_reshard_prints_its_plan_and_a_dry_run_writes_nothing(shop: Path, stream
     assert planned["shards"][0]["position"] == {"events": {"0": 200}}
     assert answer(streamcl, "checkpoint", "ls", config, "--json") == before
     assert "1 shards to 1" in streamcl("reshard", config, "--from", "1", "--to", "1").stdout
-    assert len(answer(streamcl, "checkpoint", "ls", config, "--json")["snapshots"]) == len(before["snapshots"]) + 1
+    assert answer(streamcl, "checkpoint", "ls", config, "--json")["snapshots"][-1] != before["snapshots"][-1]
     refused = streamcl("reshard", config, "--from", "2", "--to", "1")
     assert refused.returncode == 1
     assert "no snapshot of shard 0 of 2" in refused.stderr
