@@ -104,6 +104,8 @@ class _Library:
         configuration = self._call("conf_new", pointer)
         handle = self._call("new", pointer, (number, 0), (pointer, configuration), (pointer, None), (number, 0))
         self._mock = self._call("mock_cluster_new", pointer, (pointer, handle), (number, 1))
+        delay_ms = (ctypes.c_int32, 100)
+        self._call("mock_group_initial_rebalance_delay_ms", None, (pointer, self._mock), delay_ms)
         self.bootstrap = str(self._call("mock_cluster_bootstraps", text, (pointer, self._mock)).decode())
 
     def create_topic(self, name: str, partitions: int) -> None:

@@ -24,15 +24,17 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
 from connectors import kafka, kafka_python
+from streamcl import connect
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Fenced, Unavailable
+from streamcl.protocols import ConnectorError, Fenced, Membership, Unavailable
 from streamcl.records import Message, Order, Run, Stream
 from tests.kafka import mock_cluster
 from tests.kafka.conftest import Cluster
 from tests.kafka.mock_cluster import MockCluster
 
 EVENTS = Stream("events", 0)
-LANES = 4
+LANES = 8
+SHARDS = 2
 CASE_S = 40.0  # a hang, not a speed: each case has time-outs of a few seconds
 OLD = {"api_version": (2, 0)}
 
@@ -55,10 +57,13 @@ CODES = {
     "InitProducerId": (*_ANY, *_TRANSACTION, 50),
     "AddPartitionsToTxn": (*_ANY, *_TRANSACTION, 3, 29, 55),
     "EndTxn": (*_ANY, *_TRANSACTION),
+    "JoinGroup": (*_ANY, *_COORDINATOR, 23, 24, 25, 26, 27, 30, 79, 81, 82),
+    "SyncGroup": (*_ANY, *_COORDINATOR, 22, 23, 24, 25, 27, 30, 82),
+    "Heartbeat": (*_ANY, *_COORDINATOR, 22, 24, 25, 27, 30, 82),
     "Produce in a transaction": (*_ANY, *_PARTITION, 2, 10, 19, 20, 45, 46, 47, 48, 49, 53, 59, 87, 90),
 }
 # What a broker's rules forbid does not pass by itself: a person has to hear of it.
-FORBIDDEN = (29, 53)
+FORBIDDEN = (29, 30, 53)
 FENCED = (47, 90)
 
 
@@ -94,6 +99,7 @@ class Scene:
         self.topics = {role: f"{name}-{role}" for role in ("events", "predictions", "control")}
         for topic in self.topics.values():
             mock.create_topic(topic)
+        mock.create_topic(f"{name}-shards-{SHARDS}", SHARDS)
         cluster = Cluster("mock", mock.bootstrap)
         urls = {role: f"{cluster.url}/{self.topics[role]}" for role in ("predictions", "control")}
         times = {"request_timeout_s": 3.0, "connect_timeout_s": 5.0, "delivery_timeout_s": 6.0}
@@ -220,6 +226,33 @@ def _append(scene: Scene) -> str:
     return said
 
 
+def _join(scene: Scene) -> str:
+    """The only member of a group holds every shard, in the end and once it has beaten its heart."""
+    shard = {"count": SHARDS, "assignment": "group", "session_timeout_s": 2.0}
+    config = Config.parse(scene.config.model_dump(mode="json") | {"shard": shard})
+    if scene.request != "Heartbeat":
+        scene.inject()
+    group = connect.join_group(config)
+    try:
+        began = time.monotonic()
+        _until_all_held(group)
+        if scene.request == "Heartbeat":
+            scene.inject()
+            time.sleep(1.5)
+            _until_all_held(group)
+        took = time.monotonic() - began
+    finally:
+        group.close()
+    return "recovered" if took < 5 else "recovered, in more than 5 s"
+
+
+def _until_all_held(group: Membership) -> None:
+    deadline = time.monotonic() + 20
+    while not (group.settled() and group.held().keys() == set(range(SHARDS))):
+        assert time.monotonic() < deadline, f"holds {group.held()}"
+        time.sleep(0.05)
+
+
 def _order(turn: int) -> Order:
     return Order((Run(EVENTS, turn),), {EVENTS: turn})
 
@@ -242,6 +275,9 @@ SCENES: dict[str, Callable[[Scene], str]] = {
     "AddPartitionsToTxn": _append,
     "EndTxn": _append,
     "Produce in a transaction": _append,
+    "JoinGroup": _join,
+    "SyncGroup": _join,
+    "Heartbeat": _join,
 }
 
 
@@ -320,7 +356,8 @@ def _run(cases: Sequence[Case]) -> Table:
 def test_every_error_code_is_recovered_from_or_told_clearly(client: str, old_protocol: None) -> None:
     if client == "librdkafka" and find_spec("connectors.librdkafka") is None:
         pytest.skip("no second client")
-    cases = [Case(request, code, client) for request, codes in CODES.items() for code in codes]
+    requests = [each for each in CODES if client == "kafka-python" or SCENES[each] is not _join]  # the group's only one
+    cases = [Case(request, code, client) for request in requests for code in CODES[request]]
     table = _run(cases)
     print(f"\n{table}")
     artefact = Path(__file__).parents[2] / "build" / f"error-codes-{client}.md"
