@@ -86,7 +86,10 @@ class KafkaControlLog:
             producer.send(self._outputs, message)
         sent = producer.send(self._topic, Message(value), 0)
         producer.commit()
-        return producer.offset(sent)
+        offset = producer.offset(sent)
+        if offset < 0:  # brokers have had it before, and forgotten where
+            raise Fault(Kind.PASSING, "NoOffset", "the order is written, where is not told")
+        return offset
 
     def _guarded(self, work: Callable[[], T], passing: Collection[Kind] = _OUTCOME_UNKNOWN) -> T:
         """Any failure shuts the log (F3); which ones pass when it is opened anew is the caller's to say."""

@@ -44,6 +44,7 @@ _KINDS = {
 }
 _AWAY = _KINDS[Kind.PASSING]
 _KIND = {code: kind for kind, codes in _KINDS.items() for code in codes}
+_EARLIEST, _LATEST = -2, -1  # times that stand for the ends of a log
 _NO_LIMIT_KIB = (1 << 31) - 1
 _CLOSE_S = 2.0
 
@@ -124,9 +125,16 @@ class Consumer:
         return high if high >= 0 else None
 
     def asked(self, streams: Sequence[Stream]) -> dict[Stream, Bounds]:
-        timeout_s = self._config.kafka.request_timeout_s
-        with faults():
-            return {s: Bounds(*self._consumer.get_watermark_offsets(self._named(s), timeout_s)) for s in streams}
+        """Not by the library's watermarks: when one of their two requests fails, both are the other's answer."""
+        deadline = time.monotonic() + self._config.kafka.request_timeout_s
+        while True:
+            try:
+                starts, ends = (self._listed(streams, which) for which in (_EARLIEST, _LATEST))
+                return {stream: Bounds(starts[stream], ends[stream]) for stream in streams}
+            except Fault as fault:
+                if fault.kind is not Kind.PASSING or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def partitions(self, name: str) -> int:
         return _count(self._consumer, self._topics[name], self._config)
@@ -164,6 +172,19 @@ class Consumer:
         record = Record(origin, message.topic(), time_s, message.value(), message.key(), headers)
         found.setdefault(stream, []).append(record)
 
+    def _listed(self, streams: Sequence[Stream], which: int) -> dict[Stream, int]:
+        wanted = [self._named(stream, which) for stream in streams]
+        with faults():
+            told = self._consumer.offsets_for_times(wanted, self._config.kafka.request_timeout_s)
+        offsets = {(each.topic, each.partition): each for each in told}
+        found = {stream: offsets[self._topics[stream.input], stream.partition] for stream in streams}
+        for each in found.values():
+            if each.error is not None:
+                raise fault_of(each.error)
+            if each.offset < 0:
+                raise Fault(Kind.PASSING, "NoOffsets", f"brokers tell no offset of {each.topic} {each.partition}")
+        return {stream: int(each.offset) for stream, each in found.items()}
+
     def _named(self, stream: Stream, offset: int = -1001) -> TopicPartition:
         return TopicPartition(self._topics[stream.input], stream.partition, offset)
 
@@ -191,7 +212,7 @@ class Delivery:
     def settle(self, error: Any, message: Any) -> None:
         self.exception = error
         if error is None:
-            self.offset = message.offset()
+            self.offset = -1 if message.offset() is None else message.offset()
         self.is_done = True
 
 

@@ -336,7 +336,20 @@ def old_protocol(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(kafka_python, "settings", capped)
     monkeypatch.setattr(kafka_python, "consumer_settings", lenient)
+    with suppress(ImportError):
+        _unchecked(monkeypatch)
     yield
+
+
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from connectors import librdkafka
+
+    connect = librdkafka.connect
+
+    def lenient(client: Any, wanted: dict[str, Any], config: Config) -> Any:
+        return connect(client, wanted | ({"check.crcs": False} if "check.crcs" in wanted else {}), config)
+
+    monkeypatch.setattr(librdkafka, "connect", lenient)
 
 
 def _run(cases: Sequence[Case]) -> Table:

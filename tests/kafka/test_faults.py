@@ -145,7 +145,7 @@ class Scene:
             "delivery": {"mode": mode},
             "checkpoint": {"folder": str(folder / "checkpoints"), "every_events": 1000},
             "telemetry": {"port": port},
-            "kafka": times | {"transaction_timeout_s": 8.0},
+            "kafka": times | {"transaction_timeout_s": 15.0},
         }
         (folder / "config.toml").write_text(toml(config))
         self.feeder = Feeder(broker.bootstrap, self.topics["events"], self.topics["labels"])
