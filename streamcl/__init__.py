@@ -23,6 +23,7 @@ Table of contents, in the order of the journey (start with `worker`):
     drift          detectors, and the signals they emit
     state          a state tree as JSON and arrays, and its digest
     writer         snapshots written beside learning
+    lease          one writer of a shard's snapshots at a time
     checkpoint     atomic, verified snapshots
     telemetry      turns to Prometheus
     serve          predictions over HTTP from the newest snapshot

@@ -210,7 +210,9 @@ class Host:
             return None
         self.telemetry.ready(False, "restoring", seat.index)
         worker = seat.last = build(seat.config)
-        keeper = Keeper(worker, store_of(seat.config), self.accept_changes, self.bootstrap)
+        # A group says who holds a shard; nobody needs to be waited for.
+        lease_s = 0.0 if self.config.shard.assignment == "group" else None
+        keeper = Keeper(worker, store_of(seat.config), self.accept_changes, self.bootstrap, lease_s=lease_s)
         seat.life = Life(worker, keeper, keeper.run(), None, time.monotonic())
         if self.stopping:  # while it was being built
             worker.stop()

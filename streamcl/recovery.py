@@ -1,6 +1,6 @@
 """The one recovery path, and the checkpoints that it starts from: kept beside the loop, not inside it.
 
-1. Open the control log: every predecessor of this shard is fenced.
+1. Claim the shard, which a worker that lives does not give up; open the control log: every predecessor is fenced.
 2. Load the newest valid snapshot; without one start afresh, and write a first snapshot at once, so that the starting
    position itself is recoverable.
 3. Seek to its position; `Worker.run` then repeats the logged order up to the control log's end and goes on from there.
@@ -41,6 +41,7 @@ from typing import Any
 from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import CheckpointError, Loaded, Snapshot, Store, difference, environment
 from streamcl.config import Config, ConfigError, changes
+from streamcl.lease import Lease
 from streamcl.protocols import Gap, StreamclError
 from streamcl.records import EVENTS, Order, Turn
 from streamcl.worker import Worker
@@ -71,6 +72,7 @@ class Keeper:
         bootstrap: How a first start learns from history before it publishes. A later start goes on with what the first
             one began.
         beside: Write snapshots on a thread of their own (see `Writer`).
+        lease_s: Instead of `checkpoint.lease_s`: 0 where a group says who holds a shard.
 
     Attributes:
         last: The newest snapshot, read or written.
@@ -86,12 +88,14 @@ class Keeper:
         accept_changes: bool = False,
         bootstrap: Bootstrap | None = None,
         beside: bool = True,
+        lease_s: float | None = None,
     ) -> None:
         self.worker = worker
         self.store = store
         self.accept_changes = accept_changes
         self.bootstrap = bootstrap
-        self.writer = Writer(store, beside)
+        self.lease = Lease(str(store.folder), worker.config.checkpoint.lease_s if lease_s is None else lease_s)
+        self.writer = Writer(store, self.lease, beside)
         self.since = 0
         self.last: Snapshot | None = None
         self.seconds = 0.0
@@ -102,6 +106,7 @@ class Keeper:
     def restore(self) -> Snapshot | None:
         """Bring the worker to where its shard stood; returns the snapshot it began from, None for a first start."""
         worker = self.worker
+        self.lease.claim()  # before the fence: a worker that lives is not to be fenced by mistake
         if worker.control:
             worker.control.open()
         self.store.probe()
@@ -221,8 +226,9 @@ class Keeper:
         return self._keep(written)
 
     def close(self) -> None:
-        """Wait for a write under way."""
+        """Wait for a write under way, and let go of the shard."""
         self.writer.close()
+        self.lease.release()
 
     def _cut(self) -> None:
         """Cut a snapshot here and let it be written beside learning.
@@ -275,6 +281,7 @@ class Keeper:
             "position": self.worker.progress.state_dict()["position"],
             "control_offset": self.worker.control_offset,
             "clean": clean,
+            "epoch": self.lease.epoch,
             "config": self.worker.config.model_dump(mode="json"),
             "environment": environment(),
         }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamcl.checkpoint import Snapshot, Store
+from streamcl.lease import Lease
 from streamcl.protocols import State
 from streamcl.records import Position
 from streamcl.state import private
@@ -24,14 +25,15 @@ class Written:
 
 
 class Writer:
-    """At most one write is under way.
+    """At most one write is under way, and none by a worker whose shard another one has claimed.
 
     Args:
         beside: False writes at once, in the caller's thread: tests that die in the middle of it want that.
     """
 
-    def __init__(self, store: Store, beside: bool = True) -> None:
+    def __init__(self, store: Store, lease: Lease, beside: bool = True) -> None:
         self.store = store
+        self.lease = lease
         self.beside = beside
         self._pool: ThreadPoolExecutor | None = None
         self._future: Future[Written] | None = None
@@ -64,5 +66,6 @@ class Writer:
 
     def _write(self, state: State, manifest: Mapping[str, Any], position: Position) -> Written:
         began = time.perf_counter()
+        self.lease.check()
         snapshot = self.store.save(state, manifest)
         return Written(snapshot, position, time.perf_counter() - began)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from connectors import memory
 from streamcl.checkpoint import CheckpointError, Snapshot, Store
+from streamcl.lease import Lease
 from streamcl.protocols import State
 from streamcl.records import Turn
 from streamcl.recovery import Keeper, store_of
@@ -43,7 +44,7 @@ class SlowStore(Store):
 
 def test_what_is_written_is_the_state_of_the_cut_whatever_is_learned_meanwhile(tmp_path: Path) -> None:
     store = SlowStore(tmp_path)
-    writer = Writer(store)
+    writer = Writer(store, Lease(str(tmp_path), 0))
     state: State = {"t": torch.zeros(3), "n": np.zeros(3), "list": [1, 2], "deep": [{"a": [torch.ones(1)]}]}
     before = digest(state)
     writer.begin(state, {}, {})

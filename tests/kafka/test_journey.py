@@ -141,6 +141,20 @@ def test_exactly_once_a_killed_worker_has_answered_each_event_once(
     assert sorted(inputs) == sorted(f"events:0:{i}".encode() for i in range(EVENTS))
 
 
+def test_of_two_workers_with_one_identity_the_second_stops_and_says_why(broker: Cluster, tmp_path: Path) -> None:
+    write(broker, tmp_path, own_topic=True)
+    first = streamcl(tmp_path, "run")
+    assert first.stderr is not None
+    for line in first.stderr:
+        if "-300 (" in line:
+            break
+    second = streamcl(tmp_path, "run")
+    _, said = second.communicate(timeout=60)
+    assert (second.returncode, f"another worker has this shard: process {first.pid}" in said) == (1, True), said
+    first.send_signal(signal.SIGTERM)
+    assert answer(first)["counts"]["predicted"] > 0  # nobody has fenced it
+
+
 @pytest.mark.parametrize("cluster", [("apache_kafka", "kafka-python"), ("broker", "librdkafka")], indirect=True)
 def test_an_undisturbed_run_sends_exactly_one_prediction_for_each_event(cluster: Cluster, tmp_path: Path) -> None:
     topics = write(cluster, tmp_path, own_topic=False)

@@ -1,0 +1,200 @@
+"""Who may write a shard's snapshots: one worker at a time, the one that claimed last.
+
+A claim is a file `claims/EPOCH` beside the snapshots, made exclusively; it holds who claimed, and a beat that moves
+while its process does. Who finds a claim waits for its beat: it moved = its worker lives, so the newcomer refuses to
+start; it stood still = dead or frozen, so the newcomer claims with the next epoch, and the old worker is fenced at its
+next snapshot. The control log fences it earlier, at its next order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import fsspec
+import orjson
+
+from streamcl.protocols import Fenced, StreamclError
+
+_KEPT = 3  # claims, for people who ask what happened
+
+
+class Held(StreamclError):
+    """Another worker, which lives, has this shard. The text names its host, its process, and since when."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a claim's file says. `beat` is a count; `since` a time for people; released: its worker has left."""
+
+    epoch: int
+    host: str
+    pid: int
+    since: str
+    beat: int = 0
+    released: bool = False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    def gone(self) -> bool:
+        """Its process is known to be dead; False where that can't be known. Our own number is a predecessor's."""
+        if self.released:
+            return True
+        return self.host == platform.node() and (self.pid == os.getpid() or not _alive(self.pid))
+
+
+class Lease:
+    """A worker's right to write snapshots.
+
+    Args:
+        place: The shard's folder, a path or an fsspec URL.
+        lease_s: How long a claim is watched for its beat, which moves three times in it; 0: take over at once.
+    """
+
+    def __init__(self, place: str, lease_s: float) -> None:
+        self.place = place
+        self.lease_s = lease_s
+        self.mine: Claim | None = None
+        with self._named():
+            self._files, root = fsspec.core.url_to_fs(place)
+        self._folder = f"{root}/claims"
+        self._leaving = threading.Event()
+        self._beating: threading.Thread | None = None
+
+    @property
+    def epoch(self) -> int:
+        """0 before `claim`."""
+        return self.mine.epoch if self.mine else 0
+
+    def claim(self) -> int:
+        """Take the shard; returns the epoch.
+
+        Raises:
+            Held: the worker that has it lives.
+            StreamclError: the place can't be written to.
+        """
+        self.release()
+        with self._named():
+            self._files.makedirs(self._folder, exist_ok=True)
+            newest = self._newest()
+            if newest and self._lives(newest):
+                raise Held(f"{self.place}: another worker has this shard: {newest}; stop it first")
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            self.mine = Claim((newest.epoch if newest else 0) + 1, platform.node(), os.getpid(), since)
+            try:
+                self._write(self.mine, mode="create")
+            except FileExistsError as error:
+                self.mine = None
+                raise Held(f"{self.place}: another worker has claimed this shard at the same moment") from error
+            self._prune()
+        if self.lease_s:
+            self._leaving.clear()
+            self._beating = threading.Thread(target=self._beat, args=(self.mine,), name="streamcl-lease", daemon=True)
+            self._beating.start()
+        return self.mine.epoch
+
+    def check(self) -> None:
+        """Raises Fenced when another worker has claimed the shard since. Before `claim` everybody may write."""
+        if self.mine is None:
+            return
+        with self._named():
+            newest = self._newest()
+        if newest and newest.epoch > self.mine.epoch:
+            raise Fenced(f"{self.place}: another worker has taken over this shard: {newest}")
+
+    def release(self) -> None:
+        """Let go; a successor need not wait. Never raises."""
+        if self.mine is None:
+            return
+        self._leaving.set()
+        if self._beating:
+            self._beating.join(5.0)
+        with contextlib.suppress(Exception):  # the worst that comes of it is a successor that waits
+            newest = self._newest()
+            if newest and newest.epoch == self.mine.epoch:
+                self._write(replace(newest, released=True))
+        self.mine = self._beating = None
+
+    def _lives(self, claim: Claim) -> bool:
+        if claim.gone() or not self.lease_s:
+            return False
+        end = time.monotonic() + self.lease_s
+        while time.monotonic() < end:
+            time.sleep(self.lease_s / 10)
+            now = self._read(claim.epoch)
+            if now is None or now.released or now.gone():
+                return False
+            if now.beat != claim.beat:
+                return True
+        return False
+
+    def _beat(self, claim: Claim) -> None:
+        """On a thread of its own: a loop in a long turn or a long restore lives, a process that is frozen doesn't."""
+        beat = 0
+        while not self._leaving.wait(self.lease_s / 3):
+            beat += 1
+            with contextlib.suppress(Exception):  # a place that is away for a while is no reason to die
+                newest = self._newest()
+                if newest and newest.epoch > claim.epoch:
+                    return
+                self._files.makedirs(self._folder, exist_ok=True)
+                self._write(replace(claim, beat=beat))
+
+    def _newest(self) -> Claim | None:
+        epochs = self._epochs()
+        return self._read(epochs[-1]) if epochs else None
+
+    def _epochs(self) -> list[int]:
+        self._files.invalidate_cache()
+        try:
+            names = self._files.ls(self._folder, detail=False)
+        except FileNotFoundError:
+            return []
+        stems = (str(name).rpartition("/")[2] for name in names)
+        return sorted(int(stem) for stem in stems if stem.isdigit())
+
+    def _read(self, epoch: int) -> Claim | None:
+        """A claim whose text can't be read counts as one of nobody: its epoch is taken all the same."""
+        try:
+            data = orjson.loads(self._files.cat_file(self._path(epoch)))
+            return Claim(epoch, str(data["host"]), int(data["pid"]), data["since"], int(data["beat"]), data["released"])
+        except FileNotFoundError:
+            return None
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            return Claim(epoch, "unknown", 0, "unknown", released=True)
+
+    def _write(self, claim: Claim, mode: str = "overwrite") -> None:
+        fields = {name: getattr(claim, name) for name in ("host", "pid", "since", "beat", "released")}
+        self._files.pipe_file(self._path(claim.epoch), orjson.dumps(fields), mode=mode)
+
+    def _prune(self) -> None:
+        for epoch in self._epochs()[:-_KEPT]:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(self._path(epoch))
+
+    def _path(self, epoch: int) -> str:
+        return f"{self._folder}/{epoch:010d}"
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ImportError, ValueError) as error:
+            raise StreamclError(f"{self.place}: can't claim the shard: {error}") from error
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
