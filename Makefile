@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup
 BENCH ?= stream --quick
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench peers clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ lint: setup ## Check style, types and import directions
 
 bench: setup ## Run a benchmark: make bench BENCH='stream --json'
 	$(BIN)/streamcl bench $(BENCH)
+
+peers: ## Make .venv-peers with the engines that `bench worker` compares with: their dependencies and ours conflict
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet quixstreams==3.28.1 bytewax==0.21.1 faust-streaming==0.15.3 orjson
 
 clean: ## Remove caches and what the demo and builds left; .venv stays
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist demo-out

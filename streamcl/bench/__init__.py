@@ -18,6 +18,7 @@ BENCHES = {
     "retention": "streamcl.bench.retention",
     "journey": "streamcl.bench.journey",
     "recovery": "streamcl.bench.recovery",
+    "worker": "streamcl.bench.worker",
 }
 """Module by bench name. A module has `READS`, the options that it heeds, and `run(options) -> Report`."""
 
