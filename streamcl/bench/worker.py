@@ -34,7 +34,7 @@ from streamcl.worker import build
 READS = frozenset({"via"})
 PEERS = ("quix", "bytewax", "faust")
 PEERS_PYTHON = "STREAMCL_PEERS_PYTHON"
-FULL, QUICK = (60_000, 5), (10_000, 3)
+FULL, QUICK = (60_000, 5), (5_000, 3)
 NEXT_TO_NOTHING = {"river": "river.dummy:PriorClassifier", "trust_pickle": True, "drift": {"detector": "none"}}
 
 _names = itertools.count()
