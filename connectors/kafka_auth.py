@@ -31,23 +31,30 @@ log = logging.getLogger(__name__)
 _TALKATIVE = ("kafka.net.connection", "kafka.net.transport", "kafka.protocol.parser", "kafka.admin.client")
 _TOKEN_TIMEOUT_S = 10.0
 _TOKEN_ROOM_S = 30.0
+_UNTRUSTED = "the broker's certificate is not signed by one we trust; check kafka.ssl_cafile"
 # What a refusal says, in the words of brokers and of OpenSSL (both libraries pass them on), and what to check then.
 _HINTS = (
     ("hostname mismatch", "the broker's certificate is for another host; check the URL, kafka.ssl_check_hostname"),
     ("ip address mismatch", "the broker's certificate is for another host; check the URL, kafka.ssl_check_hostname"),
     ("certificate has expired", "the broker's certificate has expired"),
-    ("certificate required", "the broker wants a client's certificate; set kafka.ssl_certfile and kafka.ssl_keyfile"),
+    ("certificate required", "the broker wants a client's certificate; check kafka.ssl_certfile and _keyfile"),
     ("alert certificate expired", "our certificate has expired; check kafka.ssl_certfile"),
     ("alert unknown ca", "the broker does not trust our certificate's authority; check kafka.ssl_certfile"),
     ("alert certificate unknown", "the broker does not trust our certificate; check kafka.ssl_certfile"),
-    # Java's words for no certificate at all.
-    ("alert bad certificate", "the broker wants another certificate; set kafka.ssl_certfile and kafka.ssl_keyfile"),
-    ("certificate verify failed", "the broker's certificate is not signed by one we trust; check kafka.ssl_cafile"),
+    # Java's words for none at all; librdkafka sends none of an authority that the broker has not named.
+    ("alert bad certificate", "the broker wants a certificate, or another; check kafka.ssl_certfile and _keyfile"),
+    ("local issuer certificate", _UNTRUSTED),
+    ("self-signed certificate", _UNTRUSTED),
+    (
+        "certificate verify failed",  # librdkafka says no more
+        "the broker's certificate has expired, is for another host (kafka.ssl_check_hostname), or is not signed by one"
+        " we trust (kafka.ssl_cafile)",
+    ),
     ("wrong version number", "this port does not speak TLS; check kafka.security_protocol and the URL"),
     ("record layer failure", "this port does not speak TLS; check kafka.security_protocol and the URL"),
 )
 # A refused login. kafka-python can lose the broker's last words: what arrives with the end of a connection is dropped.
-_OTHER_PROTOCOL = ("disconnected", "eof occurred", "connection reset", "invalid frame length")
+_OTHER_PROTOCOL = ("disconnected", "eof occurred", "connection reset", "transport failure", "invalid frame length")
 _LOGIN_WORDS = ("disconnected", "sasl", "authenticat")
 _LOGIN_FIELDS = ("kafka.sasl_username, its password", "kafka.sasl_token_file or kafka.sasl_token_url")
 

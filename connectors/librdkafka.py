@@ -374,6 +374,7 @@ def connect(client: Callable[[Any], Any], wanted: Mapping[str, Any], config: Con
         fatal = [each for each in told if _kind(each) is not Kind.PASSING or kafka_auth.refused(each.str())]
         if fatal or time.monotonic() >= deadline:
             known = [each for each in told if each.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT)]
+            known.sort(key=lambda each: each.str().startswith("Failed to get metadata"))  # says least
             cause = fault_of((fatal or known or told)[0])
             refusal = ConnectorError if fatal else Unavailable
             raise refusal(f"{where}: {cause}{kafka_auth.hint(str(cause), config)}")
