@@ -69,6 +69,7 @@ class ApacheBroker:
 
     Args:
         listeners: By name, in capitals, beside PLAINTEXT, which is always there.
+        proxies: A port by broker where a proxy stands: adds a listener PROXY whose clients are sent there.
         users: Password by name, for the listeners with SASL (PLAIN, SCRAM; OAUTHBEARER takes any unsigned token).
         timeout_s: A broker must answer within it.
 
@@ -81,9 +82,12 @@ class ApacheBroker:
         brokers: Literal[1, 3] = 1,
         listeners: Mapping[str, Listener] | None = None,
         users: Mapping[str, str] | None = None,
+        proxies: Sequence[int] = (),
         timeout_s: float = 60.0,
     ) -> None:
         self._listeners = {"PLAINTEXT": Listener()} | dict(listeners or {})
+        if proxies:
+            self._listeners["PROXY"] = Listener(advertised=proxies)
         self._users = dict(users or {})
         self._timeout_s = timeout_s
         ports = iter(free_ports(brokers * (len(self._listeners) + 1)))

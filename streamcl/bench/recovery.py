@@ -6,12 +6,17 @@ One task a kind of trouble. Each starts real processes of the product on a real 
 
 from __future__ import annotations
 
-from streamcl.bench import recovery_kill
+from streamcl.bench import recovery_broker, recovery_disk, recovery_kill, recovery_poison
 from streamcl.bench.options import Options
 from streamcl.bench.report import Report
 
 READS = frozenset({"task", "method", "seeds", "via", "kills", "events"})
-TASKS = {"kill": recovery_kill.run}
+TASKS = {
+    "kill": recovery_kill.run,
+    "broker": recovery_broker.run,
+    "disk": recovery_disk.run,
+    "poison": recovery_poison.run,
+}
 
 
 def run(options: Options) -> Report:

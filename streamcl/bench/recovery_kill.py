@@ -159,9 +159,15 @@ def _rerun(life: Life, orders: Sequence[Logged]) -> int:
 
 
 def _bars(method: str, outcome: Outcome, broker: Broker, least: tuple[int, int]) -> Iterator[Bar]:
-    found, ran, replayed = outcome.found, outcome.ran, outcome.replayed
     yield Bar(f"{method}: kills", sum(life.process.returncode == -9 for life in outcome.lives), least[0])
-    yield Bar(f"{method}: events", len(found.good), least[1])
+    yield Bar(f"{method}: events", len(outcome.found.good), least[1])
+    yield from judged(method, broker, outcome.ran, outcome.replayed, outcome.found)
+
+
+def judged(
+    method: str, broker: Broker, ran: Mapping[str, Any], replayed: Mapping[str, Any], found: Findings
+) -> Iterator[Bar]:
+    """What must hold whatever was done to the worker."""
     for what, key in (("state equals replay", "state_digest"), ("learned hash equals replay", "learned_hash")):
         yield Bar(f"{method}: {what}", float(ran[key] == replayed[key]), 1.0)
     yield Bar(f"{method}: events without an answer", found.missing, 0, False)

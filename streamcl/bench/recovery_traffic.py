@@ -6,7 +6,7 @@ All of it is drawn from a seed; only the wall clock that event times begin at di
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,21 @@ def _records(
                 yield Sent(time_s, LABELS, partition, _BAD_LABELS[i % len(_BAD_LABELS)], bad=True)
 
 
+def inline(seed: int, events: int, partitions: int, start_s: float) -> list[Sent]:
+    """`events` events that carry their label, so that each good one is learned from, wherever it is; 1 % are bad."""
+    rng = np.random.default_rng(seed)
+    part, x, bad = rng.integers(0, partitions, events), rng.normal(size=events), rng.random(events) < 0.01
+    clicked = rng.random(events) < 1 / (1 + np.exp(-2 * x))
+    found = []
+    for i in range(events):
+        time_s = start_s + STEP_S * i
+        body = {"id": str(i), "ts": time_s, "user": i % 500, "x": float(x[i]), "clicked": int(clicked[i])}
+        found.append(Sent(time_s, EVENTS, int(part[i]), orjson.dumps(body)))
+        if bad[i]:
+            found.append(Sent(time_s, EVENTS, int(part[i]), _BAD_EVENTS[i % len(_BAD_EVENTS)], bad=True))
+    return found
+
+
 def _labels(id: str, value: int, time_s: float, delay_s: float, luck: float, partition: int) -> Iterator[Sent]:
     """None, one or two, by `luck`; with this mean delay one in fifty comes after its window."""
     if luck < 0.15:
@@ -79,7 +94,7 @@ class Feed:
         topics: By input.
     """
 
-    def __init__(self, bootstrap: Sequence[str], topics: dict[str, str], records: Sequence[Sent]) -> None:
+    def __init__(self, bootstrap: Sequence[str], topics: Mapping[str, str], records: Sequence[Sent]) -> None:
         self._topics, self._records = topics, records
         self._producer = KafkaProducer(bootstrap_servers=list(bootstrap), linger_ms=5, compression_type="lz4")
         self._failed: list[BaseException] = []
@@ -110,14 +125,15 @@ class Feed:
 
     def finish(self) -> None:
         """Send what is left."""
-        self._stop()
+        self.stop()
         self.send(len(self._records))
 
     def close(self) -> None:
-        self._stop()
+        self.stop()
         self._producer.close(timeout=5)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Send no more by itself."""
         self._end.set()
         if self._thread:
             self._thread.join()
@@ -132,7 +148,7 @@ class Feed:
                 return
 
 
-def config(url: str, topics: dict[str, str], folder: str, name: str, **tables: Any) -> dict[str, Any]:
+def config(url: str, topics: Mapping[str, str], folder: str, name: str, **tables: Any) -> dict[str, Any]:
     """A worker on this traffic; `tables` go over it."""
     settings: dict[str, Any] = {
         "name": name,
@@ -145,7 +161,8 @@ def config(url: str, topics: dict[str, str], folder: str, name: str, **tables: A
         "checkpoint": {"folder": f"{folder}/checkpoints", "every_events": 2000},
         "worker": {"max_records": 100},
         "telemetry": {"port": 0},
-        "events": {"url": f"{url}/{topics[EVENTS]}", "id": "id", "key": "user", "time": "ts"},
+        "events": {"url": f"{url}/{topics[EVENTS]}", "id": "id", "key": "user", "time": "ts"}
+        | ({} if LABELS in topics else {"label": "clicked"}),
         "labels": {"url": f"{url}/{topics[LABELS]}", "time": "ts"} if LABELS in topics else None,
     }
     return settings | tables

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+import xxhash
 from kafka import KafkaConsumer, TopicPartition
 
 SILENCE_S = 20.0
@@ -91,6 +92,11 @@ def findings(bootstrap: Sequence[str], topics: Mapping[str, str]) -> Findings:
         found.letters.add(f"{said['streamcl-input']}:{said['streamcl-partition']}:{said['streamcl-offset']}")
         found.unexplained += not said.get("streamcl-reason")
     return found
+
+
+def learned_hash(origins: Iterable[str]) -> str:
+    """What a worker must say that has learned from each of these exactly once: a sum of hashes, modulo 2^128."""
+    return f"{sum(xxhash.xxh3_128_intdigest(origin.encode()) for origin in origins) % 2**128:032x}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from typing import Any
 from kafka import KafkaProducer
 
 from connectors.apache import ApacheBroker, Listener, free_ports
+from streamcl.bench.proxy import Proxy
 from tests.kafka.conftest import Cluster, started, toml
-from tests.kafka.proxy import Proxy
 
 EVENTS_PER_S = 100.0
 _STREAMCL = [sys.executable, "-m", "streamcl.cli"]
