@@ -113,6 +113,7 @@ class Keeper:
         loaded = self.store.newest()
         if loaded is None:
             self._start_afresh()
+            log.info("began afresh at %d records", worker.progress.records)
             return None
         self._still_a_shard(loaded)
         self._compatible(loaded)
