@@ -24,6 +24,8 @@ Table of contents, in the order of the journey (start with `worker`):
     state          a state tree as JSON and arrays, and its digest
     writer         snapshots written beside learning
     lease          one writer of a shard's snapshots at a time
+    chunks         large arrays in pieces that snapshots share
+    remote         copies of snapshots in an object store
     checkpoint     atomic, verified snapshots
     telemetry      turns to Prometheus
     serve          predictions over HTTP from the newest snapshot

@@ -1,8 +1,10 @@
 """Snapshots of a whole worker: atomic, verified, retained, and loaded without executing code.
 
-A snapshot is a folder `SEQUENCE-RECORDS` of three files: every array (`arrays.safetensors`), everything else
-(`state.json`), and a manifest, written last, with the checksum of the other two and of itself. It gets its name by
-one rename after every byte was synced; so what has a name is whole, or was damaged later, and the checksums show it.
+A snapshot is a folder `SEQUENCE-RECORDS` of three files: small arrays (`arrays.safetensors`), everything else that is
+no array (`state.json`), and a manifest, written last, with the checksum of the other two and of itself. Large arrays
+lie in `chunks` beside the snapshots (see `streamcl.chunks`), which share them: what has not changed is not written
+again. A snapshot gets its name by one rename after every byte was synced; so what has a name is whole, or was damaged
+later, and the checksums show it. With a `Remote` each is copied to an object store, and fetched where it is newer.
 """
 
 from __future__ import annotations
@@ -29,23 +31,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from streamcl import __version__
+from streamcl.chunks import Chunks, names_of
 from streamcl.protocols import State, StreamclError
+from streamcl.remote import Remote
 from streamcl.state import Arrays, StateError, digest, digest_flat, flatten, pickles, to_json, unflatten
 
 __all__ = ["CheckpointError", "Damaged", "Loaded", "Snapshot", "Store", "Vanished", "digest", "environment"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Of what lies in a snapshot. Raise it with every change that an older reader would misread, and add a migration."""
 
 Migration = Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]]
 """(state, manifest) of format n to those of format n + 1."""
 
-MIGRATIONS: dict[int, Migration] = {}
-"""By the format that they start from."""
+MIGRATIONS: dict[int, Migration] = {1: lambda state, manifest: (state, manifest)}
+"""By the format that they start from. Format 1 knew no chunks."""
 
 ARRAYS, REST, MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
+CHUNKS = "chunks"
+CHUNKED_BYTES = 1 << 20
+"""Arrays of this size or more are cut into chunks."""
 _NAME = re.compile(r"(\d{10})-\d+")
 _UNFINISHED = ".unfinished-"
 _SEAL = b'{"sha256":"%s",'
@@ -66,7 +73,10 @@ class Vanished(CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One checkpoint on disk. `manifest` is what the writer gave; `size_bytes` counts every file."""
+    """One checkpoint on disk. `manifest` is what the writer gave.
+
+    `size_bytes` counts every file and chunk, `written_bytes` those that had to be written for it.
+    """
 
     name: str
     manifest: Mapping[str, Any]
@@ -74,6 +84,7 @@ class Snapshot:
     digest: str
     format: int
     size_bytes: int
+    written_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,7 @@ class Store:
         retain: newest valid checkpoints kept (count), >= 1. Damaged ones are evidence and never deleted.
         trust_pickle: allow a state with a key `pickle`. Whoever unpickles it runs what its writer put in.
         migrations: by the format that they start from; applied in order while loading.
+        remote: where every snapshot is copied to, and fetched from by a folder that lacks it.
 
     `damaged` holds (name, cause) of every snapshot found damaged so far, each name once.
     """
@@ -105,6 +117,7 @@ class Store:
         retain: int = 3,
         trust_pickle: bool = False,
         migrations: Mapping[int, Migration] = MIGRATIONS,
+        remote: Remote | None = None,
     ) -> None:
         if retain < 1:
             raise ValueError("retain must be at least 1")
@@ -112,6 +125,8 @@ class Store:
         self.retain = retain
         self.trust_pickle = trust_pickle
         self.migrations = migrations
+        self.remote = remote
+        self.chunks = Chunks(folder / CHUNKS)
         self.damaged: list[tuple[str, str]] = []
         self._valid: set[str] = set()  # saved or verified by this process
 
@@ -130,7 +145,11 @@ class Store:
             _sync(self.folder)
         self._valid.add(path.name)
         self._retain()
-        return self._snapshot(path.name)
+        snapshot = self._snapshot(path.name)
+        if self.remote:
+            with self._writing():
+                self.remote.push(snapshot.path, self._names_of_chunks(path.name), self.retain)
+        return snapshot
 
     def probe(self) -> None:
         """Find out now what would make a later `save` fail. Raises CheckpointError."""
@@ -144,6 +163,8 @@ class Store:
             CheckpointError: a valid one that must not be passed over in silence: written by a newer streamcl,
                 without a migration, or with a pickle that isn't trusted.
         """
+        if self.remote:
+            self._fetch(self.remote)
         for name in reversed(self._names()):
             try:
                 return self.load(name)
@@ -152,6 +173,17 @@ class Store:
             except Vanished:
                 return self.newest()  # the writer's retention was faster, so there is a newer one
         return None
+
+    def _fetch(self, remote: Remote) -> None:
+        """Bring what is newer there; what it holds is checked when it is loaded, like any other."""
+        newest = max(self._names(), default="")
+        with self._writing():
+            for name in remote.names():
+                if _sequence(name) > _sequence(newest):
+                    with self._unfinished() as folder:
+                        remote.pull(name, folder, self.chunks.folder)
+                        folder.rename(self.folder / name)
+                        _sync(self.folder)
 
     def ls(self) -> list[Snapshot]:
         """Every snapshot with a sound manifest, oldest first. What else it holds is for `verify` to read."""
@@ -180,12 +212,16 @@ class Store:
     def _fill(self, folder: Path, state: State, manifest: Mapping[str, Any]) -> None:
         rest, arrays = flatten(state)
         self._refuse_pickle(self.folder, rest)
-        save_file(_apart(arrays), folder / ARRAYS)
+        chunked, written = self.chunks.write({path: t for path, t in arrays.items() if t.nbytes >= CHUNKED_BYTES})
+        small = {path: tensor for path, tensor in arrays.items() if path not in chunked}
+        save_file(_apart(small), folder / ARRAYS)
         (folder / REST).write_bytes(to_json(rest))
         body = {
             "format": FORMAT,
             "digest": digest_flat(rest, arrays),
             "files": {name: _checksum(folder / name) for name in (ARRAYS, REST)},
+            "chunked": chunked,
+            "chunk_bytes": [sum(arrays[path].nbytes for path in chunked), written],
             "manifest": dict(manifest),
         }
         (folder / MANIFEST).write_bytes(_sealed(to_json(body)))
@@ -199,17 +235,22 @@ class Store:
         try:
             body = _unsealed(data)
             size = len(data) + sum(file["bytes"] for file in body["files"].values())
-            return Snapshot(name, body["manifest"], path, body["digest"], body["format"], size)
+            total, written = body.get("chunk_bytes", (0, 0))
+            return Snapshot(name, body["manifest"], path, body["digest"], body["format"], size + total, size + written)
         except (ValueError, LookupError, TypeError) as error:
             raise self._damage(name, f"{MANIFEST}: {error}") from error
 
     def _state(self, snapshot: Snapshot) -> State:
         try:
-            files = _unsealed(self._read(snapshot.name, MANIFEST))["files"]
-            content = {name: self._checked(snapshot.name, name, files[name]) for name in (ARRAYS, REST)}
+            body = _unsealed(self._read(snapshot.name, MANIFEST))
+            content = {name: self._checked(snapshot.name, name, body["files"][name]) for name in (ARRAYS, REST)}
             rest = json.loads(content[REST])
             self._refuse_pickle(snapshot.path, rest)
-            state = unflatten(rest, load(content[ARRAYS]))
+            state = unflatten(rest, load(content[ARRAYS]) | self.chunks.read(body.get("chunked", {})))
+        except FileNotFoundError as error:
+            if not snapshot.path.exists():
+                raise Vanished(f"{snapshot.path}: no such checkpoint") from error
+            raise self._damage(snapshot.name, f"a chunk is missing: {error.filename}") from error
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
             raise self._damage(snapshot.name, repr(error)) from error
         if digest(state) != snapshot.digest:
@@ -263,7 +304,7 @@ class Store:
             raise CheckpointError(f"{self.folder}: {error.strerror}") from error
 
     def _next(self) -> int:
-        return 1 + max((int(name.partition("-")[0]) for name in self._names()), default=0)
+        return 1 + max(map(_sequence, self._names()), default=0)
 
     def _retain(self) -> None:
         """Failing here costs disk, and never the snapshot just written."""
@@ -273,8 +314,16 @@ class Store:
                 kept += self._is_valid(name)
                 if kept > self.retain and name in self._valid:
                     self._delete(name)
+            self.chunks.keep({chunk for name in self._names() for chunk in self._names_of_chunks(name)})
         except (OSError, CheckpointError) as error:
             logger.warning("old checkpoints stay: %s", error)
+
+    def _names_of_chunks(self, name: str) -> set[str]:
+        """None for a snapshot whose manifest can't be read: without it its chunks are nobody's."""
+        try:
+            return names_of(_unsealed(self._read(name, MANIFEST)).get("chunked", {}))
+        except (ValueError, LookupError, TypeError, Damaged):
+            return set()
 
     def _is_valid(self, name: str) -> bool:
         if name not in self._valid:
@@ -321,6 +370,10 @@ class Store:
             with contextlib.suppress(OSError), _opened(folder) as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sequence(name: str) -> int:
+    return int(name.partition("-")[0] or 0)
 
 
 @contextlib.contextmanager

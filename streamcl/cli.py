@@ -387,6 +387,7 @@ def _line(snapshot: Snapshot) -> dict[str, Any]:
         "records": manifest.get("records"),
         "clean": manifest.get("clean"),
         "bytes": snapshot.size_bytes,
+        "written": snapshot.written_bytes,
         "digest": snapshot.digest,
     }
 
@@ -399,7 +400,7 @@ def ls(place: Place, as_json: Json = False) -> None:
     if as_json:
         out({"snapshots": lines, "damaged": store.damaged})
         return
-    table = Table("name", "records", "clean", "bytes", "digest")
+    table = Table("name", "records", "clean", "bytes", "written", "digest")
     for line in lines:
         table.add_row(*(str(value) for value in line.values()))
     Console().print(table)

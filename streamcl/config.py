@@ -182,6 +182,10 @@ class Checkpoint(Station):
     folder: Path = Free(Path("checkpoints"), description="one folder per shard is made in it")
     every_events: int = Free(50_000, ge=1, description="records between two checkpoints")
     retain: int = Free(3, ge=1, description="newest checkpoints kept")
+    remote: str | None = Free(
+        None,
+        description="URL that fsspec knows (s3://bucket/prefix): where copies of snapshots are kept",
+    )
     lease_s: float = Free(
         10.0, ge=0, description="a start waits this long to see whether the shard's last worker lives; 0: takes over"
     )

@@ -44,6 +44,7 @@ from streamcl.config import Config, ConfigError, changes
 from streamcl.lease import Lease
 from streamcl.protocols import Gap, StreamclError
 from streamcl.records import EVENTS, Order, Turn
+from streamcl.remote import Remote
 from streamcl.worker import Worker
 from streamcl.writer import Writer, Written
 
@@ -94,7 +95,10 @@ class Keeper:
         self.store = store
         self.accept_changes = accept_changes
         self.bootstrap = bootstrap
-        self.lease = Lease(str(store.folder), worker.config.checkpoint.lease_s if lease_s is None else lease_s)
+        self.lease = Lease(
+            store.remote.url if store.remote else str(store.folder),
+            worker.config.checkpoint.lease_s if lease_s is None else lease_s,
+        )
         self.writer = Writer(store, self.lease, beside)
         self.since = 0
         self.last: Snapshot | None = None
@@ -302,6 +306,7 @@ def _refuse_other_counts(config: Config) -> None:
 
 
 def store_of(config: Config) -> Store:
-    """The shard's own folder of checkpoints."""
-    folder = config.checkpoint.folder / f"{config.name}-{config.shard.index}-of-{config.shard.count}"
-    return Store(folder, config.checkpoint.retain, config.trust_pickle)
+    """The shard's own folder of checkpoints, and its place in the object store if there is one."""
+    shard, where = f"{config.name}-{config.shard.index}-of-{config.shard.count}", config.checkpoint
+    remote = Remote(f"{where.remote.rstrip('/')}/{shard}") if where.remote else None
+    return Store(where.folder / shard, where.retain, config.trust_pickle, remote=remote)

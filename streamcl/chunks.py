@@ -1,0 +1,107 @@
+"""Large arrays in pieces that are named by their content, so that snapshots share what has not changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamcl.state import Arrays
+
+CHUNK_BYTES = 1 << 20
+"""Small enough that a table of which few rows change is mostly not written, large enough for few files."""
+
+Listing = Mapping[str, Mapping[str, Any]]
+"""By path of an array: `dtype`, `shape` and the names of its `chunks`, in order."""
+
+
+class Chunks:
+    """A folder of files, each named by the SHA-256 of what it holds.
+
+    A chunk that is there is not written again if this process wrote it or has read it and found it sound: what rotted
+    on disk before must not become part of a new snapshot.
+
+    Raises:
+        OSError: can't be written or read.
+        ValueError: from `read`: a chunk does not hold what its name says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._sound: set[str] = set()
+
+    def write(self, arrays: Arrays) -> tuple[dict[str, dict[str, Any]], int]:
+        """The listing, and how many bytes had to be written; durable when it returns."""
+        listing, written = {}, 0
+        for path, tensor in arrays.items():
+            names = []
+            for piece in _pieces(tensor):
+                names.append(hashlib.sha256(piece).hexdigest())
+                written += self._write(names[-1], piece)
+            kind = str(tensor.dtype).removeprefix("torch.")
+            listing[path] = {"dtype": kind, "shape": list(tensor.shape), "chunks": names}
+        if written:
+            _sync(self.folder)
+            _sync(self.folder.parent)
+        return listing, written
+
+    def read(self, listing: Listing) -> Arrays:
+        return {path: self._array(entry) for path, entry in listing.items()}
+
+    def keep(self, names: Collection[str]) -> None:
+        """Delete every chunk that is not named, and what a death left half written."""
+        if self.folder.is_dir():
+            for path in list(self.folder.iterdir()):
+                if path.name not in names:
+                    self._sound.discard(path.name)
+                    path.unlink(missing_ok=True)
+
+    def _write(self, name: str, piece: memoryview) -> int:
+        path = self.folder / name
+        if name in self._sound and path.exists():
+            return 0
+        self.folder.mkdir(exist_ok=True)
+        partial = self.folder / f".{uuid.uuid4().hex}"
+        with partial.open("wb") as file:
+            file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        self._sound.add(name)
+        return len(piece)
+
+    def _array(self, entry: Mapping[str, Any]) -> torch.Tensor:
+        pieces = [self._checked(name) for name in entry["chunks"]]
+        flat = torch.frombuffer(bytearray(b"".join(pieces)), dtype=getattr(torch, entry["dtype"]))
+        return flat.reshape(entry["shape"])
+
+    def _checked(self, name: str) -> bytes:
+        data = (self.folder / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != name:
+            self._sound.discard(name)
+            raise ValueError(f"chunk {name} does not hold what its name says")
+        self._sound.add(name)
+        return data
+
+
+def names_of(listing: Listing) -> set[str]:
+    return {name for entry in listing.values() for name in entry["chunks"]}
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    whole = tensor.reshape(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(whole), CHUNK_BYTES):
+        yield whole[start : start + CHUNK_BYTES]
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

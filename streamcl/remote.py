@@ -1,0 +1,90 @@
+"""Copies of snapshots in an object store, by fsspec: where a shard goes on when its machine is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import fsspec
+
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"\d{10}-\d+")
+
+
+class Remote:
+    """The snapshots of one shard under a URL that fsspec knows (`s3://bucket/prefix`, `gs://...`, `file:///mnt/...`).
+
+    An object store renames nothing and syncs nothing, but a single object is there whole or not at all: so a snapshot
+    is there once its manifest is, which is written last and deleted first. Whoever loads it checks every byte.
+
+    Raises:
+        OSError: the store is away, or the package for its scheme is missing; the text names the URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        with self._named():
+            self._files, self._root = fsspec.core.url_to_fs(url)
+
+    def names(self) -> list[str]:
+        """Complete snapshots, newest first."""
+        with self._named():
+            self._files.invalidate_cache()
+            found = self._ls("")
+            return sorted((n for n in found if _NAME.fullmatch(n) and _MANIFEST in self._ls(n)), reverse=True)[:1]
+
+    def push(self, snapshot: Path, chunks: Collection[str], retain: int) -> None:
+        """Copy a snapshot and those of its chunks that are not there; then let the oldest go, down to `retain`."""
+        with self._named():
+            self._files.invalidate_cache()
+            there = set(self._ls("chunks"))
+            for chunk in sorted(set(chunks) - there):
+                self._put(snapshot.parent / "chunks" / chunk, f"chunks/{chunk}")
+            for path in sorted(snapshot.iterdir(), key=lambda path: path.name == _MANIFEST):
+                self._put(path, f"{snapshot.name}/{path.name}")
+            self._retain(retain)
+
+    def pull(self, name: str, folder: Path, chunks: Path) -> None:
+        """Fetch a snapshot into `folder`, and the chunks that `chunks` lacks."""
+        with self._named():
+            for file in self._ls(name):
+                (folder / file).write_bytes(self._files.cat_file(f"{self._root}/{name}/{file}"))
+            text = (folder / _MANIFEST).read_text(encoding="utf-8")
+            for chunk in self._ls("chunks"):
+                if chunk in text and not (chunks / chunk).exists():
+                    chunks.mkdir(exist_ok=True)
+                    (chunks / chunk).write_bytes(self._files.cat_file(f"{self._root}/chunks/{chunk}"))
+
+    def _retain(self, retain: int) -> None:
+        names = sorted((name for name in self._ls("") if _NAME.fullmatch(name)), reverse=True)
+        for name in names[retain:]:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(f"{self._root}/{name}/{_MANIFEST}")
+            self._files.rm(f"{self._root}/{name}", recursive=True)
+        kept = [f"{self._root}/{name}/{_MANIFEST}" for name in names[:retain] if _MANIFEST in self._ls(name)]
+        named = "".join(self._files.cat_file(path).decode() for path in kept)
+        for chunk in self._ls("chunks"):
+            if chunk not in named:
+                self._files.rm_file(f"{self._root}/chunks/{chunk}")
+
+    def _ls(self, folder: str) -> list[str]:
+        """Names in a folder; none when there is no such folder, which an object store has only with something in it."""
+        try:
+            found = self._files.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
+        except FileNotFoundError:
+            return []
+        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+    def _put(self, path: Path, name: str) -> None:
+        target = f"{self._root}/{name}"
+        self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._files.pipe_file(target, path.read_bytes())
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (ImportError, ValueError) as error:
+            raise OSError(f"{self.url}: {error}") from error

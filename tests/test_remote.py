@@ -1,0 +1,95 @@
+"""A shard goes on where its machine is gone: from the copy of its snapshots in an object store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from streamcl import checkpoint
+from streamcl.checkpoint import CheckpointError, Store
+from streamcl.protocols import Fenced
+from streamcl.recovery import Keeper, store_of
+from streamcl.remote import Remote
+from streamcl.worker import build
+from tests.journey import die_after, fill, finish, repeat, settings
+from tests.test_recovery import STREAM
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A place for snapshots, with chunks for every array of some size."""
+    monkeypatch.setattr(checkpoint, "CHUNKED_BYTES", 64)
+    yield "memory://bucket/shop" if request.param == "memory" else (tmp_path / "bucket").as_uri()
+    if request.param == "memory":
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_a_lost_disk_is_no_lost_state(tmp_path: Path, url: str) -> None:
+    fill(STREAM)
+    config = settings(tmp_path, checkpoint={"folder": str(tmp_path / "disk"), "every_events": 7, "remote": url})
+    die_after(config, 9)
+    shutil.rmtree(tmp_path / "disk")
+    assert finish(config).digest == repeat(config).digest
+
+
+def test_the_newest_of_both_places_is_taken(tmp_path: Path, url: str) -> None:
+    here, there = (Store(tmp_path / name, remote=Remote(url)) for name in ("here", "there"))
+    here.save({"n": 1}, {})
+    loaded = there.newest()
+    assert loaded is not None
+    assert loaded.state == {"n": 1}
+    there.save({"n": 2}, {})
+    there.save({"n": 3}, {})
+    loaded = here.newest()
+    assert loaded is not None
+    assert (loaded.state, loaded.snapshot.name) == ({"n": 3}, "0000000003-0")
+
+
+def test_chunks_travel_once_and_leave_with_the_last_snapshot_that_names_them(tmp_path: Path, url: str) -> None:
+    store = Store(tmp_path / "here", retain=2, remote=Remote(url))
+    files, root = fsspec.core.url_to_fs(url)
+    table = torch.arange(40.0)
+    for number in range(5):
+        table[0] = float(number)
+        store.save({"table": table}, {})
+    assert len(files.ls(f"{root}/chunks")) == 2
+    assert len(files.ls(root)) == 3  # two snapshots, and the folder of the chunks
+    loaded = Store(tmp_path / "there", remote=Remote(url)).newest()
+    assert loaded is not None
+    assert torch.equal(loaded.state["table"], table)
+
+
+def test_a_copy_without_its_manifest_is_none(tmp_path: Path, url: str) -> None:
+    store = Store(tmp_path / "here", remote=Remote(url))
+    store.save({"n": 1}, {})
+    name = store.save({"n": 2}, {}).name
+    files, root = fsspec.core.url_to_fs(url)
+    files.rm_file(f"{root}/{name}/manifest.json")  # as if it had died before that
+    loaded = Store(tmp_path / "there", remote=Remote(url)).newest()
+    assert loaded is not None
+    assert loaded.state == {"n": 1}
+
+
+def test_a_worker_whose_shard_was_taken_over_on_another_machine_writes_nothing_more(tmp_path: Path, url: str) -> None:
+    fill(STREAM)
+    keepers = []
+    for machine in ("a", "b"):
+        place = {"folder": str(tmp_path / machine), "every_events": 7, "remote": url}
+        config = settings(tmp_path, checkpoint=place)
+        keepers.append(Keeper(build(config), store_of(config), beside=False, lease_s=0))
+        keepers[-1].restore()
+    with pytest.raises(Fenced):
+        keepers[0].save()
+    keepers[1].save()
+
+
+def test_a_store_that_can_t_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "bucket").write_text("a file, no folder")
+    store = Store(tmp_path / "here", remote=Remote((tmp_path / "bucket").as_uri()))
+    with pytest.raises(CheckpointError, match="bucket"):
+        store.save({"n": 1}, {})
