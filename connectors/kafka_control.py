@@ -112,14 +112,14 @@ class KafkaControlLog:
             # The position steps over the markers of transactions; the last record's offset would stop short of the end.
             while consumer.position(_LOG) < end:
                 fetched = consumer.poll(0.1).get(_LOG, [])
-                if fetched:
-                    deadline = time.monotonic() + self._config.kafka.connect_timeout_s
-                elif time.monotonic() > deadline:
-                    at = consumer.position(_LOG)
-                    raise Unavailable(f"{self._url}: can't be read to its end: at offset {at} of {end}")
                 for record in fetched:
                     if record.origin.offset < end:
                         yield record.origin.offset + 1, self._order(record)
+                at = consumer.position(_LOG)
+                if fetched:  # only now: whoever follows the orders may have taken long
+                    deadline = time.monotonic() + self._config.kafka.connect_timeout_s
+                elif at < end and time.monotonic() > deadline:
+                    raise Unavailable(f"{self._url}: can't be read to its end: at offset {at} of {end}")
         except Fault as fault:
             raise fault.at(self._url) from fault
         finally:

@@ -135,3 +135,17 @@ def test_a_control_topic_with_several_partitions_is_refused(broker: Cluster) -> 
     config = broker.config(topic, control=f"{broker.url}/{topic}")
     with pytest.raises(ConnectorError, match="needs 1 partition, this topic has 2"):
         kafka.open_control(config.control_url, config).open()
+
+
+def test_who_follows_the_orders_slowly_still_reads_them_to_the_end(cluster: Cluster) -> None:
+    config = cluster.config(cluster.topic(), kafka={"connect_timeout_s": 1.0})
+    log = kafka.open_control(config.control_url, config)
+    log.open()
+    for number in range(3):
+        log.append(_order(number))
+    found = []
+    for _, order in log.read(0):
+        time.sleep(1.2)  # longer than the log's end may be waited for
+        found.append(order)
+    assert found == [_order(0), _order(1), _order(2)]
+    log.close()
