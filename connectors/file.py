@@ -24,7 +24,7 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -195,6 +195,7 @@ class FileSink:
     def __init__(self, path: Path, *, enveloped: bool = False) -> None:
         self.path = path
         self.enveloped = enveloped
+        self.rejected: Callable[[Message, str], None] | None = None  # a file takes everything
         self._pending = bytearray()
         self._file = _open(path)
         _mend(self._file, path)

@@ -48,7 +48,7 @@ class KafkaSource:
         opened = client.library(config).open_consumer
         self._consumer = opened(self._servers, self._topics, config, group=config.name)
         self.retries = self.commit_failures = 0
-        self._backoff_s, self._retry_at = 0.0, 0.0
+        self._backoff_s, self._retry_at, self._look_at = 0.0, 0.0, 0.0
         try:
             self._counts = client.partition_counts(self._consumer, self._topics, self._servers)
             self._streams = _assigned(self._topics, self._counts, config)
@@ -97,6 +97,8 @@ class KafkaSource:
             raise ConnectorError(f"{only.input} partition {only.partition} is not in this shard")
         wanted = self.streams() if only is None else [only]
         deadline = time.monotonic() + timeout_s
+        if deadline > self._look_at:
+            self._refuse_new_partitions()
         self._fill(0.0)
         while not any(self._buffers[stream] for stream in wanted) or self._late(wanted):
             left_s = deadline - time.monotonic()
@@ -169,6 +171,17 @@ class KafkaSource:
             if stream not in stalled and self._late([stream]):
                 break
         return taken
+
+    def _refuse_new_partitions(self) -> None:
+        """From what the client has heard anyway, no request is made."""
+        self._look_at = time.monotonic() + self._config.kafka.metadata_max_age_s
+        for name, topic in self._topics.items():
+            found, opened = self._consumer.known_partitions(name), self._counts[topic]
+            if found > opened:
+                raise ConnectorError(
+                    f"kafka://{self._servers}/{topic} has {found} partitions, it had {opened}. Keys may have moved"
+                    " between partitions, and their tickets with them: stop every worker and run `streamcl reshard`"
+                )
 
     def _late(self, wanted: Sequence[Stream]) -> set[Stream]:
         """Streams with an empty buffer that are known to hold more."""

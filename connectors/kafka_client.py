@@ -19,11 +19,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Fenced, Unavailable
+from streamcl.protocols import BadInput, ConnectorError, Fenced, Unavailable
 from streamcl.records import Message, Position, Record, Stream
 
 T = TypeVar("T")
 
+_RECORD_OVERHEAD_BYTES, _HEADER_OVERHEAD_BYTES = 128, 10  # above what a library adds for batch, record and lengths
 _LIBRARIES = {
     "kafka-python": ("connectors.kafka_python", "kafka-python[crc32c,lz4,zstd]"),
     "librdkafka": ("connectors.librdkafka", "streamcl[librdkafka]"),
@@ -262,16 +263,44 @@ def _fetch_once(consumer: Consumer, streams: Sequence[Stream], timeout_s: float)
             consumer.pause(stream)
 
 
-def ensure_topic(servers: str, topic: str, config: Config, partitions: int = -1, **configs: str) -> int:
+def ensure_outputs(url: str, config: Config) -> str:
+    """Make the topic of an output when it is missing; its name."""
+    servers, topic = locate(url)
+    compact = config.kafka.compact_predictions and url == config.predictions
+    ensure_topic(servers, topic, config, configs={"cleanup.policy": "compact"} if compact else {})
+    return topic
+
+
+def ensure_topic(
+    servers: str, topic: str, config: Config, partitions: int = -1, configs: Mapping[str, str] | None = None
+) -> int:
     """Make a missing topic (-1: as many partitions as the broker likes); the number of its partitions.
 
     Raises:
         ConnectorError: it is missing and can't be made.
     """
-    named = {key.replace("_", "."): value for key, value in configs.items()}
     timeout_s = config.kafka.connect_timeout_s + config.kafka.request_timeout_s
     made = library(config).ensure_topic
     try:
-        return within(timeout_s, lambda: made(servers, topic, config, partitions, named), "asking for the topic")
+        return within(timeout_s, lambda: made(servers, topic, config, partitions, configs or {}), "asking for it")
     except Fault as fault:
         raise fault.at(f"kafka://{servers}/{topic}: can't be made") from fault
+
+
+def sizes_within(messages: Sequence[Message], limit: int, url: str) -> list[int]:
+    """Bytes of each message on the wire before compression, an upper bound.
+
+    Raises:
+        BadInput: `too_large`: one is over the limit. It would break the producer for all the others (F1).
+    """
+    sizes = [_size(message) for message in messages]
+    largest = max(sizes, default=0)
+    if largest > limit:
+        raise BadInput("too_large", f"{url}: a message of {largest} bytes, kafka.max_request_bytes is {limit}")
+    return sizes
+
+
+def _size(message: Message) -> int:
+    """Bytes of the message on the wire before compression; an upper bound."""
+    headers = sum(len(name.encode()) + len(value) + _HEADER_OVERHEAD_BYTES for name, value in message.headers)
+    return _RECORD_OVERHEAD_BYTES + len(message.value or b"") + len(message.key or b"") + headers

@@ -17,8 +17,8 @@ from streamcl.records import Message, Order, Record, Stream
 T = TypeVar("T")
 
 _LOG = Stream("control", 0)
-# After these an append may have come through or not; opening anew tells, and cures. A denial it does not cure.
-_OUTCOME_UNKNOWN = (Kind.PASSING, Kind.RECORD, Kind.BROKEN, Kind.RANGE)
+# After these an append may have come through or not; opening anew tells, and cures. Denials it does not cure.
+_OUTCOME_UNKNOWN = (Kind.PASSING, Kind.BROKEN, Kind.RANGE)
 
 
 class KafkaControlLog:
@@ -40,9 +40,11 @@ class KafkaControlLog:
     def open(self) -> None:
         """See `ControlLog.open`. Makes a missing topic, one that keeps its records for ever."""
         self.close()
-        count = client.ensure_topic(self._servers, self._topic, self._config, 1, retention_ms="-1")
+        count = client.ensure_topic(self._servers, self._topic, self._config, 1, {"retention.ms": "-1"})
         if count != 1:
             raise ConnectorError(f"{self._url}: a control log needs 1 partition, this topic has {count}")
+        if self._config.exactly_once and self._config.predictions:
+            client.ensure_outputs(self._config.predictions, self._config)
         self._producer = client.library(self._config).open_transactions(self._servers, self._config)
         self._guarded(self._producer.init, passing=(Kind.PASSING,))  # nothing is under way yet
 
@@ -51,12 +53,15 @@ class KafkaControlLog:
 
         Raises:
             Fenced: another worker has opened this log.
-            ConnectorError: not opened, or the outcome is unknown.
+            Unavailable: the outcome is unknown.
+            ConnectorError: not opened, or refused for a reason that stays.
+            BadInput: `too_large`: something is over kafka.max_request_bytes; nothing has been sent, the log stays open.
         """
         if self._producer is None:
             raise ConnectorError(f"{self._url}: append to a control log that is not open")
-        value = orjson.dumps({"shard": self._config.shard.index} | order.to_json())
-        return self._guarded(lambda: self._transaction(value, outputs)) + 1
+        record = Message(orjson.dumps({"shard": self._config.shard.index} | order.to_json()))
+        client.sizes_within([record, *outputs], self._config.kafka.max_request_bytes, self._url)
+        return self._guarded(lambda: self._transaction(record, outputs)) + 1
 
     def read(self, start: int) -> Iterator[tuple[int, Order]]:
         """See `ControlLog.read`.
@@ -77,14 +82,14 @@ class KafkaControlLog:
             producer, self._producer = self._producer, None
             producer.discard()
 
-    def _transaction(self, value: bytes, outputs: Sequence[Message]) -> int:
+    def _transaction(self, record: Message, outputs: Sequence[Message]) -> int:
         """The offset of the control record, once its transaction is committed."""
         producer = self._producer
         assert producer is not None  # noqa: S101 - `append` looks first
         producer.begin()
         for message in outputs:
             producer.send(self._outputs, message)
-        sent = producer.send(self._topic, Message(value), 0)
+        sent = producer.send(self._topic, record, 0)
         producer.commit()
         offset = producer.offset(sent)
         if offset < 0:  # brokers have had it before, and forgotten where

@@ -45,9 +45,7 @@ _KINDS: tuple[tuple[Kind, tuple[type[Exception], ...]], ...] = (
             kafka_errors.MessageSizeTooLargeError,
             kafka_errors.RecordListTooLargeError,
             kafka_errors.InvalidRecordError,
-            kafka_errors.CorruptRecordError,
             kafka_errors.InvalidTimestampError,
-            kafka_errors.UnknownError,
         ),
     ),
 )
@@ -199,6 +197,8 @@ class Transactions:
             "transactional_id": f"{config.name}-{config.shard.index}",
             "transaction_timeout_ms": round(kafka.transaction_timeout_s * 1000),
             "max_block_ms": round(kafka.transaction_timeout_s * 1000),
+            "compression_type": None if kafka.compression == "none" else kafka.compression,
+            "max_request_size": kafka.max_request_bytes,
             # Waits in steps of this are what a transaction's slowest percentile consists of.
             "retry_backoff_ms": 20,
             "allow_auto_create_topics": False,

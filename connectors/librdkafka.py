@@ -57,20 +57,8 @@ class Consumer:
         self._names = {topic: name for name, topic in topics.items()}
         self._known: dict[str, int] = {}
         self._failed: Callable[[str], None] = log.warning
-        wanted = settings(servers, config) | {
-            "group.id": group or config.name,
-            "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
+        wanted = consumer_settings(servers, config, group, max_wait_s) | {
             "on_commit": self._committed,
-            "isolation.level": "read_committed",
-            "auto.offset.reset": "error",
-            "allow.auto.create.topics": False,
-            "check.crcs": True,
-            # Where a partition ends, with the markers of transactions passed: the library's position stops before them.
-            "enable.partition.eof": True,
-            "fetch.wait.max.ms": max(1, round((max_wait_s or config.kafka.fetch_max_wait_s) * 1000)),
-            "fetch.queue.backoff.ms": 10,
-            "queued.max.messages.kbytes": max(1, config.kafka.fetch_queue_bytes >> 10),
             "stats_cb": self._counted,
             "statistics.interval.ms": round(config.kafka.metadata_max_age_s * 1000),
         }
@@ -229,7 +217,6 @@ class Producer:
             "message.timeout.ms": round(kafka.delivery_timeout_s * 1000),
             "linger.ms": kafka.linger_s * 1000,
             "batch.size": 128 << 10,
-            "compression.type": kafka.compression,
         }
         self._producer = connect(confluent_kafka.Producer, wanted, config)
         if not _count(self._producer, topic, config):
@@ -346,9 +333,27 @@ def settings(servers: str, config: Config) -> dict[str, Any]:
     }
 
 
+def consumer_settings(servers: str, config: Config, group: str = "", max_wait_s: float = 0.0) -> dict[str, Any]:
+    return settings(servers, config) | {
+        "group.id": group or config.name,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "isolation.level": "read_committed",
+        "auto.offset.reset": "error",
+        "allow.auto.create.topics": False,
+        "check.crcs": True,
+        # Where a partition ends, with the markers of transactions passed: the library's position stops before them.
+        "enable.partition.eof": True,
+        "fetch.wait.max.ms": max(1, round((max_wait_s or config.kafka.fetch_max_wait_s) * 1000)),
+        "fetch.queue.backoff.ms": 10,
+        "queued.max.messages.kbytes": max(1, config.kafka.fetch_queue_bytes >> 10),
+    }
+
+
 def _producer_settings(servers: str, config: Config) -> dict[str, Any]:
     return settings(servers, config) | {
         "message.max.bytes": config.kafka.max_request_bytes,
+        "compression.type": config.kafka.compression,
         "partitioner": "murmur2_random",  # as every other client of Kafka chooses
         # The bounds are ours.
         "queue.buffering.max.messages": 0,
@@ -411,7 +416,7 @@ def faults() -> Iterator[None]:
 
 
 def fault_of(error: Any) -> Fault:
-    if error.code() >= -1 and error.code() != 0 and error.code() != KafkaError.UNKNOWN:
+    if error.code() >= -1:
         return kafka_python.fault_of(kafka_errors.for_code(error.code())(error.str()))
     text = error.str()
     if error.code() == KafkaError._AUTHENTICATION:
@@ -423,10 +428,8 @@ def fault_of(error: Any) -> Fault:
 
 def _kind(error: Any) -> Kind:
     code = error.code()
-    if code > 0:
+    if code >= -1:
         return kafka_python.fault_of(kafka_errors.for_code(code)()).kind
-    if code == KafkaError.UNKNOWN:
-        return Kind.RECORD
     return _KIND.get(code, Kind.PASSING if error.retriable() else Kind.BROKEN)
 
 

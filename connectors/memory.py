@@ -336,6 +336,7 @@ class MemorySink:
             self._broker.create(self._topic)
         self._partitions = self._broker.topics()[self._topic]
         self._pending: deque[Message] = deque()
+        self.rejected: Callable[[Message, str], None] | None = None  # memory takes everything
         self._life = self._broker.life
         self._broker.enlist(self)
 

@@ -360,8 +360,13 @@ class Kafka(_Security):
     linger_s: float = Free(0.005, ge=0, description="how long a prediction waits for others to travel with")
     max_inflight_records: int = Free(20_000, ge=1, description="unacknowledged predictions; beyond it the loop waits")
     max_inflight_bytes: int = Free(64 << 20, ge=1024, description="the same in bytes")
-    max_request_bytes: int = Free(1_048_576, ge=1024, description="a larger message is a dead letter's stub")
+    max_request_bytes: int = Free(1_048_576, ge=1024, description="a larger message is not sent")
     compression: Literal["none", "gzip", "lz4", "zstd"] = Free("lz4", description="of what is sent")
+    compact_predictions: bool = Free(
+        False,
+        description="key predictions by event id, not by the event's key, and let their topic keep the last of each id"
+        " (cleanup.policy, when the topic is made here)",
+    )
     transaction_timeout_s: float = Free(60.0, gt=0, description="after it the brokers give up a silent worker's write")
 
 

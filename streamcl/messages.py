@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -20,8 +21,11 @@ def scores_to_json(scores: Scores) -> dict[str, Any]:
     return {"score": served, "class": int(scores.served.argmax())}
 
 
-def prediction_message(prediction: Prediction, codec: Codec) -> Message:
-    """Keyed by the event's key. Readers drop repeats by the header `streamcl-input` (topic-independent origin)."""
+def prediction_message(prediction: Prediction, codec: Codec, topic: str = "", by_id: bool = False) -> Message:
+    """Keyed by the event's key, or `by_id`. Readers drop repeats by the header `streamcl-input`, the event's origin.
+
+    `topic` is where the event stood, for people who look for it: an origin names the input instead.
+    """
     body = {
         "id": prediction.id,
         **scores_to_json(prediction.scores),
@@ -31,9 +35,19 @@ def prediction_message(prediction: Prediction, codec: Codec) -> Message:
     }
     headers: Headers = (
         ("streamcl-input", str(prediction.origin).encode()),
+        ("streamcl-topic", topic.encode()),
+        ("streamcl-id", prediction.id.encode("utf-8", "surrogatepass")),
         ("streamcl-weights", str(prediction.scores.version).encode()),
     )
-    return Message(codec.encode(body), prediction.key.encode("utf-8", "surrogatepass"), headers)
+    key = prediction.id if by_id else prediction.key
+    return Message(codec.encode(body), key.encode("utf-8", "surrogatepass"), headers)
+
+
+def rejected_message(message: Message, error: str) -> Message:
+    """A prediction that its destination refuses, as a dead letter: the headers that it had say where it came from."""
+    ours = {"reason": "rejected_by_broker", "error": error[:ERROR_CHARACTERS], "version": __version__}
+    headers = tuple((f"streamcl-{name}", text.encode("utf-8", "replace")) for name, text in ours.items())
+    return replace(message, headers=message.headers + headers)
 
 
 OUR_BYTES = 4096

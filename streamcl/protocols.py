@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from streamcl.records import Message, Order, Position, Record, Stream
@@ -63,7 +63,13 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Where messages go: predictions, or dead letters."""
+    """Where messages go: predictions, or dead letters.
+
+    `rejected` is told, during `send` or `flush`, of each message that the destination refuses whenever it is sent, and
+    why; while it is None that is a ConnectorError.
+    """
+
+    rejected: Callable[[Message, str], None] | None
 
     def send(self, messages: Sequence[Message]) -> None:
         """Take the messages over; may block as back-pressure."""

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from urllib.parse import urlsplit
 
 import orjson
 import xxhash
@@ -20,7 +21,7 @@ from streamcl.decode import Decoder
 from streamcl.drift import DriftDetector
 from streamcl.join import Joiner
 from streamcl.learner import Learner
-from streamcl.messages import OUR_BYTES, dead_letter_message, prediction_message
+from streamcl.messages import OUR_BYTES, dead_letter_message, prediction_message, rejected_message
 from streamcl.metrics import Prequential
 from streamcl.protocols import (
     BadInput,
@@ -156,6 +157,9 @@ class Worker:
         self.dead_letters = dead_letters
         self.control = control
         self.control_offset = 0
+        self.topic = urlsplit(config.events.url).path.rpartition("/")[2]
+        if predictions:
+            predictions.rejected = self._rejected
         self.poll_timeout_s = config.worker.poll_timeout_s
         self.stopping = False
         self.caught_up = False
@@ -296,7 +300,13 @@ class Worker:
 
     def _answers(self, turn: Turn) -> list[Message]:
         answered = [p for p in turn.predictions if self.progress.published(p.origin)]
-        return [prediction_message(p, self.codecs.predictions) for p in answered]
+        codec, by_id = self.codecs.predictions, self.config.kafka.compact_predictions
+        return [prediction_message(p, codec, self.topic, by_id) for p in answered]
+
+    def _rejected(self, message: Message, error: str) -> None:
+        if self.dead_letters is None:
+            raise ConnectorError(f"{self.config.predictions}: {error}; and there is no place for dead letters")
+        self.dead_letters.send([rejected_message(message, error)])
 
     def _order(self, records: Sequence[Record]) -> Order:
         groups = itertools.groupby(record.origin.stream for record in records)
@@ -319,7 +329,7 @@ class Worker:
 
     def flush(self) -> None:
         """Return once everything sent is durable."""
-        for sink in (self.dead_letters, self.predictions):
+        for sink in (self.predictions, self.dead_letters):  # what the one rejects goes to the other
             if sink:
                 sink.flush()
 

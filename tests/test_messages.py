@@ -6,7 +6,7 @@ import orjson
 
 from connectors.codec import JSON
 from streamcl import __version__
-from streamcl.messages import OUR_BYTES, dead_letter_message, prediction_message, scores_to_json
+from streamcl.messages import OUR_BYTES, dead_letter_message, prediction_message, rejected_message, scores_to_json
 from streamcl.records import EVENTS, DeadLetter, Origin, Prediction, Record, Scores
 
 ORIGIN = Origin(EVENTS, 2, 40)
@@ -23,7 +23,7 @@ def letter(value: bytes | None, key: bytes | None = b"k") -> DeadLetter:
 
 
 def test_a_prediction_says_whose_it_is_what_it_is_and_where_it_comes_from() -> None:
-    message = prediction_message(Prediction("e1", "user", 7.5, scores(0.25), ORIGIN), JSON())
+    message = prediction_message(Prediction("e1", "user", 7.5, scores(0.25), ORIGIN), JSON(), "clicks")
     assert orjson.loads(message.value or b"") == {
         "id": "e1",
         "score": 0.25,
@@ -32,8 +32,29 @@ def test_a_prediction_says_whose_it_is_what_it_is_and_where_it_comes_from() -> N
         "input": "events:2:40",
     }
     assert message.key == b"user"
-    assert message.headers == (("streamcl-input", b"events:2:40"), ("streamcl-weights", b"9"))
+    assert message.headers == (
+        ("streamcl-input", b"events:2:40"),
+        ("streamcl-topic", b"clicks"),
+        ("streamcl-id", b"e1"),
+        ("streamcl-weights", b"9"),
+    )
     assert message.time_s is None  # the time of sending: a broker deletes what looks old
+
+
+def test_a_prediction_for_a_compacted_topic_is_keyed_by_its_id() -> None:
+    message = prediction_message(Prediction("e1", "user", 7.5, scores(0.25), ORIGIN), JSON(), "clicks", by_id=True)
+    assert message.key == b"e1"
+
+
+def test_a_rejected_prediction_keeps_what_it_was_and_says_why() -> None:
+    message = prediction_message(Prediction("e1", "user", 7.5, scores(0.25), ORIGIN), JSON(), "clicks")
+    letter = rejected_message(message, "InvalidRecord: " + "x" * 1000)
+    assert (letter.value, letter.key) == (message.value, message.key)
+    assert letter.headers[: len(message.headers)] == message.headers
+    found = dict(letter.headers)
+    assert found["streamcl-reason"] == b"rejected_by_broker"
+    assert found["streamcl-error"].startswith(b"InvalidRecord: x")
+    assert len(found["streamcl-error"]) <= 500
 
 
 def test_a_multiclass_prediction_lists_probabilities_and_names_the_leader() -> None:

@@ -144,6 +144,7 @@ class Written:
     def __init__(self, place: list[bytes | None], breaks: str = "") -> None:
         self.place, self.breaks = place, breaks
         self.pending: list[bytes | None] = []
+        self.rejected: Callable[[Message, str], None] | None = None
         if breaks == "truncates":
             place.clear()
 

@@ -13,7 +13,7 @@ from kafka import errors as kafka_errors
 from connectors import kafka, kafka_client
 from connectors.kafka import KafkaSource
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Unavailable
+from streamcl.protocols import ConnectorError, Gap, Unavailable
 from streamcl.records import Message, Record, Stream
 from tests.kafka.conftest import CLIENTS, Cluster
 
@@ -152,18 +152,40 @@ def _delete_up_to(cluster: Cluster, topic: str, offset: int) -> None:
     admin.close()
 
 
-def test_a_position_that_retention_overtook_is_an_error_that_names_it(apache_kafka: Cluster) -> None:
-    topic = apache_kafka.topic()
-    apache_kafka.produce(topic, [(0, b"v", 1)] * 10)
-    source = _source(apache_kafka.config(topic))
-    source.seek({})
-    _delete_up_to(apache_kafka, topic, 4)
+def test_a_position_that_retention_overtook_is_a_gap_that_names_it(cluster: Cluster) -> None:
+    if cluster.kind == "embedded":
+        pytest.skip("the embedded broker can't delete records")
+    topic = cluster.topic()
+    cluster.produce(topic, [(0, b"v", 1)] * 10)
+    source = _source(cluster.config(topic))
+    _delete_up_to(cluster, topic, 4)
+    with pytest.MonkeyPatch.context() as patch:  # it was there when we looked, and gone when we fetched
+        patch.setattr(kafka_client, "bounds", lambda *_: {EVENTS: kafka_client.Bounds(0, 10)})
+        source.seek({})
     expected = f"{topic} partition 0: offset 0 is wanted, available are 4 to 10: retention"
-    with pytest.raises(ConnectorError, match=expected):
+    with pytest.raises(Gap, match=expected) as gap:
         _take(source, 1)
-    with pytest.raises(ConnectorError, match=expected):
+    assert (gap.value.wanted, gap.value.available) == ({EVENTS: 0}, {EVENTS: 4})
+    with pytest.raises(Gap, match=expected):
         source.seek({EVENTS: 0})
     assert source.seek({}) == {EVENTS: 4}
+    source.close()
+
+
+def test_new_partitions_of_an_input_are_noticed_while_it_is_read(cluster: Cluster) -> None:
+    if cluster.kind == "embedded":
+        pytest.skip("the embedded broker can't add partitions")
+    topic = cluster.topic(2)
+    cluster.produce(topic, [(0, b"v", 1)] * 3)
+    source = _source(cluster.config(topic, kafka={"metadata_max_age_s": 0.5}))
+    source.seek({})
+    assert len(_take(source, 3)) == 3
+    admin = KafkaAdminClient(bootstrap_servers=cluster.bootstrap)
+    admin.create_partitions({topic: 5})
+    admin.close()
+    with pytest.raises(ConnectorError, match=f"{topic} has 5 partitions, it had 2.*streamcl reshard"):
+        for _ in range(200):
+            assert not source.poll(10, 0.1)
     source.close()
 
 
