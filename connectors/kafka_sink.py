@@ -86,7 +86,7 @@ class KafkaSink:
         self._ledger: deque[_Entry] = deque()
         self._part = 0  # how many may be under way at a time; 0: no limit, nobody is suspected
         self._alone = 0  # how often the head has failed while nothing else was under way
-        self._failures = 0  # since something was last acknowledged
+        self._failures = self._accusations = 0  # since something was last acknowledged; of them, those of a record
         self._producer = self._open()
 
     @property
@@ -173,7 +173,7 @@ class KafkaSink:
                 self._broken(self._fault(ledger[0]) or Fault(Kind.BROKEN, "unknown", "failed, not known why"))
             else:
                 self.inflight_bytes -= ledger.popleft().size
-                self._alone = self._failures = 0
+                self._alone = self._failures = self._accusations = 0
         if self._part:
             self._resend()
 
@@ -183,10 +183,12 @@ class KafkaSink:
         self.ready = False
         under_way = sum(not _acknowledged(entry) for entry in self._ledger if entry.delivery is not None)
         guilty = False
-        if fault.kind in _RECORD_FAULTS and (self._failures or self._part):
-            self._alone += under_way == 1
-            guilty = self._alone >= _VERDICT[fault.kind]
-            self._part = max(1, under_way // 2)
+        if fault.kind in _RECORD_FAULTS:
+            if self._accusations or self._part:
+                self._alone += under_way == 1
+                guilty = self._alone >= _VERDICT[fault.kind]
+                self._part = max(1, under_way // 2)
+            self._accusations += 1
         self._failures += 1
         if guilty:
             self._reject(fault)
@@ -205,7 +207,7 @@ class KafkaSink:
         self.rejections += 1
         self._ledger.popleft()
         self.inflight_bytes -= entry.size
-        self._part = self._alone = self._failures = 0
+        self._part = self._alone = self._failures = self._accusations = 0
         deadline = time.monotonic() + self._config.kafka.delivery_timeout_s
         for each in self._ledger:  # what stood behind it has waited through no fault of its own
             each.deadline = deadline
