@@ -50,7 +50,7 @@ class KafkaSource:
         self.retries = self.commit_failures = 0
         self._backoff_s, self._retry_at, self._look_at = 0.0, 0.0, 0.0
         try:
-            self._counts = client.partition_counts(self._consumer, self._topics, self._servers)
+            self._counts = client.partition_counts(self._consumer, self._topics, self._servers, config)
             self._streams = _assigned(self._topics, self._counts, config)
         except ConnectorError:
             self.close()
@@ -279,9 +279,7 @@ def _look(url: str, required: bool, config: Config) -> list[str]:
     servers, topic = client.locate(url)
     consumer = client.library(config).open_consumer(servers, {"topic": topic}, config)
     try:
-        count = consumer.partitions("topic")
-    except Fault as fault:
-        raise fault.at(url) from fault
+        count = client.partition_count(consumer, "topic", url, config)
     finally:
         consumer.close()
     if not count:

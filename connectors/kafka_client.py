@@ -219,17 +219,22 @@ def _run(work: Callable[[], T], future: Future[T]) -> None:
         future.set_exception(error)
 
 
-def partition_counts(consumer: Consumer, topics: Mapping[str, str], servers: str) -> dict[str, int]:
+def partition_counts(consumer: Consumer, topics: Mapping[str, str], servers: str, config: Config) -> dict[str, int]:
     """Number of partitions by topic. Raises ConnectorError for a topic that does not exist or may not be seen."""
     counts: dict[str, int] = {}
     for name, topic in sorted(topics.items(), key=lambda item: item[1]):
-        try:
-            counts[topic] = consumer.partitions(name)
-        except Fault as fault:
-            raise fault.at(f"kafka://{servers}/{topic}") from fault
+        counts[topic] = partition_count(consumer, name, f"kafka://{servers}/{topic}", config)
         if not counts[topic]:
             raise ConnectorError(f"kafka://{servers}/{topic}: no such topic, or no right to see it")
     return counts
+
+
+def partition_count(consumer: Consumer, name: str, where: str, config: Config) -> int:
+    """0: no such topic, or no right to see it."""
+    try:
+        return within(2 * config.kafka.request_timeout_s, lambda: consumer.partitions(name), "asking for partitions")
+    except Fault as fault:
+        raise fault.at(where) from fault
 
 
 def bounds(

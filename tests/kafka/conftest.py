@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType
 
 from connectors.apache import ApacheBroker
 from connectors.embedded import EmbeddedBroker
@@ -43,6 +44,11 @@ class Cluster:
         admin.create_topics({name: {"num_partitions": partitions, "replication_factor": 1}}, wait_for_metadata=True)
         admin.close()
         return name
+
+    def alter(self, topic: str, configs: dict[str, str]) -> None:
+        admin = KafkaAdminClient(bootstrap_servers=self.bootstrap)
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs)])
+        admin.close()
 
     def name(self) -> str:
         return f"t{next(_numbers)}-{uuid.uuid4().hex[:8]}"

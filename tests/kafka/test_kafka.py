@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import time
 from contextlib import suppress
 
@@ -272,3 +275,37 @@ def test_a_malformed_url_is_refused_without_showing_credentials(url: str) -> Non
     with pytest.raises(ConnectorError, match=r"not of the form kafka://|credentials belong in") as refused:
         kafka_client.locate(url)
     assert "Secret" not in str(refused.value)
+
+
+_SLOW = """
+import resource, sys, time
+from streamcl.config import Config
+from connectors import kafka
+config = Config.model_validate_json(sys.stdin.read())
+source = kafka.open_source(config.inputs, config)
+source.seek({})
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+taken, before = len(source.poll(1, 5.0)), peak()
+while taken < 500:
+    taken += len(source.poll(5, 1.0))  # the sink is slow: much waits, little is taken
+    time.sleep(0.01)
+print(peak() - before, taken)
+source.close()
+"""
+
+
+@pytest.mark.parametrize("library", CLIENTS)
+def test_a_large_backlog_takes_little_memory_however_slowly_it_is_read(broker: Cluster, library: str) -> None:
+    topic, megabytes = broker.topic(4), 96
+    payload = [os.urandom(8192) for _ in range(128)]
+    broker.produce(topic, [(i % 4, payload[i % 128], 1) for i in range(megabytes * 128)])
+    settings = {"client": library, "fetch_queue_bytes": 8 << 20}
+    config = broker.config(topic, kafka=settings, worker={"max_records": 50})
+    command = [sys.executable, "-c", _SLOW]
+    said = subprocess.run(
+        command, input=config.model_dump_json(), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert said.returncode == 0, said.stderr
+    grown_kib, taken = map(int, said.stdout.split())
+    assert taken >= 500
+    assert grown_kib < 48 * 1024  # half of what waits

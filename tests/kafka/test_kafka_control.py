@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import pytest
+from kafka import KafkaConsumer, TopicPartition
 
-from connectors import kafka
-from streamcl.protocols import ConnectorError, Fenced
-from streamcl.records import Order, Run, Stream
+from connectors import kafka, kafka_client
+from streamcl.config import Config
+from streamcl.protocols import BadInput, ConnectorError, Fenced, Unavailable
+from streamcl.records import Message, Order, Run, Stream
+from tests.kafka.conftest import CLIENTS, Cluster
 
 if TYPE_CHECKING:
     from connectors.kafka_control import KafkaControlLog
-    from tests.kafka.conftest import Cluster
+
+# The embedded broker shows what was aborted.
+apache_only = pytest.mark.parametrize("cluster", [("apache_kafka", client) for client in CLIENTS], indirect=True)
 
 
 def _order(number: int) -> Order:
@@ -148,4 +156,132 @@ def test_who_follows_the_orders_slowly_still_reads_them_to_the_end(cluster: Clus
         time.sleep(1.2)  # longer than the log's end may be waited for
         found.append(order)
     assert found == [_order(0), _order(1), _order(2)]
+    log.close()
+
+
+def _exactly_once(cluster: Cluster) -> tuple[Config, str]:
+    """A configuration, and the name of its topic of predictions."""
+    predictions = cluster.topic()
+    url = f"{cluster.url}/{predictions}"
+    delivery = {"mode": "exactly_once"}
+    return cluster.config(cluster.topic(), predictions=url, delivery=delivery), predictions
+
+
+def _values(cluster: Cluster, topic: str, isolation: str, count: int) -> list[bytes]:
+    """What a reader sees; looks again while it is less than `count`."""
+    found: list[bytes] = []
+    consumer = KafkaConsumer(bootstrap_servers=cluster.bootstrap, isolation_level=isolation, enable_auto_commit=False)
+    consumer.assign([TopicPartition(topic, 0)])
+    consumer.seek_to_beginning()
+    deadline = time.monotonic() + (20 if count else 1)
+    while time.monotonic() < deadline and not 0 < count <= len(found):
+        found += [record.value for records in consumer.poll(200).values() for record in records]
+    consumer.close()
+    return found
+
+
+@apache_only
+def test_an_order_and_its_outputs_become_visible_together(cluster: Cluster) -> None:
+    config, predictions = _exactly_once(cluster)
+    log = kafka.open_control(config.control_url, config)
+    log.open()
+    for number in range(3):
+        log.append(_order(number), [Message(b"%d-%d" % (number, i), b"k") for i in range(2)])
+        assert len(_values(cluster, predictions, "read_committed", 2 * number + 2)) == 2 * number + 2
+        assert [order for _, order in log.read(0)] == [_order(each) for each in range(number + 1)]
+    log.close()
+
+
+_DYING = """
+import sys, time
+from streamcl.config import Config
+from streamcl.records import Message
+from connectors import kafka
+config = Config.model_validate_json(sys.stdin.read())
+log = kafka.open_control(config.control_url, config)
+log.open()
+transaction = log._producer
+transaction.begin()
+transaction.send(sys.argv[1], Message(b"half"))
+transaction.send(sys.argv[2], Message(b"order"), 0)
+print("sent", flush=True)
+time.sleep(60)
+"""
+
+
+@apache_only
+def test_what_a_killed_writer_left_half_done_is_never_visible(cluster: Cluster) -> None:
+    config, predictions = _exactly_once(cluster)
+    control = kafka_client.locate(config.control_url)[1]
+    command = [sys.executable, "-c", _DYING, predictions, control]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert writer.stdin and writer.stdout
+    writer.stdin.write(config.model_dump_json().encode())
+    writer.stdin.close()
+    assert writer.stdout.readline() == b"sent\n"
+    for topic, value in ((predictions, b"half"), (control, b"order")):
+        assert _values(cluster, topic, "read_uncommitted", 1) == [value]  # it did arrive
+    writer.kill()
+    writer.wait()
+    writer.stdout.close()
+    assert _values(cluster, predictions, "read_committed", 0) == []
+    log = kafka.open_control(config.control_url, config)
+    log.open()
+    assert list(log.read(0)) == []
+    log.append(_order(1), [Message(b"whole")])
+    assert _values(cluster, predictions, "read_committed", 1) == [b"whole"]
+    assert [order for _, order in log.read(0)] == [_order(1)]
+    assert _values(cluster, predictions, "read_uncommitted", 2) == [b"half", b"whole"]
+    log.close()
+
+
+@apache_only
+def test_a_writer_that_is_fenced_in_the_middle_of_a_transaction_leaves_nothing(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, predictions = _exactly_once(cluster)
+    older, newer = (kafka.open_control(config.control_url, config) for _ in range(2))
+    older.open()
+    assert older._producer is not None
+    commit = older._producer.commit
+
+    def overtaken() -> None:
+        assert _values(cluster, predictions, "read_uncommitted", 1) == [b"lost"]
+        newer.open()
+        commit()
+
+    monkeypatch.setattr(older._producer, "commit", overtaken)
+    with pytest.raises(Fenced, match="another worker has opened"):
+        older.append(_order(0), [Message(b"lost")])
+    newer.append(_order(1), [Message(b"kept")])
+    assert _values(cluster, predictions, "read_committed", 1) == [b"kept"]
+    assert [order for _, order in newer.read(0)] == [_order(1)]
+    newer.close()
+
+
+def test_an_output_that_is_too_large_is_refused_before_the_transaction(cluster: Cluster) -> None:
+    config, predictions = _exactly_once(cluster)
+    log = kafka.open_control(config.control_url, config)
+    log.open()
+    with pytest.raises(BadInput, match=r"kafka\.max_request_bytes is 1048576") as refused:
+        log.append(_order(0), [Message(b"fits"), Message(b"x" * (1 << 20))])
+    assert refused.value.reason == "too_large"
+    log.append(_order(1), [Message(b"next")])
+    assert _values(cluster, predictions, "read_committed", 1) == [b"next"]
+    assert [order for _, order in log.read(0)] == [_order(1)]
+    log.close()
+
+
+@apache_only
+def test_an_output_that_its_topic_does_not_take_is_no_outage(cluster: Cluster) -> None:
+    config, predictions = _exactly_once(cluster)
+    cluster.alter(predictions, {"max.message.bytes": "3000"})
+    log = kafka.open_control(config.control_url, config)
+    log.open()
+    with pytest.raises(ConnectorError, match="MessageSizeTooLarge") as refused:
+        log.append(_order(0), [Message(os.urandom(5000))])
+    assert not isinstance(refused.value, Unavailable)  # opening anew, again and again, would cure nothing
+    log.open()
+    log.append(_order(1), [Message(b"next")])
+    assert [order for _, order in log.read(0)] == [_order(1)]
     log.close()

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kafka import KafkaAdminClient
-from kafka.admin import ConfigResource, ConfigResourceType
 
 from connectors import kafka, kafka_client, kafka_sink
 from connectors.kafka_client import Fault, Kind
@@ -271,9 +269,7 @@ def test_a_message_that_a_topic_does_not_take_is_rejected_and_the_rest_arrives(c
         pytest.skip("the embedded broker takes everything")
     config = cluster.config(cluster.topic())
     topic = kafka_client.locate(config.events.url)[1]
-    admin = KafkaAdminClient(bootstrap_servers=cluster.bootstrap)
-    admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": "3000"})])
-    admin.close()
+    cluster.alter(topic, {"max.message.bytes": "3000"})
     sink, rejected = kafka.open_sink(config.events.url, config), list[tuple[bytes | None, str]]()
     sink.rejected = lambda message, error: rejected.append((message.value, error))
     poison = os.urandom(5000)  # does not become small by compression
