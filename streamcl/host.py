@@ -4,7 +4,7 @@
 |---|---|
 | `Unavailable` | closed, and after a back-off built anew and restored: the one recovery path |
 | `Fenced`, shards assigned by hand | every other shard stops cleanly, then it is raised |
-| `Fenced`, shards handed out by a group | its state is dropped; it comes back only if the group says that it is ours |
+| `Fenced` or `Held`, shards handed out by a group | its state is dropped; it comes back if the group says so |
 | any other error | every other shard stops cleanly, then it is raised |
 
 Until a shard has stood once, `Unavailable` is raised like any other error: a wrong address looks the same.
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Snapshot
 from streamcl.config import Config
+from streamcl.lease import Held
 from streamcl.protocols import Fenced, Membership, StreamclError, Unavailable
 from streamcl.records import Turn
 from streamcl.recovery import Keeper, store_of
@@ -191,7 +192,7 @@ class Host:
             turn = self._turn(seat, life) if life else None
         except Unavailable as error:
             self._retry(seat, error)
-        except Fenced as error:
+        except (Fenced, Held) as error:
             self._fenced(seat, error)
         except StreamclError as error:
             self._end(seat)
@@ -290,7 +291,7 @@ class Host:
         self.telemetry.recovers("unavailable")
         self.telemetry.ready(False, f"recovering: {error}", seat.index)
 
-    def _fenced(self, seat: Seat, error: Fenced) -> None:
+    def _fenced(self, seat: Seat, error: Fenced | Held) -> None:
         if self.membership.fenced(seat.index):
             self.telemetry.recovers("fenced")
             self._drop(seat, str(error))

@@ -19,7 +19,7 @@ expire without them, unless the labels had all come before the topic grew.
 In order, so that a crash at any point can be answered by the same command again:
 
 1. Read every old shard's newest snapshot. Refused: one that is missing, not clean, or not the end of its control log.
-2. Open the old control logs, which fences whoever is alive, and look again.
+2. Claim the old shards: refused while a worker lives. Open their control logs, which fences a frozen one; look again.
 3. Write the new shards' snapshots, behind whatever their control logs hold.
 4. Write each old shard's state once more with the mark `resharded_to`: no worker starts from it any more.
 """
@@ -29,7 +29,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from streamcl import connect
 from streamcl.checkpoint import Loaded
 from streamcl.config import Config, ConfigError, changes
 from streamcl.join import Joiner
+from streamcl.lease import Lease
 from streamcl.protocols import State, StreamclError
 from streamcl.records import Position, Stream, position_to_json
 from streamcl.recovery import Keeper, store_of
@@ -128,25 +129,42 @@ def plan(config: Config, old: int, new: int) -> Plan:
 
 
 def carry_out(plan: Plan) -> None:
-    """Fence, write the new snapshots, and mark the old ones. Raises as `plan` does."""
-    for old in plan.olds:
-        _fence(old)
-    ends = {old.config.control_url: old.end for old in plan.olds}
-    for new in plan.news:
-        with closing(build(new.config)) as worker:
-            worker.load_state_dict(new.state)
+    """Fence, write the new snapshots, and mark the old ones.
+
+    Raises:
+        Held: a worker of an old shard lives.
+        StreamclError: as `plan` does.
+    """
+    with ExitStack() as leases:
+        for old in plan.olds:
+            lease = Lease(str(store_of(old.config).folder), old.config.checkpoint.lease_s)
+            leases.callback(lease.release)
+            lease.claim()  # before the fence, which would end a worker that lives
+        for old in plan.olds:
+            _fence(old)
+        ends = {old.config.control_url: old.end for old in plan.olds}
+        for new in plan.news:
+            _begin(new, ends.get(new.config.control_url, 0), len(plan.olds))
+        for old in plan.olds if len(plan.olds) != len(plan.news) else ():
+            marked = {**old.loaded.manifest, "resharded_to": len(plan.news)}
+            store_of(old.config).save(old.loaded.state, marked)
+
+
+def _begin(new: New, control_offset: int, old_count: int) -> None:
+    """Write a new shard's first snapshot, behind what its control log holds from `control_offset` on."""
+    with closing(build(new.config)) as worker:
+        worker.load_state_dict(new.state)
+        keeper = Keeper(worker, store_of(new.config))
+        keeper.lease.claim()
+        try:
             if worker.control:
                 worker.control.open()
-                worker.control_offset = ends.get(new.config.control_url, 0)
-                for end, _ in worker.control.read(worker.control_offset):
+                worker.control_offset = control_offset
+                for end, _ in worker.control.read(control_offset):
                     worker.control_offset = end
-            keeper = Keeper(worker, store_of(new.config))
-            keeper.store.save(worker.state_dict(), keeper.manifest(clean=True) | {"resharded_from": len(plan.olds)})
-    if len(plan.olds) == len(plan.news):
-        return
-    for old in plan.olds:
-        marked = {**old.loaded.manifest, "resharded_to": len(plan.news)}
-        store_of(old.config).save(old.loaded.state, marked)
+            keeper.store.save(worker.state_dict(), keeper.manifest(clean=True) | {"resharded_from": old_count})
+        finally:
+            keeper.close()
 
 
 def _old(config: Config) -> Old:

@@ -22,7 +22,7 @@ name = "{name}"
 dead_letters = "{url}/{dead}"
 features = {{user = {{kind = "categorical", buckets = 31}}, price = "numeric"}}
 model = {{embedding_dim = 2, hidden = [4]}}
-checkpoint = {{folder = "{folder}/checkpoints", every_events = 100}}
+checkpoint = {{folder = "{folder}/checkpoints", every_events = 100, lease_s = 2.0}}
 worker = {{max_records = 20}}
 telemetry = {{port = 0}}
 shard = {{count = {count}}}
@@ -113,16 +113,31 @@ def test_shards_are_killed_resharded_and_grown_and_every_event_is_learned_once(
     assert grown["counts"]["learned"] == 4 * 900 + 2 * 300
 
 
-def test_a_shard_that_was_started_elsewhere_leaves_with_3_the_others_cleanly(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_frozen_worker_is_taken_over_and_leaves_with_3_its_other_shards_cleanly(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     shop = Shop(cluster, tmp_path, count=4)
     produce(cluster, shop.topics["events"], range(4), range(150))
     first = shop.start("run", "--shards", "0/2")
     until(shop.saved(0, 2))
-    second = shop.start("run", "--shards", "2", "--idle-exit-s", "4")
-    answer(second)
+    first.send_signal(signal.SIGSTOP)
+    answer(shop.start("run", "--shards", "2", "--idle-exit-s", "4"))
     produce(cluster, shop.topics["events"], range(4), range(150, 200))
+    first.send_signal(signal.SIGCONT)
     stderr = first.communicate(timeout=60)[1]
     assert first.returncode == 3, stderr
-    assert "another worker has opened the control log" in stderr
+    assert "another worker has" in stderr
     rest = answer(shop.start("run", "--shards", "0,1,2,3", "--idle-exit-s", "4"))
     assert rest["learned_hash"] == everything(range(4), range(200))
+
+
+def test_a_worker_that_lives_is_not_taken_over(cluster: Cluster, tmp_path: Path) -> None:
+    shop = Shop(cluster, tmp_path, count=4)
+    produce(cluster, shop.topics["events"], range(4), range(150))
+    first = shop.start("run", "--shards", "0/2")
+    until(shop.saved(0, 2))
+    for second in (shop.start("run", "--shards", "2"), shop.start("reshard", "--from", "4", "--to", "2")):
+        assert second.wait(60) == 1
+        second.communicate()
+    first.send_signal(signal.SIGTERM)
+    answer(first)
