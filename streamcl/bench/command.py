@@ -31,9 +31,12 @@ def bench(
     via: Annotated[str | None, typer.Option(help="URL whose topics the events travel through")] = None,
     kills: Annotated[int | None, typer.Option(help="how often a process is killed")] = None,
     events: Annotated[int | None, typer.Option(help="how many events are streamed")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="how long a run without an end lasts")] = None,
 ) -> None:
     """Measure what is promised, beside its peers. Exit code 0: every bar is met; 2: it could not be measured."""
-    options = Options(data, stream, preset, task, method, device, quick, seeds, as_json, plot, via, kills, events)
+    options = Options(
+        data, stream, preset, task, method, device, quick, seeds, as_json, plot, via, kills, events, minutes
+    )
     try:
         code = main(name, options)
     except StreamclError as error:

@@ -32,6 +32,7 @@ class Options:
         via: URL whose topics the events travel through, e.g. `kafka://localhost:9092`.
         kills: How often a process is killed (count).
         events: How many events are streamed (count).
+        minutes: How long a run lasts that has no end by itself.
     """
 
     data: Path | None = None
@@ -47,6 +48,7 @@ class Options:
     via: str | None = None
     kills: int | None = None
     events: int | None = None
+    minutes: float | None = None
 
     def require_read_by(self, bench: str, reads: Collection[str]) -> None:
         """Raises OptionError for an option that was given and would be ignored."""

@@ -31,7 +31,7 @@ from streamcl.protocols import StreamclError
 PHASES = ("start-up", "restore", "re-run", "running", "checkpoint", "commit")
 METHODS = ("at_least_once", "exactly_once")
 _KEEP = "keep-this-folder"
-_RESTORED = re.compile(r"restored \S+ at (\d+) records")
+_STANDS = re.compile(r"(?:restored \S+|began afresh) at (\d+) records")
 
 
 class Broken(StreamclError):
@@ -76,14 +76,14 @@ class Life:
 
     def restored_at(self) -> int | None:
         """Records behind the snapshot that it began from; None while it has not come so far."""
-        found = _RESTORED.search(self.said())
+        found = _STANDS.search(self.said())
         return int(found[1]) if found else None
 
-    def await_restored(self, timeout_s: float) -> bool:
-        """Whether it has loaded its snapshot before the time is over, or it ended."""
+    def await_standing(self, timeout_s: float, shards: int = 1) -> bool:
+        """Whether it has loaded so many snapshots before the time is over, or it ended."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if self.restored_at() is not None:
+            if len(_STANDS.findall(self.said())) >= shards:
                 return True
             if self.wait(0.02):
                 return False
@@ -153,7 +153,7 @@ def live_and_die(life: Life, plan: Plan, startup_s: float) -> float | None:
     took: float | None = None
     if plan.startup_share is not None:
         life.wait(plan.startup_share * startup_s)
-    elif life.await_restored(60.0):
+    elif life.await_standing(60.0):
         took = time.time() - life.began_s
         life.wait(plan.running_s)
     if life.process.poll() is not None and life.process.returncode != -signal.SIGKILL:
@@ -169,7 +169,7 @@ def phase(life: Life, first_order_s: float | None) -> str:
         return "commit" if f"{MET}commit" in said else "checkpoint"
     if first_order_s is not None and first_order_s < life.ended_s:
         return "running"
-    if _RESTORED.search(said):
+    if _STANDS.search(said):
         return "re-run"
     return "restore" if IMPORTED in said else "start-up"
 
@@ -196,19 +196,22 @@ def keep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def topics(broker: Broker, prefix: str, partitions: int, *, labels: bool = True) -> Iterator[dict[str, str]]:
-    """New topics by role; on a broker that is not ours they are gone afterwards."""
-    roles = {"events": partitions, "labels": partitions, "predictions": partitions, "dead_letters": 1, "control": 1}
-    if not labels:
-        del roles["labels"]
-    names = {role: f"{prefix}-{role.replace('_', '-')}" for role in roles}
+def topics(broker: Broker, prefix: str, partitions: Mapping[str, int], **limits: str) -> Iterator[dict[str, str]]:
+    """New topics by role; on a broker that is not ours all that begins with `prefix` is gone afterwards.
+
+    Args:
+        partitions: By role.
+        limits: What the topics are configured with besides; a dot is written as `_`.
+    """
+    names = {role: f"{prefix}-{role.replace('_', '-')}" for role in partitions}
+    configs = {"retention.ms": "-1"} | {name.replace("_", "."): value for name, value in limits.items()}
     admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)
     try:
-        wanted = {names[r]: {"num_partitions": n, "configs": {"retention.ms": "-1"}} for r, n in roles.items()}
+        wanted = {names[role]: {"num_partitions": n, "configs": configs} for role, n in partitions.items()}
         admin.create_topics(wanted, wait_for_metadata=True)
         yield names
         if broker.kind == "given":
-            admin.delete_topics(list(names.values()))
+            admin.delete_topics([name for name in admin.list_topics() if name.startswith(prefix)])
     finally:
         admin.close()
 

@@ -41,6 +41,7 @@ from streamcl.bench.recovery_verifier import Findings, Logged
 from streamcl.bench.report import Bar, Report, Row, progress
 
 PARTITIONS = 4
+ROLES = {"events": PARTITIONS, "labels": PARTITIONS, "predictions": PARTITIONS, "dead_letters": 1, "control": 1}
 AT_ONCE = 0.6
 """Share of the input that is there when the first life begins."""
 
@@ -89,7 +90,7 @@ def run(options: Options) -> Report:
 def _outcome(broker: Broker, folder: Path, method: str, seed: int, wanted: tuple[int, int], quick: bool) -> Outcome:
     began, (kills, events) = time.perf_counter(), wanted
     name = f"recovery-{uuid.uuid4().hex[:8]}"
-    with topics(broker, name, PARTITIONS) as names:
+    with topics(broker, name, ROLES) as names:
         settings = recovery_traffic.config(broker.url, names, str(folder), name, delivery={"mode": method})
         config = write_config(folder, settings)
         records = traffic(seed, events, PARTITIONS, time.time())

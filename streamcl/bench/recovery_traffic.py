@@ -5,8 +5,9 @@ All of it is drawn from a seed; only the wall clock that event times begin at di
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,24 +40,46 @@ class Sent:
 
 def traffic(seed: int, events: int, partitions: int, start_s: float, bad_ratio: float = 0.005) -> list[Sent]:
     """`events` good events and their labels, with bad records among them, in the order of their timestamps."""
-    return sorted(_records(np.random.default_rng(seed), events, partitions, start_s, bad_ratio), key=lambda r: r.time_s)
+    rng = np.random.default_rng(seed)
+    return sorted(_records(rng, 0, events, partitions, start_s, STEP_S, bad_ratio), key=_when)
+
+
+def endless(seed: int, partitions: int, start_s: float, step_s: float) -> Iterator[Sent]:
+    """The same without an end, in bounded memory; an event every `step_s` of event time."""
+    rng, late, size = np.random.default_rng(seed), list[Sent](), 10_000
+    for first in itertools.count(0, size):
+        found = sorted([*late, *_records(rng, first, size, partitions, start_s, step_s, 0.005)], key=_when)
+        end_s = start_s + step_s * (first + size)
+        late = [record for record in found if record.time_s >= end_s]
+        yield from found[: len(found) - len(late)]
+
+
+def _when(record: Sent) -> float:
+    return record.time_s
 
 
 def _records(
-    rng: np.random.Generator, events: int, partitions: int, start_s: float, bad_ratio: float
+    rng: np.random.Generator,
+    first: int,
+    events: int,
+    partitions: int,
+    start_s: float,
+    step_s: float,
+    bad_ratio: float,
 ) -> Iterator[Sent]:
     x, user, part = rng.normal(size=events), rng.integers(0, 500, events), rng.integers(0, partitions, events)
     luck, delay, bad = rng.random(events), rng.exponential(WINDOW_S / 4, events), rng.random(events) < bad_ratio
     clicked = rng.random(events) < 1 / (1 + np.exp(-2 * x - 0.5))
     for i in range(events):
-        time_s, partition = start_s + STEP_S * i, int(part[i])
-        body = {"id": str(i), "ts": time_s, "user": int(user[i]), "x": float(x[i])}
+        id, partition = first + i, int(part[i])
+        time_s = start_s + step_s * id
+        body = {"id": str(id), "ts": time_s, "user": int(user[i]), "x": float(x[i])}
         yield Sent(time_s, EVENTS, partition, orjson.dumps(body))
-        yield from _labels(str(i), int(clicked[i]), time_s, float(delay[i]), float(luck[i]), partition)
+        yield from _labels(str(id), int(clicked[i]), time_s, float(delay[i]), float(luck[i]), partition)
         if bad[i]:
-            yield Sent(time_s, EVENTS, partition, _BAD_EVENTS[i % len(_BAD_EVENTS)], bad=True)
-            if i % 4 == 0:
-                yield Sent(time_s, LABELS, partition, _BAD_LABELS[i % len(_BAD_LABELS)], bad=True)
+            yield Sent(time_s, EVENTS, partition, _BAD_EVENTS[id % len(_BAD_EVENTS)], bad=True)
+            if id % 4 == 0:
+                yield Sent(time_s, LABELS, partition, _BAD_LABELS[id % len(_BAD_LABELS)], bad=True)
 
 
 def inline(seed: int, events: int, partitions: int, start_s: float) -> list[Sent]:
@@ -92,19 +115,21 @@ class Feed:
 
     Args:
         topics: By input.
+        records: In the order to be sent.
     """
 
-    def __init__(self, bootstrap: Sequence[str], topics: Mapping[str, str], records: Sequence[Sent]) -> None:
-        self._topics, self._records = topics, records
+    def __init__(self, bootstrap: Sequence[str], topics: Mapping[str, str], records: Iterable[Sent]) -> None:
+        self._topics, self._records = topics, iter(records)
         self._producer = KafkaProducer(bootstrap_servers=list(bootstrap), linger_ms=5, compression_type="lz4")
         self._failed: list[BaseException] = []
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self.sent = 0
 
-    def send(self, count: int) -> None:
-        """The next `count` records; returns when they are acknowledged."""
-        for record in self._records[self.sent : self.sent + count]:
+    def send(self, count: int | None = None) -> int:
+        """The next `count` records, or all; returns how many there were, when they are acknowledged."""
+        before = self.sent
+        for record in itertools.islice(self._records, count):
             future = self._producer.send(
                 self._topics[record.input],
                 record.value,
@@ -117,6 +142,7 @@ class Feed:
         self._producer.flush(timeout=120)
         if self._failed:
             raise ConnectorError(f"the traffic could not be produced: {self._failed[0]}")
+        return self.sent - before
 
     def trickle(self, records_per_s: float) -> None:
         """Go on in the background."""
@@ -126,7 +152,7 @@ class Feed:
     def finish(self) -> None:
         """Send what is left."""
         self.stop()
-        self.send(len(self._records))
+        self.send()
 
     def close(self) -> None:
         self.stop()
@@ -140,9 +166,10 @@ class Feed:
 
     def _trickle(self, records_per_s: float) -> None:
         pause_s = 0.2
-        while self.sent < len(self._records) and not self._end.wait(pause_s):
+        while not self._end.wait(pause_s):
             try:
-                self.send(max(1, round(records_per_s * pause_s)))
+                if not self.send(max(1, round(records_per_s * pause_s))):
+                    return
             except Exception as error:  # noqa: BLE001 - whatever it is, `finish` raises it
                 self._failed.append(error)
                 return

@@ -23,6 +23,7 @@ from streamcl.bench.recovery_traffic import Feed, Sent
 from streamcl.bench.recovery_verifier import Findings
 
 PARTITIONS = 4
+ROLES = {"events": PARTITIONS, "labels": PARTITIONS, "predictions": PARTITIONS, "dead_letters": 1, "control": 1}
 EVERY_S = 0.2
 REPLAY_S = 3600.0
 POSITION, RESIDENT, LAG = "streamcl_position", "process_resident_memory_bytes", "streamcl_lag_records"
@@ -186,7 +187,8 @@ def subject(
     """
     name, port = f"recovery-{uuid.uuid4().hex[:8]}", free_port()
     folder.mkdir(parents=True, exist_ok=True)
-    with topics(broker, name, PARTITIONS, labels=labels) as names:
+    roles = {role: count for role, count in ROLES.items() if labels or role != "labels"}
+    with topics(broker, name, roles) as names:
         mine = {"telemetry": {"port": port}, **tables}
         settings = recovery_traffic.config(url or broker.url, names, str(folder), name, **mine)
         with contextlib.closing(Feed(broker.bootstrap, names, records)) as feed:

@@ -17,7 +17,7 @@ from kafka import KafkaProducer
 from streamcl.bench.brokers import Broker, chosen
 from streamcl.bench.options import Options
 from streamcl.bench.recovery_chaos import Broken, Life, phase, plans, scratch, topics, worst, write_config
-from streamcl.bench.recovery_kill import run
+from streamcl.bench.recovery_kill import ROLES, run
 from streamcl.bench.recovery_traffic import Feed, config, traffic
 from streamcl.bench.recovery_verifier import findings
 from streamcl.bench.report import Bar
@@ -90,7 +90,7 @@ def test_a_folder_stays_only_when_something_went_wrong() -> None:
 
 
 def test_the_judge_sees_what_is_missing_repeated_different_invented_and_unexplained(broker: Broker) -> None:
-    with topics(broker, f"judge-{os.getpid()}", 2) as names:
+    with topics(broker, f"judge-{os.getpid()}", ROLES) as names:
         feed = Feed(broker.bootstrap, names, records := traffic(3, 60, 2, 1000.0, bad_ratio=0.2))
         feed.finish()
         feed.close()

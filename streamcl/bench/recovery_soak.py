@@ -1,0 +1,237 @@
+"""A day's worth of event time in an hour: nothing that a worker holds may grow.
+
+A real worker on two inputs, traffic beside it at a bounded backlog. Resident memory, threads and file handles of its
+process are sampled, and its `/metrics` is scraped. A bar looks at the second half of the samples alone: the first is
+for what fills once (windows, tickets, allocator).
+
+Noise: memory's slope is Theil-Sen's; its 95 % interval comes from a moving-block bootstrap of what the line leaves, as
+samples that follow each other are not independent. `no growth` holds when the interval reaches zero or below, and,
+lest mere noise pass, its upper end must not amount to much over the second half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from streamcl.bench import recovery_traffic
+from streamcl.bench.brokers import Broker, chosen
+from streamcl.bench.options import Options
+from streamcl.bench.recovery_chaos import Broken, Life, keep, methods, scratch, topics, write_config
+from streamcl.bench.recovery_traffic import Feed, endless
+from streamcl.bench.report import Bar, Curve, Report, Row, progress
+
+PARTITIONS = 4
+ROLES = {"events": PARTITIONS, "labels": PARTITIONS, "predictions": PARTITIONS, "dead_letters": 1}
+STEP_S = 0.03
+BACKLOG = 20_000
+"""Records that wait for the worker at most; retention is far behind them."""
+
+RETENTION = {"retention_bytes": str(64 << 20), "segment_bytes": str(16 << 20)}
+DAY_S = 86_400.0
+MIB = 1 << 20
+CONSUMED = "streamcl_events_consumed_total"
+PREDICTED = 'streamcl_events_total{fate="predicted"}'
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long, how often it is looked at, and what memory may do over the second half.
+
+    `slope` limits the lower end of its interval (MiB/h), `growth` the upper end over the whole half (share).
+    """
+
+    minutes: float
+    every_s: float
+    slope: float
+    growth: float
+
+
+FULL = Length(60.0, 10.0, 0.0, 0.02)
+QUICK = Length(0.4, 0.5, 1200.0, 0.2)
+"""A quarter of a minute, right after the start, can only show a leak of megabytes a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`at_s` since the worker stood."""
+
+    at_s: float
+    rss_bytes: int
+    threads: int
+    handles: int
+    series: int
+    records: float
+    events: float
+
+
+def run(options: Options) -> Report:
+    """Methods as in `kill`, default `at_least_once`; `--minutes` says how long."""
+    began = time.perf_counter()
+    length = QUICK if options.quick else FULL
+    minutes = options.minutes or length.minutes
+    [method] = methods(options) if options.method else ("at_least_once",)
+    with chosen(options.via) as broker, scratch("soak") as folder:
+        samples = _soak(broker, folder, method, 60 * minutes, length.every_s)
+        bars = list(_bars(samples, length))
+        if not all(bar.ok for bar in bars):
+            keep(folder)
+    curves = [
+        Curve("resident memory", [s.at_s / 60 for s in samples], [s.rss_bytes / MIB for s in samples]),
+    ]
+    config = {"task": "soak", "broker": broker.kind, "method": method, "minutes": minutes, "backlog": BACKLOG}
+    return Report(
+        "recovery",
+        config,
+        [0],
+        time.perf_counter() - began,
+        [_row(samples)],
+        bars,
+        notes=[
+            "bars look at the second half of the samples; slope: Theil-Sen, interval: 95 %, moving-block bootstrap",
+            f"broker's retention by size ({RETENTION}), backlog at most {BACKLOG} records",
+        ],
+        curves=curves,
+        axes=("minutes", "MiB"),
+    )
+
+
+def _soak(broker: Broker, folder: Path, method: str, seconds: float, every_s: float) -> list[Sample]:
+    name, port = f"recovery-{uuid.uuid4().hex[:8]}", _free_port()
+    with topics(broker, name, ROLES, **RETENTION) as names:
+        tables = {
+            "delivery": {"mode": method},
+            "telemetry": {"port": port},
+            "checkpoint": {"folder": f"{folder}/checkpoints", "every_events": 10_000},
+            "worker": {"max_records": 500},
+        }
+        config = write_config(folder, recovery_traffic.config(broker.url, names, str(folder), name, **tables))
+        # Two days ago: brokers refuse timestamps that lie an hour ahead of their clock.
+        records = endless(0, PARTITIONS, time.time() - 2 * DAY_S, STEP_S)
+        with contextlib.closing(Feed(broker.bootstrap, names, records)) as feed:
+            feed.send(BACKLOG // 2)
+            with Life(folder, "soak", "run", str(config), "--json") as life:
+                if not life.await_standing(120.0):
+                    raise Broken(f"{life.log}: does not come up: {life.said()[-1500:]}")
+                return list(_samples(life, feed, port, seconds, every_s))
+
+
+def _samples(life: Life, feed: Feed, port: int, seconds: float, every_s: float) -> Iterator[Sample]:
+    """One every `every_s`, with traffic in between, so much that the backlog is bounded."""
+    process, began, due, told = psutil.Process(life.process.pid), time.monotonic(), 0.0, 0.0
+    at_s = 0.0
+    while at_s < seconds:
+        at_s = time.monotonic() - began
+        if life.process.poll() is not None:
+            raise Broken(f"{life.log}: left with {life.process.returncode}: {life.said()[-1500:]}")
+        metrics = scrape(port)
+        records = metrics.get(CONSUMED, 0.0)
+        if at_s >= due or at_s >= seconds:
+            due += every_s
+            with process.oneshot():
+                rss, threads, handles = process.memory_info().rss, process.num_threads(), process.num_fds()
+            yield Sample(at_s, rss, threads, handles, len(metrics), records, metrics.get(PREDICTED, 0.0))
+        if at_s >= told:
+            told += 60.0
+            progress(f"{at_s / 60:.0f} of {seconds / 60:.1f} min, {records:.0f} records")
+        room = BACKLOG - (feed.sent - int(records))
+        if room > 0:
+            feed.send(min(room, BACKLOG // 4))
+        time.sleep(max(0.0, min(0.5, due - (time.monotonic() - began))))
+
+
+def scrape(port: int) -> dict[str, float]:
+    """Every series of `/metrics`, by its name with labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines}
+
+
+def _row(samples: Sequence[Sample]) -> Row:
+    last, rss = samples[-1], [each.rss_bytes / MIB for each in samples]
+    slope, low, high = slope_of(samples)
+    return Row(
+        "soak",
+        {
+            "minutes": last.at_s / 60,
+            "records": int(last.records),
+            "events": int(last.events),
+            "event_hours": last.events * STEP_S / 3600,
+            "records_per_s": last.records / max(last.at_s, 1e-9),
+            "rss_first_mib": rss[0],
+            "rss_half_mib": rss[len(rss) // 2],
+            "rss_last_mib": rss[-1],
+            "rss_most_mib": max(rss),
+            "slope_mib_per_h": slope,
+            "slope_low": low,
+            "slope_high": high,
+            "threads": last.threads,
+            "handles": last.handles,
+            "series": last.series,
+        },
+    )
+
+
+def _bars(samples: Sequence[Sample], length: Length) -> Iterator[Bar]:
+    _, low, high = slope_of(samples)
+    half = samples[len(samples) // 2 :]
+    hours = (half[-1].at_s - half[0].at_s) / 3600
+    share = high * hours / (half[0].rss_bytes / MIB)
+    yield Bar("soak: minutes", samples[-1].at_s / 60, length.minutes)
+    yield Bar("soak: growth of memory, least in its interval (MiB/h)", low, length.slope, False)
+    yield Bar("soak: growth of memory over half, most in its interval (share)", share, length.growth, False)
+    for name in ("threads", "handles", "series"):
+        yield Bar(f"soak: growth of {name} over half", grown([getattr(each, name) for each in half]), 0.0, False)
+
+
+def grown(values: Sequence[float]) -> float:
+    """By how much the typical value of the last half exceeds that of the first; a peak is no growth."""
+    middle = len(values) // 2
+    return float(np.median(values[middle:]) - np.median(values[:middle]))
+
+
+def slope_of(samples: Sequence[Sample]) -> tuple[float, float, float]:
+    """Of memory over the second half (MiB/h): Theil-Sen's, and both ends of its interval. NaN with fewer than 8."""
+    half = samples[len(samples) // 2 :]
+    if len(half) < 8:
+        return math.nan, math.nan, math.nan
+    hours = np.array([each.at_s / 3600 for each in half])
+    return interval(hours, np.array([each.rss_bytes / MIB for each in half]))
+
+
+def interval(x: NDArray[np.float64], y: NDArray[np.float64], resamples: int = 500) -> tuple[float, float, float]:
+    """Theil-Sen's slope, and its 95 % interval by a moving-block bootstrap of the residuals."""
+    slope = theil_sen(x, y)
+    rest = y - slope * x
+    rng, size = np.random.default_rng(0), max(2, round(math.sqrt(len(x))))
+    found = []
+    for _ in range(resamples):
+        starts = rng.integers(0, len(x) - size + 1, -(-len(x) // size))
+        drawn = np.concatenate([rest[start : start + size] for start in starts])[: len(x)]
+        found.append(slope + theil_sen(x, drawn))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return slope, float(low), float(high)
+
+
+def theil_sen(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """The median of the slopes between all pairs."""
+    i, j = np.triu_indices(len(x), 1)
+    return float(np.median((y[j] - y[i]) / (x[j] - x[i])))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
