@@ -6,13 +6,21 @@ One task a kind of trouble. Each starts real processes of the product on a real 
 
 from __future__ import annotations
 
-from streamcl.bench import recovery_broker, recovery_disk, recovery_kill, recovery_poison, recovery_soak
+from streamcl.bench import (
+    recovery_broker,
+    recovery_disk,
+    recovery_kill,
+    recovery_poison,
+    recovery_shards,
+    recovery_soak,
+)
 from streamcl.bench.options import Options
 from streamcl.bench.report import Report
 
 READS = frozenset({"task", "method", "seeds", "via", "kills", "events", "minutes"})
 TASKS = {
     "kill": recovery_kill.run,
+    "shards": recovery_shards.run,
     "broker": recovery_broker.run,
     "disk": recovery_disk.run,
     "poison": recovery_poison.run,

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import socket
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from streamcl.bench.brokers import Broker, chosen
 from streamcl.bench.options import Options
 from streamcl.bench.recovery_chaos import Broken, Life, keep, methods, scratch, topics, write_config
 from streamcl.bench.recovery_traffic import Feed, endless
+from streamcl.bench.recovery_watch import free_port, scrape
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
 
 PARTITIONS = 4
@@ -108,7 +107,7 @@ def run(options: Options) -> Report:
 
 
 def _soak(broker: Broker, folder: Path, method: str, seconds: float, every_s: float) -> list[Sample]:
-    name, port = f"recovery-{uuid.uuid4().hex[:8]}", _free_port()
+    name, port = f"recovery-{uuid.uuid4().hex[:8]}", free_port()
     with topics(broker, name, ROLES, **RETENTION) as names:
         tables = {
             "delivery": {"mode": method},
@@ -135,8 +134,8 @@ def _samples(life: Life, feed: Feed, port: int, seconds: float, every_s: float) 
         at_s = time.monotonic() - began
         if life.process.poll() is not None:
             raise Broken(f"{life.log}: left with {life.process.returncode}: {life.said()[-1500:]}")
-        metrics = scrape(port)
-        records = metrics.get(CONSUMED, 0.0)
+        metrics = scrape(port, timeout_s=30.0)
+        records = metrics[CONSUMED]
         if at_s >= due or at_s >= seconds:
             due += every_s
             with process.oneshot():
@@ -149,14 +148,6 @@ def _samples(life: Life, feed: Feed, port: int, seconds: float, every_s: float) 
         if room > 0:
             feed.send(min(room, BACKLOG // 4))
         time.sleep(max(0.0, min(0.5, due - (time.monotonic() - began))))
-
-
-def scrape(port: int) -> dict[str, float]:
-    """Every series of `/metrics`, by its name with labels."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
-    return {name: float(value) for name, _, value in lines}
 
 
 def _row(samples: Sequence[Sample]) -> Row:
@@ -229,9 +220,3 @@ def theil_sen(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """The median of the slopes between all pairs."""
     i, j = np.triu_indices(len(x), 1)
     return float(np.median((y[j] - y[i]) / (x[j] - x[i])))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
