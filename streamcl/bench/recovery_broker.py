@@ -26,8 +26,6 @@ from streamcl.bench.recovery_watch import PARTITIONS, Subject, free_port, subjec
 from streamcl.bench.report import Bar, Report, Row, progress
 
 BROKERS = 3
-PER_S = 150.0
-EVENTS, QUICK_EVENTS = 100_000, 20_000
 PATIENCE_S = 180.0
 CALM_S = 3.0  # between two faults
 MIB = 1 << 20
@@ -37,16 +35,23 @@ TIMES = {"request_timeout_s": 5.0, "connect_timeout_s": 10.0, "delivery_timeout_
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How long the faults last (s; 0: left out), and within which time a worker must recover from each."""
+    """How long the faults last (s; 0: left out), and within which time a worker must recover from each.
+
+    Attributes:
+        per_s: Records a second; `events` must suffice for it.
+    """
 
     network_s: float
     dead_s: float
     frozen_s: float
     outage_s: float
     recover_s: float
+    per_s: float
+    events: int
 
 
-FULL, QUICK = Length(20.0, 20.0, 60.0, 10.0, 60.0), Length(3.0, 5.0, 6.0, 0.0, 45.0)
+FULL = Length(20.0, 20.0, 60.0, 10.0, 60.0, 150.0, 100_000)
+QUICK = Length(2.0, 2.0, 6.0, 0.0, 45.0, 50.0, 8_000)
 
 
 def _nothing() -> None:
@@ -70,8 +75,7 @@ def run(options: Options) -> Report:
     length = QUICK if options.quick else FULL
     logging.getLogger("kafka").setLevel(logging.CRITICAL)  # every lost connection, and that is what this is about
     with scratch("broker") as folder, _cluster() as (broker, url, proxies), ExitStack() as stack:
-        events = QUICK_EVENTS if options.quick else EVENTS
-        subjects = {m: stack.enter_context(_subject(broker, folder / m, m, url, events)) for m in methods(options)}
+        subjects = {m: stack.enter_context(_subject(broker, folder / m, m, url, length)) for m in methods(options)}
         calm = {method: each.watch.peak_bytes() for method, each in subjects.items()}
         topic = next(iter(subjects.values())).names["events"]
         faults = _faults(broker.handle, proxies, topic, length)
@@ -89,7 +93,7 @@ def run(options: Options) -> Report:
             ]
         if not all(bar.ok for bar in bars):
             keep(folder)
-    config = {"task": "broker", "broker": "apache", "brokers": BROKERS, "records_per_s": PER_S, "kafka": TIMES}
+    config = {"task": "broker", "broker": "apache", "brokers": BROKERS, "records_per_s": length.per_s, "kafka": TIMES}
     return Report("recovery", config, [0], time.perf_counter() - began, rows, bars, notes=_NOTES)
 
 
@@ -112,11 +116,11 @@ def _cluster() -> Iterator[tuple[Broker, str, list[Proxy]]]:
 
 
 def _subject(
-    broker: Broker, folder: Path, method: str, url: str, events: int
+    broker: Broker, folder: Path, method: str, url: str, length: Length
 ) -> contextlib.AbstractContextManager[Subject]:
-    records = traffic(0, events, PARTITIONS, time.time())
+    records = traffic(0, length.events, PARTITIONS, time.time())
     tables = {"delivery": {"mode": method}, "kafka": TIMES}
-    return subject(broker, folder, records, per_s=PER_S, url=url, tables=tables)
+    return subject(broker, folder, records, per_s=length.per_s, url=url, tables=tables)
 
 
 def _faults(kafka: Any, proxies: Sequence[Proxy], topic: str, length: Length) -> Iterator[Fault]:

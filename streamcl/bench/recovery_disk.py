@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from streamcl.bench.report import Bar, Report, Row, progress
 
 FAILURES, SAVED_AT = "streamcl_checkpoint_failures_total", "streamcl_checkpoint_last_success_timestamp_seconds"
 DAMAGED = "streamcl_checkpoint_damaged_total"
-DISK = "4m"
+DISK = "16m"
 PER_S = 400.0
 EVENTS = 60_000
 PATIENCE_S = 60.0
@@ -53,23 +54,25 @@ class Trouble:
 
 
 def run(options: Options) -> Report:
-    """Methods as in `kill`; without one, `at_least_once` in a quick run and both in a full one."""
+    """Methods as in `kill`."""
     began = time.perf_counter()
-    chosen_methods = methods(options) if options.method or not options.quick else ("at_least_once",)
     least = QUICK if options.quick else FULL
     rows, bars, notes = [], [], [f"the disk is a tmpfs of {DISK}; what lay in the folder that goes is lost for good"]
     with chosen(options.via) as broker:
-        for method in chosen_methods:
+        for method in methods(options):
             with scratch("disk") as folder, _small_disk(folder / "disk") as mounted:
                 troubles, settled = _suffer(broker, folder, method, mounted, least)
                 rows += [_row(method, trouble) for trouble in troubles]
-                mine = [*_bars(troubles, least), *judged(method, broker, settled.ran, settled.replayed, settled.found)]
+                mine = [
+                    *_bars(method, troubles, least),
+                    *judged(method, broker, settled.ran, settled.replayed, settled.found),
+                ]
                 bars += mine
                 if not mounted:
-                    notes.append("no disk could be filled: mounting a tmpfs needs root (Linux)")
+                    notes.append(f"{method}: no disk could be filled: mounting a tmpfs needs root (Linux)")
                 if not all(bar.ok or math.isnan(bar.value) for bar in mine):
                     keep(folder)
-    config = {"task": "disk", "broker": broker.kind, "methods": list(chosen_methods), "records_per_s": PER_S}
+    config = {"task": "disk", "broker": broker.kind, "methods": list(methods(options)), "records_per_s": PER_S}
     return Report("recovery", config, [0], time.perf_counter() - began, rows, worst(bars), notes=notes)
 
 
@@ -154,6 +157,7 @@ def _gone(checkpoints: Path) -> Iterator[None]:
     lost = checkpoints.with_name("lost")
     checkpoints.rename(lost)
     checkpoints.write_bytes(b"")
+    shutil.rmtree(lost)
     try:
         yield
     finally:
@@ -188,11 +192,11 @@ def _row(method: str, trouble: Trouble) -> Row:
     return Row(f"{method}: {trouble.name}", values | {"alert_s": trouble.alert_s, "recover_s": trouble.recover_s})
 
 
-def _bars(troubles: list[Trouble], least: int) -> Iterator[Bar]:
+def _bars(method: str, troubles: list[Trouble], least: int) -> Iterator[Bar]:
     *faults, damaged = troubles
     for fault in faults:
-        yield Bar(f"{fault.name}: failures on /metrics", fault.counted, 1)
-        yield Bar(f"{fault.name}: records served meanwhile", fault.served, least)
-        yield Bar(f"{fault.name}: seconds from repair to a checkpoint", fault.recover_s, 30.0, False)
-    yield Bar(f"{damaged.name}: passed over", damaged.counted, 1)
-    yield Bar(f"{damaged.name}: seconds from start to work", damaged.recover_s, 60.0, False)
+        yield Bar(f"{method}: {fault.name}: failures on /metrics", fault.counted, 1)
+        yield Bar(f"{method}: {fault.name}: records served meanwhile", fault.served, least)
+        yield Bar(f"{method}: {fault.name}: seconds from repair to a checkpoint", fault.recover_s, 30.0, False)
+    yield Bar(f"{method}: {damaged.name}: passed over", damaged.counted, 1)
+    yield Bar(f"{method}: {damaged.name}: seconds from start to work", damaged.recover_s, 60.0, False)
