@@ -157,7 +157,7 @@ class Consumer:
 
 def _record(stream: Stream, found: Any) -> Record:
     """A record of the client as ours. A header without value reads as an empty one, a missing time as 0."""
-    headers = tuple((name, value or b"") for name, value in found.headers)
+    headers = tuple((name, value or b"") for name, value in found.headers) if found.headers else ()
     origin = Origin(stream.input, stream.partition, found.offset)
     return Record(origin, found.topic, max(found.timestamp, 0) / 1000, found.value, found.key, headers)
 

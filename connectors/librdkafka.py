@@ -155,7 +155,8 @@ class Consumer:
         offset = message.offset()
         self._at[stream] = offset + 1
         origin = Origin(stream.input, stream.partition, offset)
-        headers = tuple((name, value or b"") for name, value in message.headers() or ())
+        given = message.headers()
+        headers = tuple((name, value or b"") for name, value in given) if given else ()
         time_s = max(message.timestamp()[1], 0) / 1000
         record = Record(origin, message.topic(), time_s, message.value(), message.key(), headers)
         found.setdefault(stream, []).append(record)

@@ -12,6 +12,9 @@ from streamcl.records import EVENTS, LABELS, Event, Label, Origin, Record
 
 Path = tuple[str, ...] | None
 
+MOST_CHARACTERS = 4096
+"""Of an id or a key: they stand in the prediction, several times, and what is too large could never be answered."""
+
 
 def _path(dotted: str | None) -> Path:
     return tuple(dotted.split(".")) if dotted else None
@@ -117,12 +120,18 @@ def _identity(payload: Mapping[str, Any], path: Path, origin: Origin) -> str:
     name, value = ".".join(path), lookup(payload, path)
     if value is ABSENT or value is None or value == "":
         raise BadInput("schema", f"field {name!r}: the id is missing")
-    return category(name, value)
+    return _short(f"field {name!r}: the id", category(name, value))
 
 
 def _key(payload: Mapping[str, Any], path: Path, record: Record, identity: str) -> str:
     if path is not None:
         name, value = ".".join(path), lookup(payload, path)
         if value is not ABSENT and value is not None:
-            return category(name, value)
-    return record.key.decode("utf-8", "replace") if record.key is not None else identity
+            return _short(f"field {name!r}: the key", category(name, value))
+    return _short("the record's key", record.key.decode("utf-8", "replace")) if record.key is not None else identity
+
+
+def _short(what: str, text: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        raise BadInput("too_large", f"{what} has {len(text)} characters, at most are {MOST_CHARACTERS}")
+    return text

@@ -6,7 +6,7 @@ import pytest
 
 from connectors.codec import JSON
 from streamcl.config import Config
-from streamcl.decode import Decoder
+from streamcl.decode import MOST_CHARACTERS, Decoder
 from streamcl.protocols import BadInput, Seconds
 from streamcl.records import EVENTS, LABELS, Event, Label, Origin, Record
 
@@ -175,6 +175,16 @@ def test_the_future_begins_after_max_future_s_and_the_past_has_no_end() -> None:
 @pytest.mark.parametrize(("value", "identity"), [("x", "x"), (7, "7"), (0, "0"), (True, "true")])
 def test_ids_are_texts(value: Any, identity: str) -> None:
     assert event(decoder(), {"id": value}).id == identity
+
+
+def test_an_id_or_a_key_that_no_answer_could_carry_is_refused() -> None:
+    longest = "x" * MOST_CHARACTERS
+    made = decoder(key="user")
+    assert event(made, {"id": longest, "user": longest}).id == longest
+    for payload, key in (({"id": longest + "x"}, None), ({"user": longest + "x"}, None), ({}, b"x" * 4097)):
+        with pytest.raises(BadInput, match=r"4097 characters, at most are 4096") as refused:
+            event(made, payload, key=key)
+        assert refused.value.reason == "too_large"
 
 
 def test_without_an_id_field_the_place_in_the_log_is_the_id() -> None:

@@ -134,6 +134,28 @@ def test_the_dead_letter_carries_the_original_bytes_and_a_huge_one_a_stub(tmp_pa
     assert json.loads(huge.value or b"")["bytes"] > 2_000_000
 
 
+def test_a_prediction_that_its_destination_refuses_becomes_a_dead_letter_that_a_flush_makes_durable(
+    tmp_path: Path,
+) -> None:
+    fill([view(id, float(id), clicked=1) for id in range(3)])
+    worker, _ = run(inline(tmp_path))
+    sink, refused = worker.predictions, memory.broker(BROKER).messages("scores")[1]
+    assert sink is not None and sink.rejected is not None
+    assert letters() == []
+    flush, told = sink.flush, sink.rejected
+
+    def refusing() -> None:
+        told(refused, "InvalidRecord: not to my taste")
+        flush()
+
+    sink.flush = refusing  # type: ignore[method-assign]  # the destination tells while it is waited for
+    worker.flush()
+    [letter] = letters()
+    assert letter["reason"] == "rejected_by_broker"
+    assert letter["error"] == "InvalidRecord: not to my taste"
+    assert letter["input"] == "events:0:1"
+
+
 def test_an_error_never_shows_a_value(tmp_path: Path) -> None:
     fill([event(price="secret-4711"), event(user=["secret-4711"]), event(id={"secret-4711": 1})])
     run(inline(tmp_path))

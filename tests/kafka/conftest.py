@@ -50,6 +50,13 @@ class Cluster:
         admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs)])
         admin.close()
 
+    def changed(self, topic: str) -> dict[str, str]:
+        """The topic's settings that are not the broker's."""
+        admin = KafkaAdminClient(bootstrap_servers=self.bootstrap)
+        found = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+        admin.close()
+        return {name: each["value"] for name, each in found["topic"][topic].items()}
+
     def name(self) -> str:
         return f"t{next(_numbers)}-{uuid.uuid4().hex[:8]}"
 

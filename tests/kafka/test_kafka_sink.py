@@ -217,6 +217,14 @@ def test_a_missing_topic_is_made(cluster: Cluster) -> None:
     sink.close()
 
 
+def test_predictions_can_be_compacted(apache_kafka: Cluster) -> None:
+    url = f"{apache_kafka.url}/{apache_kafka.name()}"
+    config = apache_kafka.config(apache_kafka.topic(), predictions=url, kafka={"compact_predictions": True})
+    for place, changed in ((url, {"cleanup.policy": "compact"}), (config.dead_letters_url, {})):
+        kafka.open_sink(place, config).close()
+        assert apache_kafka.changed(kafka_client.locate(place)[1]) == changed
+
+
 def test_a_broker_away_for_longer_than_the_delivery_timeout_is_an_error_and_memory_stays_bounded(
     cluster: Cluster,
 ) -> None:
