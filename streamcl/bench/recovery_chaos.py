@@ -79,11 +79,15 @@ class Life:
         found = _STANDS.search(self.said())
         return int(found[1]) if found else None
 
+    def standing(self) -> int:
+        """How many snapshots it has loaded, or begun without one."""
+        return len(_STANDS.findall(self.said()))
+
     def await_standing(self, timeout_s: float, shards: int = 1) -> bool:
         """Whether it has loaded so many snapshots before the time is over, or it ended."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if len(_STANDS.findall(self.said())) >= shards:
+            if self.standing() >= shards:
                 return True
             if self.wait(0.02):
                 return False

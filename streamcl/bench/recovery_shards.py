@@ -42,7 +42,6 @@ TROUBLE_S = 10.0
 FULL, QUICK = (30, 40_000), (3, 2_000)
 _GAVE_WAY = re.compile(r"another worker has|dropped: ")
 _DROPPED = re.compile(r"dropped: ")
-_STANDS = re.compile(r"(?:restored \S+|began afresh) at \d+ records")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +86,15 @@ def _runs(options: Options, seeds: Sequence[int]) -> Iterator[tuple[str, str, in
 
 
 def _outcome(broker: Broker, folder: Path, assignment: str, method: str, seed: int, wanted: tuple[int, int]) -> Outcome:
-    began, (troubles, events) = time.perf_counter(), wanted
+    began, (count, events) = time.perf_counter(), wanted
     name = f"recovery-{uuid.uuid4().hex[:8]}"
     with topics(broker, name, ROLES) as names:
         config, last = _configs(broker, folder, names, name, assignment, method)
         records = inline(seed, events, SHARDS, time.time())
         with contextlib.closing(Feed(broker.bootstrap, names, records)) as feed:
             feed.send(len(records) // 3)
-            feed.trickle(len(records) / (TROUBLE_S * troubles))
-            counts = _trouble(folder, config, assignment == "group", seed, troubles)
+            feed.trickle(len(records) / (TROUBLE_S * count))
+            counts = _trouble(folder, config, assignment == "group", seed, count)
             feed.finish()
         progress("one worker for all shards, to the end")
         with Life(folder, "last", "run", str(last), "--shards", "0/1", "--idle-exit-s", "5", "--json") as life:
@@ -123,19 +122,39 @@ def _configs(
     return found[0], found[1]
 
 
-def _trouble(folder: Path, config: Path, group: bool, seed: int, troubles: int) -> Counter[str]:
-    """Trouble after trouble for teams of two, three and four; all kinds come equally often."""
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What happens to the worker in `slot`, `pause_s` after it stands (`patient`), or wherever it is by then."""
+
+    kind: str
+    slot: int
+    pause_s: float
+    patient: bool
+
+
+def troubles(seed: int, count: int) -> list[tuple[int, list[Trouble]]]:
+    """(workers, what happens to them): teams of two, three and four, one after the other; few troubles have one team.
+
+    All kinds come equally often.
+    """
     rng = np.random.default_rng([seed, 2])
-    kinds = [str(kind) for _ in range(-(-troubles // 3)) for kind in rng.permutation(KINDS)][:troubles]
-    pieces = [list(piece) for piece in np.array_split(np.array(kinds), 3) if len(piece)] if troubles > 3 else [kinds]
+    kinds = [str(kind) for _ in range(-(-count // len(KINDS))) for kind in rng.permutation(KINDS)][:count]
+    sizes = [int(size) for size in rng.permutation([2, 3, 4])] if count > len(KINDS) else [2]
+    return [
+        (size, [Trouble(str(k), int(rng.integers(size)), rng.uniform(0.0, 4.0), rng.random() < 0.7) for k in piece])
+        for size, piece in zip(sizes, np.array_split(np.array(kinds), len(sizes)), strict=True)
+    ]
+
+
+def _trouble(folder: Path, config: Path, group: bool, seed: int, count: int) -> Counter[str]:
+    """How often what happened, and how many frozen workers gave way."""
     counts: Counter[str] = Counter()
-    for size, piece in zip(rng.permutation([2, 3, 4]) if troubles > 3 else [2], pieces, strict=False):
-        with Team(folder, config, group, int(size)) as team:
-            for kind in piece:
-                slot, pause_s, patient = int(rng.integers(size)), float(rng.uniform(0.0, 4.0)), rng.random() < 0.7
-                counts["gave way"] += team.suffer(kind, slot, pause_s, patient)
-                counts[kind] += 1
-                progress(f"{sum(counts[each] for each in KINDS)} of {troubles} troubles, {size} workers")
+    for size, piece in troubles(seed, count):
+        with Team(folder, config, group, size) as team:
+            for trouble in piece:
+                counts["gave way"] += team.suffer(trouble)
+                counts[trouble.kind] += 1
+                progress(f"{sum(counts[kind] for kind in KINDS)} of {count} troubles, {size} workers")
     return counts
 
 
@@ -164,24 +183,25 @@ class Team:
         self._all.append(self.lives[slot])
         return self.lives[slot]
 
-    def suffer(self, kind: str, slot: int, pause_s: float, patient: bool) -> int:
-        """One trouble, `pause_s` after the worker stands, or wherever it is. Returns how many gave way.
+    def suffer(self, trouble: Trouble) -> int:
+        """Returns how many gave way.
 
         Raises:
             Broken: a worker left by itself, or did not when it had to.
         """
-        life = self.lives[slot]
-        if (patient or kind == "freeze") and not life.await_standing(PATIENCE_S, self._share(slot)):
+        life = self.lives[trouble.slot]
+        patient = trouble.patient or trouble.kind == "freeze"
+        if patient and not life.await_standing(PATIENCE_S, self._share(trouble.slot)):
             raise Broken(f"{life.log}: holds no shard: {life.said()[-1500:]}")
-        time.sleep(pause_s)
+        time.sleep(trouble.pause_s)
         self._all_live()
-        if kind == "kill":
+        if trouble.kind == "freeze":
+            return self._freeze_in_group(life) if self.group else self._freeze(life, trouble.slot)
+        if trouble.kind == "kill":
             life.kill()
-        elif kind == "term":
-            self._terminate(life)
         else:
-            return self._freeze_in_group(life) if self.group else self._freeze(life, slot)
-        self.start(slot)
+            self._terminate(life)
+        self.start(trouble.slot)
         return 0
 
     def _share(self, slot: int) -> int:
@@ -194,7 +214,7 @@ class Team:
                 raise Broken(f"{life.log}: left with {life.process.returncode}: {life.said()[-1500:]}")
 
     def _terminate(self, life: Life) -> None:
-        stood = _STANDS.search(life.said())
+        stood = life.standing() > 0
         life.signal(signal.SIGTERM)
         if not life.wait(PATIENCE_S):
             raise Broken(f"{life.log}: SIGTERM did not end it within {PATIENCE_S:.0f} s: {life.said()[-1500:]}")
