@@ -95,10 +95,7 @@ class Keeper:
         self.store = store
         self.accept_changes = accept_changes
         self.bootstrap = bootstrap
-        self.lease = Lease(
-            store.remote.url if store.remote else str(store.folder),
-            worker.config.checkpoint.lease_s if lease_s is None else lease_s,
-        )
+        self.lease = lease_on(store, worker.config.checkpoint.lease_s if lease_s is None else lease_s)
         self.writer = Writer(store, self.lease, beside)
         self.since = 0
         self.last: Snapshot | None = None
@@ -294,15 +291,28 @@ class Keeper:
 
 def _refuse_other_counts(config: Config) -> None:
     """A first start beside the snapshots of another number of shards would learn everything a second time."""
-    folder, count = config.checkpoint.folder, config.shard.count
-    found = (re.fullmatch(rf"{re.escape(config.name)}-\d+-of-(\d+)", each.name) for each in folder.glob("*-of-*"))
-    others = {int(match[1]): match[0] for match in found if match} | {count: ""}
-    for other, name in sorted(others.items()):
-        if other != count and Store(folder / name).ls():
-            raise ConfigError(
-                f"shard.count is {count}, but {folder / name} holds snapshots of {other} shards: run `streamcl reshard"
-                f" --from {other} --to {count}` first, or start under another name"
-            )
+    where, count = config.checkpoint, config.shard.count
+    try:
+        names = {each.name for each in where.folder.glob("*-of-*")}
+        names |= set(Remote(where.remote).folders()) if where.remote else set()
+        for name in sorted(names):
+            match = re.fullmatch(rf"{re.escape(config.name)}-(\d+)-of-([1-9]\d*)", name)
+            if match and int(match[2]) != count and _holds(store_of(config.of_shard(int(match[1]), int(match[2])))):
+                raise ConfigError(
+                    f"shard.count is {count}, but there are snapshots of {name} in {where.remote or where.folder}: run"
+                    f" `streamcl reshard --from {match[2]} --to {count}` first, or start under another name"
+                )
+    except OSError as error:
+        raise CheckpointError(f"{where.folder}: can't see whether there were other shards: {error}") from error
+
+
+def _holds(store: Store) -> bool:
+    return bool(store.ls() or (store.remote and store.remote.names()))
+
+
+def lease_on(store: Store, lease_s: float) -> Lease:
+    """The right to write to it, where every worker of the shard sees it."""
+    return Lease(store.remote.url if store.remote else str(store.folder), lease_s)
 
 
 def store_of(config: Config) -> Store:

@@ -35,6 +35,12 @@ class Remote:
             found = self._ls("")
             return sorted((n for n in found if _NAME.fullmatch(n) and _MANIFEST in self._ls(n)), reverse=True)[:1]
 
+    def folders(self) -> list[str]:
+        """Names of what lies under the URL, for who looks at the place of all shards."""
+        with self._named():
+            self._files.invalidate_cache()
+            return self._ls("")
+
     def push(self, snapshot: Path, chunks: Collection[str], retain: int) -> None:
         """Copy a snapshot and those of its chunks that are not there; then let the oldest go, down to `retain`."""
         with self._named():

@@ -37,10 +37,9 @@ from streamcl import connect
 from streamcl.checkpoint import Loaded
 from streamcl.config import Config, ConfigError, changes
 from streamcl.join import Joiner
-from streamcl.lease import Lease
 from streamcl.protocols import State, StreamclError
 from streamcl.records import Position, Stream, position_to_json
-from streamcl.recovery import Keeper, store_of
+from streamcl.recovery import Keeper, lease_on, store_of
 from streamcl.worker import Counts, Progress, build, keeps_order, logged
 
 
@@ -137,7 +136,7 @@ def carry_out(plan: Plan) -> None:
     """
     with ExitStack() as leases:
         for old in plan.olds:
-            lease = Lease(str(store_of(old.config).folder), old.config.checkpoint.lease_s)
+            lease = lease_on(store_of(old.config), old.config.checkpoint.lease_s)
             leases.callback(lease.release)
             lease.claim()  # before the fence, which would end a worker that lives
         for old in plan.olds:

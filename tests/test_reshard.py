@@ -236,6 +236,23 @@ def test_old_shards_do_not_start_any_more_and_new_ones_not_without_reshard(tmp_p
     refused(config_of(tmp_path, 3), 2, 3, "which a worker wrote: that shard runs already")
 
 
+def test_snapshots_in_an_object_store_are_resharded_from_and_on_another_machine(tmp_path: Path) -> None:
+    broker = fill(traffic(), PARTITIONS)
+    broker.finished = False
+    remote = (tmp_path / "bucket").as_uri()
+
+    def on(machine: str, count: int) -> Config:
+        place = {"folder": str(tmp_path / machine), "every_events": 7, "remote": remote}
+        return config_of(tmp_path, count, checkpoint=place)
+
+    run(on("first", 2), 9)
+    with pytest.raises(ConfigError, match="reshard --from 2 --to 3"):
+        run(on("second", 3))
+    reshard(on("second", 3), 2, 3)
+    broker.finish()
+    assert sums(run(on("third", 3)))[0] == everything()
+
+
 def test_a_reshard_that_died_halfway_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broker = fill(traffic(), PARTITIONS)
     broker.finished = False
