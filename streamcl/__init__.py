@@ -6,6 +6,7 @@ Table of contents, in the order of the journey (start with `worker`):
     recovery       the one recovery path, and the checkpoints that it starts from
     host           shards in one process, and the recovery of each while the others go on
     reshard        N shards become M, offline
+    summary        what a run has come to
     bootstrap      learning from history before going live
     records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec

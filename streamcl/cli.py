@@ -11,8 +11,7 @@ import logging
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from streamcl import __version__, connect
+from streamcl import __version__, connect, summary
 from streamcl import reshard as resharding
 from streamcl.bench.command import bench
 from streamcl.bootstrap import Bootstrap
@@ -34,7 +33,6 @@ from streamcl.protocols import Fenced, Membership, StreamclError
 from streamcl.records import EVENTS, LABELS, Turn
 from streamcl.recovery import store_of
 from streamcl.serve import serve as serve_forever
-from streamcl.state import digest
 from streamcl.telemetry import Telemetry
 from streamcl.worker import Worker, keeps_order, logged
 
@@ -119,9 +117,7 @@ def run(
                 quiet_since = time.monotonic()
             if idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s:
                 host.stop()
-    _summary_of_all(
-        settings, {seat.last: seat.readings for _, seat in sorted(host.seats.items()) if seat.last}, as_json
-    )
+    _summarise({seat.last: seat.readings for _, seat in sorted(host.seats.items()) if seat.last}, settings, as_json)
 
 
 def _bootstrap(config: Config, history: Sequence[str]) -> Bootstrap:
@@ -132,6 +128,20 @@ def _bootstrap(config: Config, history: Sequence[str]) -> Bootstrap:
         return Bootstrap()
     recorded = _redirected(config, dict(map(_pair, history)), None)
     return Bootstrap(lambda: connect.open_source(recorded))
+
+
+def _summarise(workers: summary.Ended, config: Config, as_json: bool) -> None:
+    """One shard's summary when there is but one; else each, and their sums."""
+    alone = config.shard.count == 1 and len(workers) == 1
+    shards = [summary.of_shard(worker, readings) for worker, readings in workers.items()]
+    if as_json:
+        out(shards[0] if alone else {**summary.totals(config, workers), "shards": shards})
+        return
+    for each in shards:
+        Console().print(summary.table(each))
+    if not alone:
+        told = summary.totals(config, workers)
+        Console().print(f"{len(shards)} shards: {told['records']} records, learned hash {told['learned_hash']}")
 
 
 def _membership(config: Config) -> Membership:
@@ -178,53 +188,6 @@ def _stopping(runs: Stoppable) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _result(worker: Worker, readings: Mapping[str, float]) -> dict[str, Any]:
-    """What a shard has come to; the state's digest proves that two runs are one."""
-    progress = worker.progress.state_dict()
-    return {
-        "name": worker.config.name,
-        "records": progress["records"],
-        "position": progress["position"],
-        "learned_hash": progress["learned"],
-        "counts": worker.counts.state_dict(),
-        "metrics": dict(readings),
-        "state_digest": digest(worker.state_dict()),
-    }
-
-
-def _summary_of_all(config: Config, workers: Mapping[Worker, Mapping[str, float]], as_json: bool) -> None:
-    """Of one shard as ever; of several each, and the sums that do not depend on how the inputs were cut into shards."""
-    if config.shard.count == 1 and len(workers) == 1:
-        for worker, readings in workers.items():
-            _summary(worker, readings, as_json)
-        return
-    learned = sum(worker.progress.learned for worker in workers) % (1 << 128)
-    totals = {
-        "name": config.name,
-        "records": sum(worker.progress.records for worker in workers),
-        "counts": dict(sorted(sum((worker.counts for worker in workers), Counter()).items())),
-        "learned_hash": f"{learned:032x}",
-    }
-    if as_json:
-        out({**totals, "shards": [{"shard": w.config.shard.index, **_result(w, read)} for w, read in workers.items()]})
-        return
-    for worker, readings in workers.items():
-        _summary(worker, readings, as_json)
-    Console().print(f"{len(workers)} shards: {totals['records']} records, learned hash {totals['learned_hash']}")
-
-
-def _summary(worker: Worker, readings: Mapping[str, float], as_json: bool) -> None:
-    result = _result(worker, readings)
-    if as_json:
-        out(result)
-        return
-    table = Table("what", "value", title=f"{worker.config.name}: {result['records']} records", title_justify="left")
-    for name, value in {**result["counts"], **result["metrics"]}.items():
-        table.add_row(name, f"{value:.6g}")
-    table.add_row("state digest", str(result["state_digest"]))
-    Console().print(table)
-
-
 @app.command()
 def replay(
     config: ConfigFile,
@@ -251,7 +214,7 @@ def replay(
         for _ in _progress(turns, worker):
             pass
         worker.flush()
-        _summary(worker, worker.readings(), as_json)
+        _summarise({worker: worker.readings()}, settings, as_json)
 
 
 def _logged(worker: Worker) -> bool:
