@@ -34,7 +34,9 @@ class KafkaControlLog:
     def __init__(self, url: str, config: Config) -> None:
         self._url, self._config = url, config
         self._servers, self._topic = client.locate(url)
-        self._outputs = client.locate(config.predictions)[1] if config.predictions else ""
+        # Else the predictions may well be a file's.
+        outputs = config.predictions if config.exactly_once else None
+        self._outputs = client.locate(outputs)[1] if outputs else ""
         self._producer: client.Transactions | None = None
 
     def open(self) -> None:

@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from streamcl.checkpoint import Snapshot, Store
+from streamcl.checkpoint import CheckpointError, Snapshot, Store
 from streamcl.lease import Lease
-from streamcl.protocols import State
+from streamcl.protocols import Fenced, State, StreamclError
 from streamcl.records import Position
 from streamcl.state import private
 
@@ -66,6 +66,15 @@ class Writer:
 
     def _write(self, state: State, manifest: Mapping[str, Any], position: Position) -> Written:
         began = time.perf_counter()
-        self.lease.check()
+        self._may_write()
         snapshot = self.store.save(state, manifest)
         return Written(snapshot, position, time.perf_counter() - began)
+
+    def _may_write(self) -> None:
+        """A place that can't be asked is a place that can't be written to: the worker goes on without."""
+        try:
+            self.lease.check()
+        except Fenced:
+            raise
+        except StreamclError as error:
+            raise CheckpointError(str(error)) from error.__cause__

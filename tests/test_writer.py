@@ -130,6 +130,24 @@ def test_a_vanished_folder_is_made_anew(tmp_path: Path) -> None:
     assert digest(keeper.worker.state_dict()) == repeat(config).digest
 
 
+def test_a_file_in_the_folder_s_place_stops_no_worker(tmp_path: Path) -> None:
+    fill(STREAM)
+    place = tmp_path / "checkpoints"
+    config = settings(place)
+    keeper = Keeper(build(config), store_of(config))
+    keeper.restore()
+    turns = keeper.run()
+    drive(keeper, turns, 4)
+    shutil.rmtree(place)
+    place.write_text("no folder")
+    drive(keeper, turns, 4)
+    assert keeper.failures["other"] > 0
+    place.unlink()
+    for _ in turns:
+        pass
+    assert digest(keeper.worker.state_dict()) == repeat(config).digest
+
+
 def test_a_disk_that_fails_is_counted_and_warned_of_once_and_the_worker_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
