@@ -199,6 +199,18 @@ def keep(folder: Path) -> None:
     (folder / _KEEP).touch()
 
 
+_AMOUNTS = (": kills", ": events", ": troubles", ": minutes")
+
+
+def judge(folder: Path, bars: Iterable[Bar]) -> None:
+    """Say at once which bars are missed, and keep the evidence; too small an amount alone leaves none."""
+    missed = [bar for bar in bars if not (bar.ok or math.isnan(bar.value) or bar.name.endswith(_AMOUNTS))]
+    for bar in missed:
+        progress(f"missed: {bar.name}: {bar.value}, limit {bar.limit}")
+    if missed:
+        keep(folder)
+
+
 @contextlib.contextmanager
 def topics(broker: Broker, prefix: str, partitions: Mapping[str, int], **limits: str) -> Iterator[dict[str, str]]:
     """New topics by role; on a broker that is not ours all that begins with `prefix` is gone afterwards.

@@ -26,7 +26,7 @@ from streamcl.bench.options import Options
 from streamcl.bench.recovery_chaos import (
     PHASES,
     Life,
-    keep,
+    judge,
     live_and_die,
     methods,
     phase,
@@ -81,8 +81,7 @@ def run(options: Options) -> Report:
                 rows.append(_row(method, seed, outcome))
                 mine = list(_bars(method, outcome, broker, least))
                 bars += mine
-                if not all(bar.ok or math.isnan(bar.value) for bar in mine):
-                    keep(folder)
+                judge(folder, mine)
     config = {"task": "kill", "broker": broker.kind, "kills": kills, "events": events, "partitions": PARTITIONS}
     return Report("recovery", config, seeds, time.perf_counter() - began, rows, worst(bars), notes=_notes(broker))
 

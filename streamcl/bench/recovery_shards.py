@@ -24,7 +24,7 @@ import numpy as np
 from streamcl.bench import recovery_traffic, recovery_verifier
 from streamcl.bench.brokers import Broker, chosen
 from streamcl.bench.options import Options
-from streamcl.bench.recovery_chaos import Broken, Life, keep, methods, scratch, topics, worst, write_config
+from streamcl.bench.recovery_chaos import Broken, Life, judge, methods, scratch, topics, worst, write_config
 from streamcl.bench.recovery_traffic import Feed, inline
 from streamcl.bench.recovery_verifier import Findings, learned_hash
 from streamcl.bench.report import Bar, Report, Row, progress
@@ -69,8 +69,7 @@ def run(options: Options) -> Report:
                 rows.append(_row(f"{assignment}, {method}, seed {seed}", outcome))
                 mine = list(_bars(assignment, method, broker, outcome, least))
                 bars += mine
-                if not all(bar.ok or math.isnan(bar.value) for bar in mine):
-                    keep(folder)
+                judge(folder, mine)
     config = {"task": "shards", "broker": broker.kind, "kills": wanted[0], "events": wanted[1], "shards": SHARDS}
     notes = [
         "learned: the sum of the shards' hashes, beside the verifier's own of all good events",

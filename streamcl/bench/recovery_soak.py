@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from streamcl.bench import recovery_traffic
 from streamcl.bench.brokers import Broker, chosen
 from streamcl.bench.options import Options
-from streamcl.bench.recovery_chaos import Broken, Life, keep, methods, scratch, topics, write_config
+from streamcl.bench.recovery_chaos import Broken, Life, judge, methods, scratch, topics, write_config
 from streamcl.bench.recovery_traffic import Feed, endless
 from streamcl.bench.recovery_watch import free_port, scrape
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
@@ -84,8 +84,7 @@ def run(options: Options) -> Report:
     with chosen(options.via) as broker, scratch("soak") as folder:
         samples = _soak(broker, folder, method, 60 * minutes, length.every_s)
         bars = list(_bars(samples, length))
-        if not all(bar.ok for bar in bars):
-            keep(folder)
+        judge(folder, bars)
     curves = [
         Curve("resident memory", [s.at_s / 60 for s in samples], [s.rss_bytes / MIB for s in samples]),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from kafka import KafkaProducer
 
 from streamcl.bench.brokers import Broker, chosen
 from streamcl.bench.options import Options
-from streamcl.bench.recovery_chaos import Broken, Life, phase, plans, scratch, topics, worst, write_config
+from streamcl.bench.recovery_chaos import Broken, Life, judge, phase, plans, scratch, topics, worst, write_config
 from streamcl.bench.recovery_kill import ROLES, run
 from streamcl.bench.recovery_traffic import Feed, config, traffic
 from streamcl.bench.recovery_verifier import findings
@@ -84,9 +85,20 @@ def test_a_folder_stays_only_when_something_went_wrong() -> None:
     with pytest.raises(Broken), scratch("test") as folder:
         raise Broken("x")
     assert folder.exists()
-    for left in folder.iterdir():
-        left.unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
+
+
+def test_a_missed_bar_is_told_and_its_evidence_stays_but_not_for_too_few_kills(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with scratch("test") as folder:
+        judge(folder, [Bar("x: kills", 1, 200), Bar("x: duplicates", float("nan"), 0, False)])
+    assert not folder.exists()
+    with scratch("test") as folder:
+        judge(folder, [Bar("x: duplicates", 3, 0, False)])
+    assert "missed: x: duplicates: 3" in capsys.readouterr().err
+    assert folder.exists()
+    shutil.rmtree(folder)
 
 
 def test_the_judge_sees_what_is_missing_repeated_different_invented_and_unexplained(broker: Broker) -> None:
