@@ -79,6 +79,15 @@ PARTS = {
     "suppressed": ("drift_suppressed", "Alarms within the refractory period since the start of the stream (count)."),
     "improvements": ("drift_improvements", "Falls of the mean loss since the start of the stream (count)."),
     "restarts": ("drift_restarts", "Detectors begun afresh after a change of River's version (count)."),
+    "sink_inflight_records": ("producer_inflight_records", "Predictions not yet acknowledged (count)."),
+    "sink_inflight_bytes": ("producer_inflight_bytes", "The same in bytes."),
+    "sink_rebuilds": ("producer_rebuilds", "Producers replaced since the shard was built (count)."),
+    "sink_rejections": (
+        "producer_rejections",
+        "Predictions that the broker refused since then (count).",
+    ),
+    "source_retries": ("poll_retries", "Polls that failed, brokers being away (count)."),
+    "source_commit_failures": ("commit_failures", "Times that progress could not be shown to lag tools (count)."),
     "mean": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
 }
 CAUSES = ("unavailable", "fenced")

@@ -357,7 +357,18 @@ class Worker:
         """What the parts say about themselves, for telemetry and people. Never part of the state."""
         readers = (self.metrics, self.drift, self.joiner, self.learner)
         merged = {name: value for part in readers for name, value in part.read().items()}
-        return merged | {"lag_records": float(sum(self.source.lag().values()))}
+        connectors = {"sink": self.predictions, "source": self.source}
+        told = {  # by those connectors that have it to tell
+            f"{kind}_{name}": float(getattr(part, name))
+            for kind, part in connectors.items()
+            for name in TOLD_BY_CONNECTORS
+            if hasattr(part, name)
+        }
+        return merged | told | {"lag_records": float(sum(self.source.lag().values()))}
+
+
+TOLD_BY_CONNECTORS = ("inflight_records", "inflight_bytes", "rebuilds", "rejections", "retries", "commit_failures")
+"""Attributes of a source or a sink that are readings too, under `source_` or `sink_`."""
 
 
 def logged(control: ControlLog, start: int) -> Iterator[tuple[int, Order]]:

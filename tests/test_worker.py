@@ -290,3 +290,12 @@ def test_a_river_model_can_stand_in_the_worker(tmp_path: Path) -> None:
     again.load_state_dict(worker.state_dict())
     features = worker.decoder.featurizer.encode({"user": 1, "price": 2.0})
     assert again.learner.predict(features).served == worker.learner.predict(features).served
+
+
+def test_what_a_connector_counts_is_among_the_readings(tmp_path: Path) -> None:
+    fill([view(1, 1.0)])
+    worker = build(settings(tmp_path))
+    vars(worker.source)["retries"] = 3
+    readings = worker.readings()
+    assert readings["source_retries"] == 3.0
+    assert "sink_rebuilds" not in readings  # topics in memory have no producer
