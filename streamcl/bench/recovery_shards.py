@@ -34,10 +34,13 @@ ROLES = {"events": SHARDS, "predictions": SHARDS, "dead_letters": 1}
 ASSIGNMENTS = ("static", "group")
 KINDS = ("kill", "term", "freeze")
 SESSION_S = 6.0
-LEASE_S = 2.0
+LEASE_S = 1.0
 PATIENCE_S = 120.0
 TROUBLE_S = 10.0
 """What one trouble takes about; the input comes in over so many times their number."""
+
+LONGEST_S, QUICK_LONGEST_S = 4.0, 0.5
+"""No trouble waits longer for a worker that stands."""
 
 FULL, QUICK = (30, 40_000), (3, 2_000)
 _GAVE_WAY = re.compile(r"another worker has|dropped: ")
@@ -65,7 +68,7 @@ def run(options: Options) -> Report:
         for assignment, method, seed in _runs(options, seeds):
             with scratch("shards") as folder:
                 progress(f"{assignment}, {method}, seed {seed}: {wanted[0]} troubles, {wanted[1]} events")
-                outcome = _outcome(broker, folder, assignment, method, seed, wanted)
+                outcome = _outcome(broker, folder, assignment, method, seed, wanted, options.quick)
                 rows.append(_row(f"{assignment}, {method}, seed {seed}", outcome))
                 mine = list(_bars(assignment, method, broker, outcome, least))
                 bars += mine
@@ -84,7 +87,9 @@ def _runs(options: Options, seeds: Sequence[int]) -> Iterator[tuple[str, str, in
             yield from ((assignment, method, seed) for seed in seeds)
 
 
-def _outcome(broker: Broker, folder: Path, assignment: str, method: str, seed: int, wanted: tuple[int, int]) -> Outcome:
+def _outcome(
+    broker: Broker, folder: Path, assignment: str, method: str, seed: int, wanted: tuple[int, int], quick: bool
+) -> Outcome:
     began, (count, events) = time.perf_counter(), wanted
     name = f"recovery-{uuid.uuid4().hex[:8]}"
     with topics(broker, name, ROLES) as names:
@@ -93,10 +98,12 @@ def _outcome(broker: Broker, folder: Path, assignment: str, method: str, seed: i
         with contextlib.closing(Feed(broker.bootstrap, names, records)) as feed:
             feed.send(len(records) // 3)
             feed.trickle(len(records) / (TROUBLE_S * count))
-            counts = _trouble(folder, config, assignment == "group", seed, count)
+            drawn = troubles(seed, count, QUICK_LONGEST_S if quick else LONGEST_S)
+            counts = _trouble(folder, config, assignment == "group", drawn)
             feed.finish()
         progress("one worker for all shards, to the end")
-        with Life(folder, "last", "run", str(last), "--shards", "0/1", "--idle-exit-s", "5", "--json") as life:
+        idle_s = "2" if quick else "10"
+        with Life(folder, "last", "run", str(last), "--shards", "0/1", "--idle-exit-s", idle_s, "--json") as life:
             ran = life.answer(3600.0)
         found = recovery_verifier.findings(broker.bootstrap, names)
     gave_way = counts.pop("gave way", 0)
@@ -131,7 +138,7 @@ class Trouble:
     patient: bool
 
 
-def troubles(seed: int, count: int) -> list[tuple[int, list[Trouble]]]:
+def troubles(seed: int, count: int, longest_s: float = LONGEST_S) -> list[tuple[int, list[Trouble]]]:
     """(workers, what happens to them): teams of two, three and four, one after the other; few troubles have one team.
 
     All kinds come equally often.
@@ -140,20 +147,25 @@ def troubles(seed: int, count: int) -> list[tuple[int, list[Trouble]]]:
     kinds = [str(kind) for _ in range(-(-count // len(KINDS))) for kind in rng.permutation(KINDS)][:count]
     sizes = [int(size) for size in rng.permutation([2, 3, 4])] if count > len(KINDS) else [2]
     return [
-        (size, [Trouble(str(k), int(rng.integers(size)), rng.uniform(0.0, 4.0), rng.random() < 0.7) for k in piece])
+        (size, [_draw(rng, str(kind), size, longest_s) for kind in piece])
         for size, piece in zip(sizes, np.array_split(np.array(kinds), len(sizes)), strict=True)
     ]
 
 
-def _trouble(folder: Path, config: Path, group: bool, seed: int, count: int) -> Counter[str]:
+def _draw(rng: np.random.Generator, kind: str, size: int, longest_s: float) -> Trouble:
+    return Trouble(kind, int(rng.integers(size)), float(rng.uniform(0.0, longest_s)), bool(rng.random() < 0.7))
+
+
+def _trouble(folder: Path, config: Path, group: bool, drawn: Sequence[tuple[int, list[Trouble]]]) -> Counter[str]:
     """How often what happened, and how many frozen workers gave way."""
     counts: Counter[str] = Counter()
-    for size, piece in troubles(seed, count):
+    total = sum(len(piece) for _, piece in drawn)
+    for size, piece in drawn:
         with Team(folder, config, group, size) as team:
             for trouble in piece:
                 counts["gave way"] += team.suffer(trouble)
                 counts[trouble.kind] += 1
-                progress(f"{sum(counts[kind] for kind in KINDS)} of {count} troubles, {size} workers")
+                progress(f"{sum(counts[kind] for kind in KINDS)} of {total} troubles, {size} workers")
     return counts
 
 
