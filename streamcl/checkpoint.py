@@ -32,7 +32,7 @@ from safetensors.torch import load, save_file
 
 from streamcl import __version__
 from streamcl.chunks import Chunks, names_of
-from streamcl.protocols import State, StreamclError
+from streamcl.protocols import Fenced, State, StreamclError
 from streamcl.remote import Remote
 from streamcl.state import Arrays, StateError, digest, digest_flat, flatten, pickles, to_json, unflatten
 
@@ -108,7 +108,8 @@ class Store:
         migrations: by the format that they start from; applied in order while loading.
         remote: where every snapshot is copied to, and fetched from by a folder that lacks it.
 
-    `damaged` holds (name, cause) of every snapshot found damaged so far, each name once.
+    `damaged` holds (name, cause) of every snapshot found damaged so far, each name once. `permit` is called before a
+    snapshot gets its name, and raises what forbids it.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Store:
         self.remote = remote
         self.chunks = Chunks(folder / CHUNKS)
         self.damaged: list[tuple[str, str]] = []
+        self.permit: Callable[[], None] = lambda: None
         self._valid: set[str] = set()  # saved or verified by this process
 
     def save(self, state: State, manifest: Mapping[str, Any]) -> Snapshot:
@@ -138,8 +140,9 @@ class Store:
         Raises:
             CheckpointError: older snapshots stand as they stood, and no half one was left.
         """
-        with self._writing(), self._unfinished() as folder:
+        with self._writing(), self._chunks_undone(), self._unfinished() as folder:
             self._fill(folder, state, manifest)
+            self.permit()
             path = self.folder / f"{self._next():010d}-{int(manifest.get('records', 0))}"
             folder.rename(path)
             _sync(self.folder)
@@ -163,10 +166,11 @@ class Store:
             CheckpointError: a valid one that must not be passed over in silence: written by a newer streamcl,
                 without a migration, or with a pickle that isn't trusted.
         """
-        if self.remote:
-            self._fetch(self.remote)
-        for name in reversed(self._names()):
+        here, away = self._names(), self._names_away()
+        for name in sorted({*here, *away}, reverse=True):
             try:
+                if self.remote and name not in here:
+                    self._fetch(self.remote, name)
                 return self.load(name)
             except Damaged:
                 continue
@@ -174,16 +178,23 @@ class Store:
                 return self.newest()  # the writer's retention was faster, so there is a newer one
         return None
 
-    def _fetch(self, remote: Remote) -> None:
-        """Bring what is newer there; what it holds is checked when it is loaded, like any other."""
-        newest = max(self._names(), default="")
-        with self._writing():
-            for name in remote.names():
-                if _sequence(name) > _sequence(newest):
-                    with self._unfinished() as folder:
-                        remote.pull(name, folder, self.chunks.folder)
-                        folder.rename(self.folder / name)
-                        _sync(self.folder)
+    def _names_away(self) -> list[str]:
+        try:
+            return self.remote.names() if self.remote else []
+        except OSError as error:
+            raise CheckpointError(f"can't see which checkpoints there are: {error}") from error
+
+    def _fetch(self, remote: Remote, name: str) -> None:
+        """Bring a copy; what it holds is checked when it is loaded, like any other."""
+        with self._writing(), self._unfinished() as folder:
+            try:
+                remote.pull(name, folder, self.chunks)
+            except FileNotFoundError as error:
+                raise Vanished(f"{remote.url}/{name}: no such checkpoint") from error
+            for path in (*folder.iterdir(), folder):
+                _sync(path)
+            folder.rename(self.folder / name)
+            _sync(self.folder)
 
     def ls(self) -> list[Snapshot]:
         """Every snapshot with a sound manifest, oldest first. What else it holds is for `verify` to read."""
@@ -247,10 +258,12 @@ class Store:
             rest = json.loads(content[REST])
             self._refuse_pickle(snapshot.path, rest)
             state = unflatten(rest, load(content[ARRAYS]) | self.chunks.read(body.get("chunked", {})))
-        except FileNotFoundError as error:
+        except OSError as error:  # of a chunk
             if not snapshot.path.exists():
                 raise Vanished(f"{snapshot.path}: no such checkpoint") from error
-            raise self._damage(snapshot.name, f"a chunk is missing: {error.filename}") from error
+            if error.errno in _DAMAGE:
+                raise self._damage(snapshot.name, f"a chunk can't be read: {error}") from error
+            raise CheckpointError(f"{snapshot.path}: a chunk can't be read: {error}") from error
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
             raise self._damage(snapshot.name, repr(error)) from error
         if digest(state) != snapshot.digest:
@@ -314,9 +327,24 @@ class Store:
                 kept += self._is_valid(name)
                 if kept > self.retain and name in self._valid:
                     self._delete(name)
-            self.chunks.keep({chunk for name in self._names() for chunk in self._names_of_chunks(name)})
+            self._sweep_chunks()
         except (OSError, CheckpointError) as error:
             logger.warning("old checkpoints stay: %s", error)
+
+    def _sweep_chunks(self) -> None:
+        self.chunks.keep({chunk for name in self._names() for chunk in self._names_of_chunks(name)})
+
+    @contextlib.contextmanager
+    def _chunks_undone(self) -> Iterator[None]:
+        """What a save that fails had written must not be what fills the disk for the next one."""
+        try:
+            yield
+        except Fenced:  # another worker's chunks may be on their way
+            raise
+        except Exception:
+            with contextlib.suppress(OSError, CheckpointError):
+                self._sweep_chunks()
+            raise
 
     def _names_of_chunks(self, name: str) -> set[str]:
         """None for a snapshot whose manifest can't be read: without it its chunks are nobody's."""

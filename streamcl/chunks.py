@@ -37,18 +37,47 @@ class Chunks:
 
     def write(self, arrays: Arrays) -> tuple[dict[str, dict[str, Any]], int]:
         """The listing, and how many bytes had to be written; durable when it returns."""
-        listing, written = {}, 0
+        listing, written, fresh = {}, 0, set[str]()
         for path, tensor in arrays.items():
             names = []
             for piece in _pieces(tensor):
                 names.append(hashlib.sha256(piece).hexdigest())
-                written += self._write(names[-1], piece)
+                if names[-1] not in fresh and not self._written(names[-1]):
+                    self.add(names[-1], piece)
+                    fresh.add(names[-1])
+                    written += len(piece)
             kind = str(tensor.dtype).removeprefix("torch.")
             listing[path] = {"dtype": kind, "shape": list(tensor.shape), "chunks": names}
-        if written:
+        if fresh:
+            self.sync()
+        self._sound |= fresh  # not before: a name that a power cut may take must be written again
+        return listing, written
+
+    def add(self, name: str, piece: bytes | memoryview) -> None:
+        """Store a chunk, whole or not at all; its name is durable after `sync`."""
+        self.folder.mkdir(exist_ok=True)
+        partial = self.folder / f".{uuid.uuid4().hex}"
+        try:
+            with partial.open("wb") as file:
+                file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self.folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        if self.folder.is_dir():
             _sync(self.folder)
             _sync(self.folder.parent)
-        return listing, written
+
+    def holds(self, name: str) -> bool:
+        """Whether a chunk is there and sound; reads it."""
+        try:
+            self._checked(name)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def read(self, listing: Listing) -> Arrays:
         return {path: self._array(entry) for path, entry in listing.items()}
@@ -61,19 +90,8 @@ class Chunks:
                     self._sound.discard(path.name)
                     path.unlink(missing_ok=True)
 
-    def _write(self, name: str, piece: memoryview) -> int:
-        path = self.folder / name
-        if name in self._sound and path.exists():
-            return 0
-        self.folder.mkdir(exist_ok=True)
-        partial = self.folder / f".{uuid.uuid4().hex}"
-        with partial.open("wb") as file:
-            file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        self._sound.add(name)
-        return len(piece)
+    def _written(self, name: str) -> bool:
+        return name in self._sound and (self.folder / name).exists()
 
     def _array(self, entry: Mapping[str, Any]) -> torch.Tensor:
         pieces = [self._checked(name) for name in entry["chunks"]]

@@ -318,5 +318,8 @@ def lease_on(store: Store, lease_s: float) -> Lease:
 def store_of(config: Config) -> Store:
     """The shard's own folder of checkpoints, and its place in the object store if there is one."""
     shard, where = f"{config.name}-{config.shard.index}-of-{config.shard.count}", config.checkpoint
-    remote = Remote(f"{where.remote.rstrip('/')}/{shard}") if where.remote else None
+    try:
+        remote = Remote(f"{where.remote.rstrip('/')}/{shard}") if where.remote else None
+    except OSError as error:
+        raise ConfigError(f"checkpoint.remote: {error}") from error
     return Store(where.folder / shard, where.retain, config.trust_pickle, remote=remote)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import fsspec
+
+from streamcl.chunks import Chunks
+
+log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"\d{10}-\d+")
@@ -33,7 +38,7 @@ class Remote:
         with self._named():
             self._files.invalidate_cache()
             found = self._ls("")
-            return sorted((n for n in found if _NAME.fullmatch(n) and _MANIFEST in self._ls(n)), reverse=True)[:1]
+            return sorted((n for n in found if _NAME.fullmatch(n) and _MANIFEST in self._ls(n)), reverse=True)
 
     def folders(self) -> list[str]:
         """Names of what lies under the URL, for who looks at the place of all shards."""
@@ -50,18 +55,22 @@ class Remote:
                 self._put(snapshot.parent / "chunks" / chunk, f"chunks/{chunk}")
             for path in sorted(snapshot.iterdir(), key=lambda path: path.name == _MANIFEST):
                 self._put(path, f"{snapshot.name}/{path.name}")
-            self._retain(retain)
+        try:
+            with self._named():
+                self._retain(retain)
+        except OSError as error:
+            log.warning("old copies stay: %s", error)
 
-    def pull(self, name: str, folder: Path, chunks: Path) -> None:
-        """Fetch a snapshot into `folder`, and the chunks that `chunks` lacks."""
+    def pull(self, name: str, folder: Path, chunks: Chunks) -> None:
+        """Fetch a snapshot into `folder`, and its chunks that are not there or not sound."""
         with self._named():
             for file in self._ls(name):
                 (folder / file).write_bytes(self._files.cat_file(f"{self._root}/{name}/{file}"))
             text = (folder / _MANIFEST).read_text(encoding="utf-8")
             for chunk in self._ls("chunks"):
-                if chunk in text and not (chunks / chunk).exists():
-                    chunks.mkdir(exist_ok=True)
-                    (chunks / chunk).write_bytes(self._files.cat_file(f"{self._root}/chunks/{chunk}"))
+                if chunk in text and not chunks.holds(chunk):
+                    chunks.add(chunk, self._files.cat_file(f"{self._root}/chunks/{chunk}"))
+            chunks.sync()
 
     def _retain(self, retain: int) -> None:
         names = sorted((name for name in self._ls("") if _NAME.fullmatch(name)), reverse=True)
@@ -90,7 +99,13 @@ class Remote:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
+        """Each client library of a store has errors of its own, which are no OSError."""
         try:
             yield
-        except (ImportError, ValueError) as error:
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            told = (error.errno, f"{self.url}: {error.strerror}") if error.strerror else (f"{self.url}: {error}",)
+            raise OSError(*told) from error
+        except Exception as error:
             raise OSError(f"{self.url}: {error}") from error

@@ -35,6 +35,7 @@ class Writer:
         self.store = store
         self.lease = lease
         self.beside = beside
+        store.permit = self._may_write
         self._pool: ThreadPoolExecutor | None = None
         self._future: Future[Written] | None = None
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -171,15 +171,16 @@ def test_verify_reads_every_byte_and_load_names_what_is_wrong(tmp_path: Path) ->
         store.load("0000000002-0")
 
 
-def crash(after: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a process that is killed at its n-th line inside checkpoint.py; True if it lived to the end."""
+def crash(after: int, work: Callable[[], object], *modules: ModuleType) -> bool:
+    """Run `work` in a process that is killed at its n-th line inside these modules; True if it lived to the end."""
+    places = {module.__file__ for module in modules}
     child = os.fork()
     if child == 0:
         seen = 0
 
         def trace(frame: FrameType, event: str, _: Any) -> Any:
             nonlocal seen
-            if frame.f_code.co_filename != checkpoint.__file__:
+            if frame.f_code.co_filename not in places:
                 return None
             seen += event == "line"
             if seen == after:
@@ -198,7 +199,7 @@ def test_kill_9_at_any_line_of_a_save_leaves_a_whole_snapshot_and_the_next_save_
         line += 1
         folder = tmp_path / str(line)
         store = saved(folder, 2, retain=1)
-        survived = crash(line, lambda store=store: store.save(state(7), {}))  # type: ignore[misc]
+        survived = crash(line, lambda store=store: store.save(state(7), {}), checkpoint)  # type: ignore[misc]
         reader = Store(folder, retain=1)
         loaded = reader.newest()
         assert loaded is not None

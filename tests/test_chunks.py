@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamcl import checkpoint, chunks
-from streamcl.checkpoint import Damaged, Store
+from streamcl.checkpoint import CheckpointError, Damaged, Store
+from streamcl.protocols import Fenced
 from streamcl.state import digest
+from tests.test_checkpoint import crash, failing
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +116,110 @@ def test_after_any_changes_saves_and_deaths_every_snapshot_is_whole(steps: list[
         assert names == sorted(saved)[-retain:]
         for name in names:
             assert digest(Store(Path(folder)).load(name).state) == saved[name]
+
+
+def test_a_save_that_fails_leaves_no_chunk_behind_and_takes_none_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, learned = Store(tmp_path), state()
+    name = store.save(learned, {}).name
+    before = files(tmp_path)
+    learned["table"] += 1.0
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "save_file", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            store.save(learned, {})
+    assert files(tmp_path) == before
+    assert store.load(name).state["table"][1] == 1.0
+    again = store.save(learned, {})
+    assert digest(Store(tmp_path).load(again.name).state) == digest(learned)
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fails_at_any_call_leaves_whole_snapshots_and_no_partial_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nth, failures, calls = 0, 0, [0]
+    while calls[0] >= nth:
+        nth += 1
+        folder = tmp_path / str(nth)
+        store, learned = Store(folder), state()
+        store.save(learned, {})
+        learned["table"] += 1.0
+        with failing(monkeypatch, nth) as calls:
+            try:
+                store.save(learned, {})
+            except CheckpointError:
+                failures += 1
+        again = store.save(learned, {})
+        reader = Store(folder)
+        named = {name for each in reader.ls() for name in reader._names_of_chunks(each.name)}
+        assert files(folder) == named
+        for each in reader.ls():
+            reader.verify(each.name)
+        assert digest(reader.load(again.name).state) == digest(learned)
+    assert failures >= 15
+
+
+def test_a_name_that_was_not_synced_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces, arrays = chunks.Chunks(tmp_path / "chunks"), {"table": state()["table"]}
+    with monkeypatch.context() as broken:
+        broken.setattr(chunks, "_sync", full)
+        with pytest.raises(OSError, match="No space left"):
+            pieces.write(arrays)
+    assert pieces.write(arrays)[1] == 160
+    assert pieces.write(arrays)[1] == 0
+
+
+def test_kill_9_at_any_line_of_a_save_with_chunks_leaves_a_whole_snapshot_and_the_next_save_sweeps(
+    tmp_path: Path,
+) -> None:
+    survived, line, seen = False, 0, set()
+    changed = state()
+    changed["table"] += 1.0
+    while not survived:
+        line += 1
+        folder = tmp_path / str(line)
+        store = Store(folder, retain=1)
+        store.save(state(), {})
+        survived = crash(line, lambda store=store: store.save(changed, {}), checkpoint, chunks)  # type: ignore[misc]
+        reader = Store(folder, retain=1)
+        loaded = reader.newest()
+        assert loaded is not None
+        assert reader.damaged == []
+        seen.add(float(loaded.state["table"][0]))
+        reader.save(changed, {})
+        assert len(files(folder)) == 3
+    assert seen == {0.0, 1.0}
+    assert line > 100
+
+
+def test_a_chunk_that_the_disk_can_t_read_is_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save({"n": 1}, {})
+    name = store.save(state(), {}).name
+    path = sorted((tmp_path / "chunks").iterdir())[0]
+    path.unlink()
+    path.mkdir()
+    loaded = Store(tmp_path).newest()
+    assert loaded is not None
+    assert loaded.state == {"n": 1}
+    with pytest.raises(Damaged, match="a chunk can't be read"):
+        store.load(name)
+
+
+def test_nothing_gets_a_name_that_is_not_permitted(tmp_path: Path) -> None:
+    store, learned = Store(tmp_path), state()
+    store.save(learned, {})
+
+    def permit() -> None:
+        raise Fenced("taken over")
+
+    store.permit = permit
+    learned["table"] += 1.0
+    with pytest.raises(Fenced):
+        store.save(learned, {})
+    assert len(store.ls()) == 1
