@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import fsspec
 import orjson
+from fsspec.implementations.local import LocalFileSystem
 
 from streamcl.protocols import Fenced, StreamclError
 
@@ -93,6 +95,11 @@ class Lease:
             except FileExistsError as error:
                 self.mine = None
                 raise Held(f"{self.place}: another worker has claimed this shard at the same moment") from error
+            except OSError:  # a full disk: a claim without text would still fence who lives
+                with contextlib.suppress(Exception):
+                    self._files.rm_file(self._path(self.mine.epoch))
+                self.mine = None
+                raise
             self._prune()
         if self.lease_s:
             self._leaving.clear()
@@ -129,7 +136,7 @@ class Lease:
         while time.monotonic() < end:
             time.sleep(self.lease_s / 10)
             now = self._read(claim.epoch)
-            if now is None or now.released or now.gone():
+            if now is None or now.gone():
                 return False
             if now.beat != claim.beat:
                 return True
@@ -161,18 +168,23 @@ class Lease:
         return sorted(int(stem) for stem in stems if stem.isdigit())
 
     def _read(self, epoch: int) -> Claim | None:
-        """A claim whose text can't be read counts as one of nobody: its epoch is taken all the same."""
+        """A claim whose text can't be read is just being written, or is a torn one: its beat tells, as any other's."""
         try:
             data = orjson.loads(self._files.cat_file(self._path(epoch)))
             return Claim(epoch, str(data["host"]), int(data["pid"]), data["since"], int(data["beat"]), data["released"])
         except FileNotFoundError:
             return None
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-            return Claim(epoch, "unknown", 0, "unknown", released=True)
+            return Claim(epoch, "unknown", 0, "unknown", beat=-1)
 
     def _write(self, claim: Claim, mode: str = "overwrite") -> None:
         fields = {name: getattr(claim, name) for name in ("host", "pid", "since", "beat", "released")}
-        self._files.pipe_file(self._path(claim.epoch), orjson.dumps(fields), mode=mode)
+        path, data = self._path(claim.epoch), orjson.dumps(fields)
+        if mode == "overwrite" and isinstance(self._files, LocalFileSystem):  # which empties a file before it fills it
+            self._files.pipe_file(f"{path}.new", data)
+            Path(f"{path}.new").replace(path)
+        else:
+            self._files.pipe_file(path, data, mode=mode)
 
     def _prune(self) -> None:
         for epoch in self._epochs()[:-_KEPT]:
@@ -186,7 +198,9 @@ class Lease:
     def _named(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ImportError, ValueError) as error:
+        except StreamclError:
+            raise
+        except Exception as error:  # each store has errors of its own, which are no OSError
             raise StreamclError(f"{self.place}: can't claim the shard: {error}") from error
 
 

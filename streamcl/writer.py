@@ -46,8 +46,9 @@ class Writer:
     def begin(self, state: State, manifest: Mapping[str, Any], position: Position) -> None:
         """Take a cut over; `taken` hands it back. The pause is that of copying the state: some ms for 10 MB."""
         if not self.beside:
+            written = self._write(state, manifest, position)
             self._future = Future()
-            self._future.set_result(self._write(state, manifest, position))
+            self._future.set_result(written)
             return
         self._pool = self._pool or ThreadPoolExecutor(1, "streamcl-checkpoint")
         self._future = self._pool.submit(self._write, private(state), manifest, position)

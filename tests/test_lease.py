@@ -135,10 +135,38 @@ def test_a_folder_that_vanishes_costs_no_claim(tmp_path: Path) -> None:
     lease.check()
 
 
-def test_an_unreadable_claim_is_nobodys_and_its_epoch_is_taken(tmp_path: Path) -> None:
+def test_a_claim_that_stays_unreadable_is_taken_over_when_its_time_is_up(tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims" / "0000000007").write_text("{")
-    assert Lease(str(tmp_path), 60.0).claim() == 8
+    lease = Lease(str(tmp_path), 0.3)
+    assert lease.claim() == 8
+    lease.release()
+
+
+def test_a_claim_met_half_written_is_one_of_a_worker_that_lives(tmp_path: Path, holder: Holder) -> None:
+    """Emptied before it is filled, as some stores do: neither at the first look nor at a later one is it nobody's."""
+    path = tmp_path / "claims" / f"{holder.epoch:010d}"
+    path.write_text("")
+    with pytest.raises(Held):
+        Lease(str(tmp_path), 6.0).claim()
+
+
+def test_a_claim_that_finds_no_room_leaves_none_that_would_fence_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Lease(str(tmp_path), 0.0), Lease(str(tmp_path), 0.0)
+    first.claim()
+
+    def full(path: str, _data: bytes, mode: str) -> None:
+        assert mode == "create"
+        Path(path).touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(second._files, "pipe_file", full)
+    with pytest.raises(StreamclError, match="No space left"):
+        second.claim()
+    assert second.epoch == 0
+    first.check()
 
 
 def test_few_claims_are_kept(tmp_path: Path) -> None:

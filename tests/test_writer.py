@@ -95,6 +95,17 @@ def test_while_one_is_being_written_the_next_is_put_off_and_counted(tmp_path: Pa
     assert memory.broker(BROKER).committed("views") == {0: 90}
 
 
+def test_a_write_in_the_callers_thread_that_fails_leaves_the_writer_free(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_text("no folder")
+    writer = Writer(Store(tmp_path / "shard"), Lease(str(tmp_path / "claims"), 0), beside=False)
+    with pytest.raises(CheckpointError, match="shard"):
+        writer.begin({"n": 1}, {}, {})
+    assert not writer.busy
+    (tmp_path / "shard").unlink()
+    writer.begin({"n": 1}, {}, {})
+    assert writer.taken() is not None
+
+
 def test_killed_with_real_threads_at_work_it_equals_one_that_was_not(tmp_path: Path) -> None:
     fill(STREAM)
     config = settings(tmp_path)
