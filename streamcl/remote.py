@@ -37,8 +37,7 @@ class Remote:
         """Complete snapshots, newest first."""
         with self._named():
             self._files.invalidate_cache()
-            found = self._ls("")
-            return sorted((n for n in found if _NAME.fullmatch(n) and _MANIFEST in self._ls(n)), reverse=True)
+            return self._complete()
 
     def folders(self) -> list[str]:
         """Names of what lies under the URL, for who looks at the place of all shards."""
@@ -50,9 +49,10 @@ class Remote:
         """Copy a snapshot and those of its chunks that are not there; then let the oldest go, down to `retain`."""
         with self._named():
             self._files.invalidate_cache()
-            there = set(self._ls("chunks"))
-            for chunk in sorted(set(chunks) - there):
-                self._put(snapshot.parent / "chunks" / chunk, f"chunks/{chunk}")
+            there = self._sizes("chunks")
+            for path in (snapshot.parent / "chunks" / chunk for chunk in sorted(chunks)):
+                if there.get(path.name) != path.stat().st_size:  # a folder's file, unlike an object, may be half there
+                    self._put(path, f"chunks/{path.name}")
             for path in sorted(snapshot.iterdir(), key=lambda path: path.name == _MANIFEST):
                 self._put(path, f"{snapshot.name}/{path.name}")
         try:
@@ -73,24 +73,31 @@ class Remote:
             chunks.sync()
 
     def _retain(self, retain: int) -> None:
-        names = sorted((name for name in self._ls("") if _NAME.fullmatch(name)), reverse=True)
-        for name in names[retain:]:
+        """What was left incomplete goes too, and counts for nothing."""
+        complete = self._complete()[:retain]
+        for name in {name for name in self._ls("") if _NAME.fullmatch(name)} - set(complete):
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(f"{self._root}/{name}/{_MANIFEST}")
             self._files.rm(f"{self._root}/{name}", recursive=True)
-        kept = [f"{self._root}/{name}/{_MANIFEST}" for name in names[:retain] if _MANIFEST in self._ls(name)]
+        kept = [f"{self._root}/{name}/{_MANIFEST}" for name in complete]
         named = "".join(self._files.cat_file(path).decode() for path in kept)
         for chunk in self._ls("chunks"):
             if chunk not in named:
                 self._files.rm_file(f"{self._root}/chunks/{chunk}")
 
+    def _complete(self) -> list[str]:
+        return sorted((n for n in self._ls("") if _NAME.fullmatch(n) and _MANIFEST in self._ls(n)), reverse=True)
+
     def _ls(self, folder: str) -> list[str]:
-        """Names in a folder; none when there is no such folder, which an object store has only with something in it."""
+        return list(self._sizes(folder))
+
+    def _sizes(self, folder: str) -> dict[str, int | None]:
+        """By name; none when there is no such folder, which an object store has only with something in it."""
         try:
-            found = self._files.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
+            found = self._files.ls(f"{self._root}/{folder}".rstrip("/"), detail=True)
         except FileNotFoundError:
-            return []
-        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+            return {}
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry.get("size") for entry in found}
 
     def _put(self, path: Path, name: str) -> None:
         target = f"{self._root}/{name}"

@@ -93,3 +93,28 @@ def test_a_store_that_can_t_be_written_is_an_error_that_names_it(tmp_path: Path)
     store = Store(tmp_path / "here", remote=Remote((tmp_path / "bucket").as_uri()))
     with pytest.raises(CheckpointError, match="bucket"):
         store.save({"n": 1}, {})
+
+
+def test_a_copy_that_a_death_left_half_there_is_completed_by_the_next(tmp_path: Path, url: str) -> None:
+    """A folder's file, unlike an object, may be torn."""
+    store = Store(tmp_path / "here", remote=Remote(url))
+    table = torch.arange(40.0)
+    store.save({"t": table}, {})
+    files, root = fsspec.core.url_to_fs(url)
+    (chunk,) = files.ls(f"{root}/chunks", detail=False)
+    files.pipe_file(chunk, files.cat_file(chunk)[:9])
+    store.save({"t": table}, {})
+    loaded = Store(tmp_path / "there", remote=Remote(url)).newest()
+    assert loaded is not None
+    assert loaded.snapshot.name == "0000000002-0"
+
+
+def test_incomplete_copies_count_for_nothing_in_retention(tmp_path: Path, url: str) -> None:
+    store = Store(tmp_path / "here", retain=2, remote=Remote(url))
+    files, root = fsspec.core.url_to_fs(url)
+    store.save({"n": 1}, {})
+    for number in (2, 3, 4):
+        files.rm_file(f"{root}/{store.save({'n': number}, {}).name}/manifest.json")
+    store.save({"n": 5}, {})
+    assert Remote(url).names() == ["0000000005-0", "0000000001-0"]
+    assert len([path for path in files.ls(root, detail=False) if path.rpartition("/")[2].startswith("0")]) == 2
