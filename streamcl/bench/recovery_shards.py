@@ -14,7 +14,7 @@ import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -38,6 +38,9 @@ LEASE_S = 1.0
 PATIENCE_S = 120.0
 TROUBLE_S = 10.0
 """What one trouble takes about; the input comes in over so many times their number."""
+
+FOR_THE_WOKEN = 0.2
+"""Share of the input that comes when a frozen worker wakes: without work it would not see that it is fenced."""
 
 LONGEST_S, QUICK_LONGEST_S = 4.0, 0.5
 """No trouble waits longer for a worker that stands."""
@@ -95,12 +98,19 @@ def _outcome(
     with topics(broker, name, ROLES) as names:
         config, last = _configs(broker, folder, names, name, assignment, method)
         records = inline(seed, events, SHARDS, time.time())
-        with contextlib.closing(Feed(broker.bootstrap, names, records)) as feed:
-            feed.send(len(records) // 3)
-            feed.trickle(len(records) / (TROUBLE_S * count))
-            drawn = troubles(seed, count, QUICK_LONGEST_S if quick else LONGEST_S)
-            counts = _trouble(folder, config, assignment == "group", drawn)
+        drawn = troubles(seed, count, QUICK_LONGEST_S if quick else LONGEST_S)
+        cut = round((1 - FOR_THE_WOKEN) * len(records))
+        freezes = sum(trouble.kind == "freeze" for _, piece in drawn for trouble in piece)
+        with (
+            contextlib.closing(Feed(broker.bootstrap, names, records[:cut])) as feed,
+            contextlib.closing(Feed(broker.bootstrap, names, records[cut:])) as reserve,
+        ):
+            feed.send(cut // 3)
+            feed.trickle(cut / (TROUBLE_S * count))
+            portion = -(-(len(records) - cut) // max(1, freezes))
+            counts = _trouble(folder, config, assignment == "group", drawn, lambda: reserve.send(portion))
             feed.finish()
+            reserve.finish()
         progress("one worker for all shards, to the end")
         idle_s = "2" if quick else "10"
         with Life(folder, "last", "run", str(last), "--shards", "0/1", "--idle-exit-s", idle_s, "--json") as life:
@@ -156,12 +166,14 @@ def _draw(rng: np.random.Generator, kind: str, size: int, longest_s: float) -> T
     return Trouble(kind, int(rng.integers(size)), float(rng.uniform(0.0, longest_s)), bool(rng.random() < 0.7))
 
 
-def _trouble(folder: Path, config: Path, group: bool, drawn: Sequence[tuple[int, list[Trouble]]]) -> Counter[str]:
+def _trouble(
+    folder: Path, config: Path, group: bool, drawn: Sequence[tuple[int, list[Trouble]]], more: Callable[[], object]
+) -> Counter[str]:
     """How often what happened, and how many frozen workers gave way."""
     counts: Counter[str] = Counter()
     total = sum(len(piece) for _, piece in drawn)
     for size, piece in drawn:
-        with Team(folder, config, group, size) as team:
+        with Team(folder, config, group, size, more) as team:
             for trouble in piece:
                 counts["gave way"] += team.suffer(trouble)
                 counts[trouble.kind] += 1
@@ -170,10 +182,14 @@ def _trouble(folder: Path, config: Path, group: bool, drawn: Sequence[tuple[int,
 
 
 class Team:
-    """So many workers, each in a slot; all are killed at the end of the context."""
+    """So many workers, each in a slot; all are killed at the end of the context.
 
-    def __init__(self, folder: Path, config: Path, group: bool, size: int) -> None:
-        self.folder, self.config, self.group, self.size = folder, config, group, size
+    Args:
+        more: Sends some input.
+    """
+
+    def __init__(self, folder: Path, config: Path, group: bool, size: int, more: Callable[[], object]) -> None:
+        self.folder, self.config, self.group, self.size, self.more = folder, config, group, size, more
         self.lives: dict[int, Life] = {}
         self._all: list[Life] = []
 
@@ -242,6 +258,7 @@ class Team:
                 raise Broken(f"{deputy.log}: does not take over: {deputy.said()[-1500:]}")
         finally:
             life.signal(signal.SIGCONT)
+        self.more()
         return int(life.wait(PATIENCE_S) and life.process.returncode != 0 and bool(_GAVE_WAY.search(life.said())))
 
     def _freeze_in_group(self, life: Life) -> int:
@@ -252,6 +269,7 @@ class Team:
             time.sleep(2 * SESSION_S)
         finally:
             life.signal(signal.SIGCONT)
+        self.more()
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and life.process.poll() is None:
             if len(_DROPPED.findall(life.said())) > dropped:
