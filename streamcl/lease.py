@@ -9,6 +9,7 @@ next snapshot. The control log fences it earlier, at its next order.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import threading
@@ -33,7 +34,11 @@ class Held(StreamclError):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a claim's file says. `beat` is a count; `since` a time for people; released: its worker has left."""
+    """What a claim's file says.
+
+    `beat` is a count; `since` a time for people; released: its worker has left. `pids` says where its pid means
+    something: containers share a host's name, and not its processes.
+    """
 
     epoch: int
     host: str
@@ -41,6 +46,7 @@ class Claim:
     since: str
     beat: int = 0
     released: bool = False
+    pids: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -49,7 +55,7 @@ class Claim:
         """Its process is known to be dead; False where that can't be known. Our own number is a predecessor's."""
         if self.released:
             return True
-        return self.host == platform.node() and (self.pid == os.getpid() or not _alive(self.pid))
+        return self.pids == _pids() and (self.pid == os.getpid() or not _alive(self.pid))
 
 
 class Lease:
@@ -89,7 +95,7 @@ class Lease:
             if newest and self._lives(newest):
                 raise Held(f"{self.place}: another worker has this shard: {newest}; stop it first")
             since = datetime.now(UTC).isoformat(timespec="seconds")
-            self.mine = Claim((newest.epoch if newest else 0) + 1, platform.node(), os.getpid(), since)
+            self.mine = Claim((newest.epoch if newest else 0) + 1, platform.node(), os.getpid(), since, pids=_pids())
             try:
                 self._write(self.mine, mode="create")
             except FileExistsError as error:
@@ -171,14 +177,15 @@ class Lease:
         """A claim whose text can't be read is just being written, or is a torn one: its beat tells, as any other's."""
         try:
             data = orjson.loads(self._files.cat_file(self._path(epoch)))
-            return Claim(epoch, str(data["host"]), int(data["pid"]), data["since"], int(data["beat"]), data["released"])
+            who = (str(data["host"]), int(data["pid"]), str(data["since"]))
+            return Claim(epoch, *who, int(data["beat"]), bool(data["released"]), str(data.get("pids", "")))
         except FileNotFoundError:
             return None
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
             return Claim(epoch, "unknown", 0, "unknown", beat=-1)
 
     def _write(self, claim: Claim, mode: str = "overwrite") -> None:
-        fields = {name: getattr(claim, name) for name in ("host", "pid", "since", "beat", "released")}
+        fields = {name: getattr(claim, name) for name in ("host", "pid", "since", "beat", "released", "pids")}
         path, data = self._path(claim.epoch), orjson.dumps(fields)
         if mode == "overwrite" and isinstance(self._files, LocalFileSystem):  # which empties a file before it fills it
             self._files.pipe_file(f"{path}.new", data)
@@ -202,6 +209,16 @@ class Lease:
             raise
         except Exception as error:  # each store has errors of its own, which are no OSError
             raise StreamclError(f"{self.place}: can't claim the shard: {error}") from error
+
+
+@functools.cache
+def _pids() -> str:
+    """Where a process id means one process: this boot of this machine, and this namespace of it if it has them."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(parts)
 
 
 def _alive(pid: int) -> bool:

@@ -230,7 +230,9 @@ def serve(config: Config, host: str = "127.0.0.1", port: int = 8080) -> None:
         CheckpointError: the folder, or a snapshot in it, can't be used.
     """
     torch.set_num_threads(config.worker.threads)
-    predictor = Predictor(store_of(config), connect.codec("json", config, "requests"), config.events.max_bytes)
+    here = config.checkpoint.model_copy(update={"remote": None})  # fetching copies would be writing
+    store = store_of(config.model_copy(update={"checkpoint": here}))
+    predictor = Predictor(store, connect.codec("json", config, "requests"), config.events.max_bytes)
     predictor.refresh()
     threading.Thread(target=predictor.follow, name="follow", daemon=True).start()
     try:

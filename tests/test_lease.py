@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import IO, Any
 import fsspec
 import pytest
 
+from streamcl import lease
 from streamcl.lease import Claim, Held, Lease
 from streamcl.protocols import Fenced, StreamclError
 
@@ -120,7 +122,7 @@ def test_before_a_claim_everybody_may_write(tmp_path: Path) -> None:
 def test_on_another_host_only_the_beat_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Lease(str(tmp_path), 0.3)
     first.claim()
-    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    monkeypatch.setattr(lease, "_pids", lambda: "elsewhere")
     with pytest.raises(Held):
         Lease(str(tmp_path), 3.0).claim()
     first._leaving.set()  # as if it had died without a word
@@ -191,6 +193,29 @@ def test_a_place_that_no_package_knows_is_an_error_that_names_it() -> None:
 
 
 def test_a_claim_says_of_a_dead_process_that_it_is_gone() -> None:
-    claim = Claim(1, "elsewhere", 1, "now")
+    claim = Claim(1, "here", os.getpid(), "now", pids="another container of this host, with numbers of its own")
     assert not claim.gone()
     assert replace(claim, released=True).gone()
+    assert replace(claim, pids=lease._pids()).gone()  # a predecessor had our number
+    assert not replace(claim, pids=lease._pids(), pid=os.getppid()).gone()
+
+
+def test_a_claim_is_never_read_half_written(tmp_path: Path) -> None:
+    holder, reader, done = Lease(str(tmp_path), 0.0), Lease(str(tmp_path), 0.0), threading.Event()
+    holder.claim()
+    mine = holder.mine
+    assert mine is not None
+
+    def beat() -> None:
+        count = 0
+        while not done.is_set():
+            count += 1
+            holder._write(replace(mine, beat=count))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    seen = [reader._newest() for _ in range(500)]
+    done.set()
+    thread.join()
+    assert {(claim.pid, claim.released) for claim in seen if claim} == {(os.getpid(), False)}
+    assert None not in seen

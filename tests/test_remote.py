@@ -12,6 +12,7 @@ import torch
 
 from streamcl import checkpoint
 from streamcl.checkpoint import CheckpointError, Store
+from streamcl.config import ConfigError
 from streamcl.protocols import Fenced
 from streamcl.recovery import Keeper, store_of
 from streamcl.remote import Remote
@@ -118,3 +119,46 @@ def test_incomplete_copies_count_for_nothing_in_retention(tmp_path: Path, url: s
     store.save({"n": 5}, {})
     assert Remote(url).names() == ["0000000005-0", "0000000001-0"]
     assert len([path for path in files.ls(root, detail=False) if path.rpartition("/")[2].startswith("0")]) == 2
+
+
+def test_a_damaged_newest_copy_is_passed_over_and_a_torn_chunk_is_fetched_again(tmp_path: Path, url: str) -> None:
+    store, table = Store(tmp_path / "here", remote=Remote(url)), torch.arange(40.0)
+    store.save({"table": table}, {})
+    newest = store.save({"table": table + 1.0}, {}).name
+    files, root = fsspec.core.url_to_fs(url)
+    files.pipe_file(f"{root}/{newest}/state.json", b"{")
+    for chunk in (tmp_path / "here" / "chunks").iterdir():  # as if an earlier fetch had died in the middle
+        (tmp_path / "there" / "chunks").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / "chunks" / chunk.name).write_bytes(b"torn")
+    there = Store(tmp_path / "there", remote=Remote(url))
+    loaded = there.newest()
+    assert loaded is not None
+    assert torch.equal(loaded.state["table"], table)
+    assert [name for name, _ in there.damaged] == [newest]
+
+
+def test_a_store_without_its_package_is_an_error_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(ConfigError, match=r"checkpoint\.remote: s3://bucket/.*Install s3fs"):
+        store_of(settings(tmp_path, checkpoint={"folder": str(tmp_path), "remote": "s3://bucket"}))
+
+
+def test_a_store_whose_client_errs_in_its_own_way_costs_a_worker_a_copy_and_nothing_else(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ClientError(Exception):
+        """No OSError."""
+
+    def away(*_: object, **__: object) -> None:
+        raise ClientError("could not connect to the endpoint")
+
+    store = Store(tmp_path / "here", remote=Remote(url))
+    files, _ = fsspec.core.url_to_fs(url)
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "pipe_file", away)
+        with pytest.raises(CheckpointError, match=f"{url}: could not connect"):
+            store.save({"n": 1}, {})
+    assert Store(tmp_path / "here").newest() is not None
