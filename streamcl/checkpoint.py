@@ -130,6 +130,7 @@ class Store:
         self.chunks = Chunks(folder / CHUNKS)
         self.damaged: list[tuple[str, str]] = []
         self.permit: Callable[[], None] = lambda: None
+        self._tried: set[str] = set()  # to mend
         self._valid: set[str] = set()  # saved or verified by this process
 
     def save(self, state: State, manifest: Mapping[str, Any]) -> Snapshot:
@@ -160,7 +161,7 @@ class Store:
             self._fill(folder, {}, {})
 
     def newest(self) -> Loaded | None:
-        """The newest valid snapshot. Damaged ones are logged, left where they are, and listed in `damaged`.
+        """The newest valid snapshot. Damaged ones are logged, kept, and listed in `damaged`; a sound copy replaces one.
 
         Raises:
             CheckpointError: a valid one that must not be passed over in silence: written by a newer streamcl,
@@ -173,7 +174,8 @@ class Store:
                     self._fetch(self.remote, name)
                 return self.load(name)
             except Damaged:
-                continue
+                if self.remote and name in here and name in away and (mended := self._mend(self.remote, name)):
+                    return mended
             except Vanished:
                 return self.newest()  # the writer's retention was faster, so there is a newer one
         return None
@@ -184,6 +186,18 @@ class Store:
         except OSError as error:
             raise CheckpointError(f"can't see which checkpoints there are: {error}") from error
 
+    def _mend(self, remote: Remote, name: str) -> Loaded | None:
+        """Once, and where it can be: a reader may not write here, and an older snapshot serves as well."""
+        if name in self._tried:
+            return None
+        self._tried.add(name)
+        try:
+            self._fetch(remote, name)
+            return self.load(name)
+        except CheckpointError as error:
+            logger.warning("damaged checkpoint %s stays: %s", self.folder / name, error)
+            return None
+
     def _fetch(self, remote: Remote, name: str) -> None:
         """Bring a copy; what it holds is checked when it is loaded, like any other."""
         with self._writing(), self._unfinished() as folder:
@@ -193,6 +207,8 @@ class Store:
                 raise Vanished(f"{remote.url}/{name}: no such checkpoint") from error
             for path in (*folder.iterdir(), folder):
                 _sync(path)
+            if (self.folder / name).exists():
+                (self.folder / name).rename(self.folder / f"damaged-{name}-{uuid.uuid4().hex[:8]}")
             folder.rename(self.folder / name)
             _sync(self.folder)
 

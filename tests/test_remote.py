@@ -162,3 +162,45 @@ def test_a_store_whose_client_errs_in_its_own_way_costs_a_worker_a_copy_and_noth
         with pytest.raises(CheckpointError, match=f"{url}: could not connect"):
             store.save({"n": 1}, {})
     assert Store(tmp_path / "here").newest() is not None
+
+
+@pytest.mark.parametrize("what", ["state.json", "manifest.json", "chunk", "half a chunk"])
+def test_what_is_damaged_on_the_disk_is_mended_from_its_copy_and_kept_aside(
+    tmp_path: Path, url: str, what: str
+) -> None:
+    store = Store(tmp_path / "here", remote=Remote(url))
+    table = torch.arange(40.0)
+    name = store.save({"t": table}, {}).name
+    (chunk,) = (tmp_path / "here" / "chunks").iterdir()
+    path = chunk if "chunk" in what else tmp_path / "here" / name / what
+    path.write_bytes(path.read_bytes()[:-1] + (b"" if "half" in what else b"?"))
+    reopened = Store(tmp_path / "here", remote=Remote(url))
+    loaded = reopened.newest()
+    assert loaded is not None
+    assert loaded.snapshot.name == name
+    assert torch.equal(loaded.state["t"], table)
+    assert [damaged for damaged, _ in reopened.damaged] == [name]
+    assert len(list((tmp_path / "here").glob(f"damaged-{name}-*"))) == 1
+    assert Store(tmp_path / "here").newest() is not None
+
+
+def test_what_can_t_be_mended_is_passed_over_and_its_copy_fetched_once(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "here", remote=Remote(url))
+    store.save({"n": 1}, {})
+    name = store.save({"n": 2}, {}).name
+    (tmp_path / "here" / name / "state.json").write_bytes(b"{}")
+    reader, tried = Store(tmp_path / "here", remote=Remote(url)), []
+
+    def denied(name: str, *_: object) -> None:
+        tried.append(name)
+        raise PermissionError(13, "Permission denied")
+
+    assert reader.remote is not None
+    monkeypatch.setattr(reader.remote, "pull", denied)
+    for _ in range(2):
+        loaded = reader.newest()
+        assert loaded is not None
+        assert loaded.state == {"n": 1}
+    assert tried == [name]
