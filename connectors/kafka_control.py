@@ -34,9 +34,8 @@ class KafkaControlLog:
     def __init__(self, url: str, config: Config) -> None:
         self._url, self._config = url, config
         self._servers, self._topic = client.locate(url)
-        # Else the predictions may well be a file's.
-        outputs = config.predictions if config.exactly_once else None
-        self._outputs = client.locate(outputs)[1] if outputs else ""
+        outputs = config.predictions or ""  # of a backtest they may be a file's
+        self._outputs = client.locate(outputs)[1] if outputs.startswith("kafka:") else ""
         self._producer: client.Transactions | None = None
 
     def open(self) -> None:

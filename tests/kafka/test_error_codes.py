@@ -124,11 +124,15 @@ class Scene:
         producer.close()
 
     def read(self, role: str) -> list[bytes]:
-        settings = {"enable_auto_commit": False, "check_crcs": False, "consumer_timeout_ms": 300}
+        """Everything, however busy the machine is."""
+        settings = {"enable_auto_commit": False, "check_crcs": False}
         consumer = KafkaConsumer(bootstrap_servers=self.mock.bootstrap, **settings, **OLD)
-        consumer.assign([TopicPartition(self.topics[role], 0)])
-        consumer.seek_to_beginning()
-        found = [record.value for record in consumer]
+        partition = TopicPartition(self.topics[role], 0)
+        consumer.assign([partition])
+        consumer.seek(partition, 0)
+        end, found, deadline = consumer.end_offsets([partition])[partition], [], time.monotonic() + 20
+        while consumer.position(partition) < end and time.monotonic() < deadline:
+            found += [record.value for record in consumer.poll(timeout_ms=200).get(partition, [])]
         consumer.close()
         return found
 
