@@ -24,6 +24,7 @@ from streamcl.records import Position, Record, Stream
 log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 5.0
+_AWAY_S = 2 * _LAST_BACKOFF_S
 
 
 class KafkaSource:
@@ -48,7 +49,7 @@ class KafkaSource:
         opened = client.library(config).open_consumer
         self._consumer = opened(self._servers, self._topics, config, group=config.name)
         self.retries = self.commit_failures = 0
-        self._backoff_s, self._retry_at, self._look_at = 0.0, 0.0, 0.0
+        self._backoff_s, self._retry_at, self._look_at, self._failed_at = 0.0, 0.0, 0.0, -_AWAY_S
         try:
             self._counts = client.partition_counts(self._consumer, self._topics, self._servers, config)
             self._streams = _assigned(self._topics, self._counts, config)
@@ -58,6 +59,11 @@ class KafkaSource:
         self._buffers: dict[Stream, deque[Record]] = {stream: deque() for stream in self._streams}
         self._ends: dict[Stream, int] = dict.fromkeys(self._streams, 0)
         self._paused: set[Stream] = set()
+
+    @property
+    def away(self) -> bool:
+        """Brokers did not answer a moment ago: that nothing comes does not mean that nothing is there."""
+        return time.monotonic() - self._failed_at < _AWAY_S
 
     def streams(self) -> Sequence[Stream]:
         return list(self._streams)
@@ -140,7 +146,7 @@ class KafkaSource:
                 self._paused.add(stream)
         if fetched and self._backoff_s:
             log.warning("kafka://%s: records arrive again", self._servers)
-            self._backoff_s = 0.0
+            self._backoff_s, self._failed_at = 0.0, -_AWAY_S
 
     def _back_off(self, fault: Fault) -> None:
         """F6: `poll` raises while brokers are away. Wait and go on; one warning per outage."""
@@ -152,7 +158,8 @@ class KafkaSource:
             log.warning("kafka://%s: %s; trying again until it answers", self._servers, fault)
         self.retries += 1
         self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _LAST_BACKOFF_S)
-        self._retry_at = time.monotonic() + self._backoff_s
+        self._failed_at = time.monotonic()
+        self._retry_at = self._failed_at + self._backoff_s
 
     def _merge(self, wanted: Sequence[Stream], limit: int) -> list[Record]:
         """Take from the buffers; stop where a stream runs dry that is known to hold more."""

@@ -38,6 +38,8 @@ _READINGS_EVERY_S = 1.0  # windowed metrics sort their window: once a second is 
 class FixedShards:
     """Static assignment: what the configuration names, for as long as the process lives."""
 
+    rebalances = 0
+
     def __init__(self, config: Config) -> None:
         self._held = dict.fromkeys(config.shard.here, 0)
 
@@ -88,6 +90,10 @@ class Seat:
         self.busy = True  # the last turn had records
         self.failures, self.retry_at = 0, 0.0
 
+    def hears(self) -> bool:
+        """It runs, and an empty turn means that nothing has come; a source that can't tell has no `away`."""
+        return self.life is not None and not getattr(self.life.worker.source, "away", False)
+
     def close(self) -> None:
         """Let go at once: nothing is flushed or saved, for recovery needs nothing of it."""
         if self.life:
@@ -137,8 +143,8 @@ class Host:
                 seat.life.worker.stop()
 
     def settled(self) -> bool:
-        """Nothing is being recovered: every shard of this process runs, or has ended."""
-        return self.membership.settled() and all(seat.life or seat.ended for seat in self.seats.values())
+        """Every shard of this process runs and hears its brokers, or has ended."""
+        return self.membership.settled() and all(seat.hears() or seat.ended for seat in self.seats.values())
 
     def run(self) -> Iterator[Turn]:
         """The turns of all shards, empty ones too; ends when stopped, or when every shard has ended by itself.
@@ -184,6 +190,7 @@ class Host:
             for index in held.keys() - self.seats.keys():
                 self.seats[index] = Seat(self.config.of_shard(index), held[index])
         self.telemetry.ready(self.membership.settled(), "waiting for the group to hand out shards")
+        self.telemetry.rebalanced(self.membership.rebalances)
 
     def _step(self, seat: Seat) -> Iterator[Turn]:
         """The next turn of one shard, if there is one."""
@@ -256,9 +263,11 @@ class Host:
     def _tell(self, seat: Seat, life: Life, turn: Turn, seconds: float) -> None:
         worker, readings = life.worker, {}
         if time.monotonic() - life.told > _READINGS_EVERY_S:
-            readings, life.told = worker.readings(), time.monotonic()
+            deferred = {"checkpoints_deferred": float(life.keeper.deferred)}
+            readings, life.told = worker.readings() | deferred, time.monotonic()
         self.telemetry.observe(turn, seconds=seconds, lag=worker.source.lag(), readings=readings, shard=seat.index)
-        self.telemetry.ready(worker.caught_up, "repeating the logged order", seat.index)
+        reason = "repeating the logged order" if not worker.caught_up else "brokers do not answer"
+        self.telemetry.ready(worker.caught_up and seat.hears(), reason, seat.index)
         for signal in turn.signals:
             log.warning("%s signalled by %s at %s", signal.kind, signal.source, signal.origin)
         for letter in turn.dead_letters:

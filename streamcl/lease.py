@@ -70,6 +70,7 @@ class Lease:
         self.place = place
         self.lease_s = lease_s
         self.mine: Claim | None = None
+        self._successor: Claim | None = None
         with self._named():
             self._files, root = fsspec.core.url_to_fs(place)
         self._folder = f"{root}/claims"
@@ -120,7 +121,13 @@ class Lease:
         with self._named():
             newest = self._newest()
         if newest and newest.epoch > self.mine.epoch:
-            raise Fenced(f"{self.place}: another worker has taken over this shard: {newest}")
+            self._successor = newest
+        self.heed()
+
+    def heed(self) -> None:
+        """As `check`, from what the beat has seen, without asking: for every turn, and for a worker without input."""
+        if self._successor:
+            raise Fenced(f"{self.place}: another worker has taken over this shard: {self._successor}")
 
     def release(self) -> None:
         """Let go; a successor need not wait. Never raises."""
@@ -133,7 +140,7 @@ class Lease:
             newest = self._newest()
             if newest and newest.epoch == self.mine.epoch:
                 self._write(replace(newest, released=True))
-        self.mine = self._beating = None
+        self.mine = self._beating = self._successor = None
 
     def _lives(self, claim: Claim) -> bool:
         if claim.gone() or not self.lease_s:
@@ -156,6 +163,7 @@ class Lease:
             with contextlib.suppress(Exception):  # a place that is away for a while is no reason to die
                 newest = self._newest()
                 if newest and newest.epoch > claim.epoch:
+                    self._successor = newest
                     return
                 self._files.makedirs(self._folder, exist_ok=True)
                 self._write(replace(claim, beat=beat))

@@ -108,7 +108,13 @@ class ControlLog(Protocol):
 
 
 class Membership(Protocol):
-    """Which shards this process holds: a fixed set, or what a group of processes agrees on."""
+    """Which shards this process holds: a fixed set, or what a group of processes agrees on.
+
+    `rebalances` counts how often it was given some or lost some, since it joined.
+    """
+
+    @property
+    def rebalances(self) -> int: ...
 
     def held(self) -> Mapping[int, int]:
         """By shard the number of its tenure: another number means that it was lost in between.

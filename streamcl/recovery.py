@@ -23,7 +23,7 @@ P is the position that the control log leads to.
 | a checkpoint: before, in or behind its flush, in its writing | behind it | a longer re-run from the one before |
 | behind a checkpoint, before or behind showing progress | behind it | a shorter re-run; progress is a gauge |
 | disk lost, an old backup | far behind it | a longer re-run, the same state |
-| two workers with one identity | behind the newer | the older is fenced at its next order, saves nothing |
+| two workers with one identity | behind the newer | the older is fenced at its next order or beat, saves nothing |
 
 `tests/test_crash_points.py` dies at each of these, and before and behind every call that crosses the boundary.
 """
@@ -208,9 +208,11 @@ class Keeper:
 
         Raises:
             CheckpointError: only the one at the end could not be written; those before are tried again.
+            Fenced: another worker has claimed the shard.
         """
         for turn in self.worker.run():
             yield turn
+            self.lease.heed()
             self.since += turn.records
             self._settle()
             if self.since >= self.worker.config.checkpoint.every_events and time.monotonic() >= self._retry_at:

@@ -86,6 +86,7 @@ PARTS = {
         "producer_rejections",
         "Predictions that the broker refused since then (count).",
     ),
+    "checkpoints_deferred": ("checkpoints_deferred", "Put off, the one before being still written (count)."),
     "source_retries": ("poll_retries", "Polls that failed, brokers being away (count)."),
     "source_commit_failures": ("commit_failures", "Times that progress could not be shown to lag tools (count)."),
     "mean": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
@@ -197,7 +198,8 @@ class Telemetry:
         self._recoveries = self._counter(
             "recoveries_total", "Shards dropped in order to be recovered, here or elsewhere, by cause.", cause=CAUSES
         )
-        self._ready = self._gauge("ready", "1 when every shard here has caught up with its log, else 0.")
+        self._rebalances = self._gauge("group_rebalances", "Times that the group gave or took shards (count).")
+        self._ready = self._gauge("ready", "1 when every shard here has caught up and hears its brokers, else 0.")
         build = self._gauge("build_info", "Versions; always 1.", "version", "python", "torch")
         build.labels(__version__, platform.python_version(), torch.__version__).set(1)
 
@@ -279,6 +281,10 @@ class Telemetry:
     def recovers(self, cause: str) -> None:
         """A shard has been dropped: `unavailable`, to be built anew here; `fenced`, because another worker has it."""
         self._recoveries.labels(cause).inc()
+
+    def rebalanced(self, count: int) -> None:
+        """How often the group has given shards to this process or taken them, since it joined."""
+        self._rebalances.set(count)
 
     def left(self, shard: int) -> None:
         """A shard is not in this process any more: its series go with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from connectors import memory
 from streamcl.config import Config
 from streamcl.host import FixedShards, Host
+from streamcl.lease import Lease
 from streamcl.protocols import ConnectorError, Fenced, Membership, StreamclError, Unavailable
 from streamcl.records import EVENTS, Origin, Turn
 from streamcl.recovery import Keeper, store_of
@@ -201,12 +203,45 @@ def test_an_idle_shard_keeps_the_busy_one_waiting_no_longer_than_it_must(tmp_pat
     exhaust(turns)
 
 
+def test_an_idle_worker_notices_that_another_one_has_claimed_its_shard(tmp_path: Path) -> None:
+    config = settings(tmp_path, checkpoint={"folder": str(tmp_path), "lease_s": 0.3}, telemetry={"port": 0})
+    broker = fill([view(0, 0.0)])
+    broker.finished = False
+    turns = host(config).run()
+    while next(turns).records == 0:
+        pass
+    Lease(str(store_of(config).folder), 0.0).claim()
+    with pytest.raises(Fenced, match="another worker has taken over this shard: process"):
+        exhaust(itertools.islice(turns, 10_000))
+
+
+def test_while_brokers_do_not_answer_a_host_is_neither_settled_nor_ready(tmp_path: Path) -> None:
+    broker = fill([view(0, 0.0)])
+    broker.finished = False
+    found = host(settings(tmp_path, telemetry={"port": 0}))
+    turns = found.run()
+    next(turns)
+    assert found.settled()
+    [seat] = found.seats.values()
+    assert seat.life is not None
+    seat.life.worker.source.away = True  # type: ignore[attr-defined]  # as a source may have it
+    next(turns)
+    assert not found.settled()
+    assert found.telemetry.why() == "brokers do not answer"
+    seat.life.worker.source.away = False  # type: ignore[attr-defined]
+    next(turns)
+    assert found.settled()
+    assert found.telemetry.why() == ""
+    broker.finish()
+    exhaust(turns)
+
+
 class Handed:
     """A group in a test's hands: who holds what is said by the test; a fenced shard waits to be handed out anew."""
 
     def __init__(self) -> None:
         self.shards: dict[int, int] = {}
-        self.asked = 0
+        self.asked = self.rebalances = 0
 
     def held(self) -> Mapping[int, int]:
         self.asked += 1

@@ -115,6 +115,22 @@ def test_in_one_process_a_shard_that_is_built_anew_claims_again(tmp_path: Path) 
     second.release()
 
 
+def test_the_beat_tells_a_worker_that_it_was_taken_over_without_its_asking(tmp_path: Path) -> None:
+    old, new = Lease(str(tmp_path), 0.3), Lease(str(tmp_path), 0.0)
+    old.claim()
+    old.heed()
+    new.claim()
+    deadline = time.monotonic() + 10.0
+    with pytest.raises(Fenced, match="another worker has taken over this shard"):
+        while time.monotonic() < deadline:
+            old.heed()
+            time.sleep(0.01)
+    old.claim()  # built anew, it has the shard again
+    old.heed()
+    old.release()
+    new.release()
+
+
 def test_before_a_claim_everybody_may_write(tmp_path: Path) -> None:
     Lease(str(tmp_path), 60.0).check()
 

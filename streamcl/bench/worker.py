@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -190,9 +191,10 @@ def _peer(stage: Stage, name: str) -> Pass:
     def run_peer() -> tuple[float, float]:
         out = _topic(stage.out(stage.kafka))
         command = [str(_interpreter()), str(passthrough.__file__), name, stage.bootstrap, stage.topic, out]
-        done = subprocess.run(  # noqa: S603 - our own script
-            [*command, str(stage.count)], capture_output=True, text=True, check=False, timeout=600
-        )
+        with tempfile.TemporaryDirectory(prefix="streamcl-peer-") as folder:  # they leave their state where they run
+            done = subprocess.run(  # noqa: S603 - our own script
+                [*command, str(stage.count)], cwd=folder, capture_output=True, text=True, check=False, timeout=600
+            )
         answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if not answers:
             raise ConnectorError(f"{name} left with {done.returncode}: {done.stderr[-1000:]}")
@@ -204,5 +206,5 @@ def _peer(stage: Stage, name: str) -> Pass:
 
 def _interpreter() -> Path | None:
     """The Python that holds the peers, if there is one."""
-    found = Path(os.environ.get(PEERS_PYTHON) or ".venv-peers/bin/python")
+    found = Path(os.environ.get(PEERS_PYTHON) or ".venv-peers/bin/python").absolute()
     return found if found.exists() else None

@@ -145,9 +145,9 @@ def _broker(wanted: bool) -> Any:
 def _watch(worker: Worker, traffic: Traffic, ledger: Ledger, transport: str, view: View) -> Result:
     began = time.monotonic()
     keeper, pulse = Keeper(worker, store_of(worker.config)), Pulse(began)
-    keeper.restore()
-    traffic.start()
-    with view, _interruptible(worker):
+    with closing(keeper), view, _interruptible(worker):
+        keeper.restore()
+        traffic.start()
         for turn in keeper.run():
             ledger.observe(turn, worker)
             traffic.consumed += turn.records

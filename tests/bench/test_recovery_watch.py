@@ -9,18 +9,20 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from streamcl.bench import recovery_broker, recovery_disk, recovery_poison
+from streamcl.bench import recovery, recovery_broker, recovery_disk, recovery_poison
 from streamcl.bench.brokers import Broker, chosen
-from streamcl.bench.options import Options
+from streamcl.bench.options import OptionError, Options
 from streamcl.bench.proxy import Proxy
+from streamcl.bench.recovery_chaos import Broken
 from streamcl.bench.recovery_poison import Pair
 from streamcl.bench.recovery_traffic import inline
 from streamcl.bench.recovery_verifier import learned_hash
 from streamcl.bench.recovery_watch import POSITION, Sample, Watch, free_port, scrape
-from streamcl.bench.report import Row
+from streamcl.bench.report import Report, Row
 from streamcl.protocols import ConnectorError
 from streamcl.records import Origin
 from streamcl.worker import Progress
@@ -154,6 +156,22 @@ def test_a_full_disk_takes_nothing_and_is_empty_again(tmp_path: Path) -> None:
             (disk / "more").write_bytes(b"x" * 8192)
         (disk / "more").write_bytes(b"x" * 8192)
     assert not list(disk.iterdir())
+
+
+def test_a_worker_that_leaves_by_itself_is_a_bar_that_was_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks_off(_: Options) -> Report:
+        raise Broken("life-3.err: left with 1: why")
+
+    monkeypatch.setitem(recovery.TASKS, "disk", (breaks_off, set()))
+    report = recovery.run(Options(task="disk"))
+    assert report.exit_code == 1
+    assert report.notes == ["life-3.err: left with 1: why"]
+
+
+@pytest.mark.parametrize(("task", "options"), [("broker", {"via": "kafka://x"}), ("disk", {"kills": 3})])
+def test_a_task_refuses_an_option_that_it_would_ignore(task: str, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"recovery --task {task} has no use for it"):
+        recovery.run(Options(task=task, **options))
 
 
 def test_damage_is_one_bit(tmp_path: Path) -> None:
