@@ -23,8 +23,7 @@ from streamcl.records import Position, Record, Stream
 
 log = logging.getLogger(__name__)
 
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 5.0
-_AWAY_S = 2 * _LAST_BACKOFF_S
+_AWAY_S = 2 * client.LONGEST_BACKOFF_S
 
 
 class KafkaSource:
@@ -49,7 +48,7 @@ class KafkaSource:
         opened = client.library(config).open_consumer
         self._consumer = opened(self._servers, self._topics, config, group=config.name)
         self.retries = self.commit_failures = 0
-        self._backoff_s, self._retry_at, self._look_at, self._failed_at = 0.0, 0.0, 0.0, -_AWAY_S
+        self._failures, self._retry_at, self._look_at, self._failed_at = 0, 0.0, 0.0, -_AWAY_S
         try:
             self._counts = client.partition_counts(self._consumer, self._topics, self._servers, config)
             self._streams = _assigned(self._topics, self._counts, config)
@@ -144,9 +143,9 @@ class KafkaSource:
             if len(self._buffers[stream]) > 2 * self._config.worker.max_records:
                 self._consumer.pause(stream)
                 self._paused.add(stream)
-        if fetched and self._backoff_s:
+        if fetched and self._failures:
             log.warning("kafka://%s: records arrive again", self._servers)
-            self._backoff_s, self._failed_at = 0.0, -_AWAY_S
+            self._failures, self._failed_at = 0, -_AWAY_S
 
     def _back_off(self, fault: Fault) -> None:
         """F6: `poll` raises while brokers are away. Wait and go on; one warning per outage."""
@@ -154,12 +153,12 @@ class KafkaSource:
             raise self._lost(fault.stream, fault.offset) from fault
         if fault.kind is not Kind.PASSING:
             raise fault.at(f"kafka://{self._servers}") from fault
-        if not self._backoff_s:
+        if not self._failures:
             log.warning("kafka://%s: %s; trying again until it answers", self._servers, fault)
-        self.retries += 1
-        self._backoff_s = min(max(2 * self._backoff_s, _FIRST_BACKOFF_S), _LAST_BACKOFF_S)
         self._failed_at = time.monotonic()
-        self._retry_at = self._failed_at + self._backoff_s
+        self._retry_at = self._failed_at + client.backoff_s(self._failures)
+        self._failures += 1
+        self.retries += 1
 
     def _merge(self, wanted: Sequence[Stream], limit: int) -> list[Record]:
         """Take from the buffers; stop where a stream runs dry that is known to hold more."""

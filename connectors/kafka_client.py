@@ -9,6 +9,7 @@ what is done about one.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +25,9 @@ from streamcl.records import Message, Position, Record, Stream
 
 T = TypeVar("T")
 
+LONGEST_BACKOFF_S = 5.0
+_FIRST_BACKOFF_S = 0.1
+_JITTER = random.SystemRandom()  # never the state's generator: a restart must not change what is learned
 _RECORD_OVERHEAD_BYTES, _HEADER_OVERHEAD_BYTES = 128, 10  # above what a library adds for batch, record and lengths
 _LIBRARIES = {
     "kafka-python": ("connectors.kafka_python", "kafka-python[crc32c,lz4,zstd]"),
@@ -200,6 +204,14 @@ def locate(url: str) -> tuple[str, str]:
     if parts.scheme != "kafka" or not parts.netloc or not topic or "/" in topic:
         raise ConnectorError(f"{url!r} is not of the form kafka://host:port[,host:port]/topic")
     return parts.netloc, topic
+
+
+def backoff_s(failures: int) -> float:
+    """How long to wait after so many failures in a row: doubling, and half of it random, so that many workers don't
+    come back all at once.
+    """
+    longest = min(LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(failures, 16))
+    return float(longest * _JITTER.uniform(0.5, 1.0))
 
 
 def within(timeout_s: float, work: Callable[[], T], what: str) -> T:

@@ -10,7 +10,6 @@ record is left: that is the poison. It goes to `rejected`, the rest goes on.
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -25,8 +24,6 @@ from streamcl.records import Message
 
 log = logging.getLogger(__name__)
 
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 5.0
-_JITTER = random.SystemRandom()  # never the state's generator: a restart must not change what is learned
 _RECORD_FAULTS = (Kind.RECORD, Kind.BROKEN)
 # How often a record must fail alone to be the poison. A broker that does not say why may be sick itself.
 _VERDICT = {Kind.RECORD: 1, Kind.BROKEN: 3}
@@ -220,7 +217,7 @@ class KafkaSink:
         self._producer.discard()
         later = time.monotonic() + self._config.kafka.delivery_timeout_s
         deadline = self._ledger[0].deadline if self._ledger else later
-        wait_s = 0.0 if fault.kind is Kind.RECORD else _backoff_s(self._failures)
+        wait_s = 0.0 if fault.kind is Kind.RECORD else client.backoff_s(self._failures)
         while True:
             time.sleep(max(0.0, min(wait_s, deadline - time.monotonic())))
             try:
@@ -228,7 +225,7 @@ class KafkaSink:
                 break
             except ConnectorError:
                 self._failures += 1
-                wait_s = _backoff_s(self._failures)
+                wait_s = client.backoff_s(self._failures)
                 if time.monotonic() >= deadline:
                     raise
         self.rebuilds += 1
@@ -255,9 +252,3 @@ class KafkaSink:
 
 def _acknowledged(entry: _Entry) -> bool:
     return entry.delivery is not None and entry.delivery.is_done and entry.delivery.exception is None
-
-
-def _backoff_s(failures: int) -> float:
-    """Doubling, and half of it random, so that many workers don't come back all at once."""
-    longest = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(failures, 16))
-    return float(longest * _JITTER.uniform(0.5, 1.0))

@@ -27,6 +27,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from connectors.kafka_client import backoff_s
 from streamcl.config import Config, Payload
 from streamcl.config import Registry as Settings
 from streamcl.protocols import BadInput, ConnectorError, Unavailable
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 HEADER = 5
 _MEDIA = "application/vnd.schemaregistry.v1+json"
 _UNKNOWN_SCHEMA, _UNKNOWN_SUBJECT = 40403, 40401
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.1, 5.0
 _PASSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MOST_UNKNOWN = 10_000
 
@@ -198,20 +198,20 @@ class Registry:
 
     def _ask(self, method: str, path: str, body: object = None, params: Mapping[str, str] | None = None) -> Any:
         """The answer's JSON; asked again while the registry is away."""
-        began, backoff_s = self._clock(), 0.0
+        began, failures = self._clock(), 0
         while True:
             answer = self._once(method, path, body, params)
             if not isinstance(answer, str):
-                if backoff_s:
+                if failures:
                     log.warning("registry %s: answers again", self.url)
                 return self._content(answer, path)
             waited_s = self._clock() - began
             if waited_s >= self._settings.patience_s:
                 raise Unavailable(str(self._fault(path, f"{answer}; gave up after {waited_s:.0f} s")))
-            if not backoff_s:
+            if not failures:
                 log.warning("registry %s: %s: %s; trying again until it answers", self.url, path, answer)
-            backoff_s = min(max(2 * backoff_s, _FIRST_BACKOFF_S), _LAST_BACKOFF_S)
-            self._sleep(min(backoff_s, self._settings.patience_s - waited_s))
+            self._sleep(min(backoff_s(failures), self._settings.patience_s - waited_s))
+            failures += 1
 
     def _once(self, method: str, path: str, body: object, params: Mapping[str, str] | None) -> httpx.Response | str:
         """An answer, or why there is none that counts."""

@@ -155,7 +155,8 @@ def test_a_registry_in_trouble_is_asked_again_with_back_off(
     server.fault = fault
     with caplog.at_level(logging.WARNING, "connectors.registry"):
         assert client(server, clock, patience_s=60).by_id(number).text == TEXT
-    assert clock.slept == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0])
+    longest = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    assert all(most / 2 <= slept <= most for slept, most in zip(clock.slept, longest, strict=True))
     first, last = caplog.messages
     assert f"{status} " in first
     assert last.endswith("answers again")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from connectors import kafka, kafka_client, kafka_sink
+from connectors import kafka, kafka_client
 from connectors.kafka_client import Fault, Kind
 from connectors.kafka_sink import KafkaSink
 from streamcl.config import Config
@@ -73,7 +73,7 @@ def _config(**kafka_settings: Any) -> Config:
 def patched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No broker: topics exist, and a rebuild does not wait."""
     monkeypatch.setattr(kafka_client, "ensure_topic", lambda *_, **__: 1)
-    monkeypatch.setattr(kafka_sink, "_FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr(kafka_client, "_FIRST_BACKOFF_S", 0.0)
     return monkeypatch
 
 
@@ -94,7 +94,7 @@ def test_whatever_breaks_for_a_while_every_message_is_stored_in_order(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kafka_client, "ensure_topic", lambda *_, **__: 1)
-        patch.setattr(kafka_sink, "_FIRST_BACKOFF_S", 0.0)
+        patch.setattr(kafka_client, "_FIRST_BACKOFF_S", 0.0)
         faults = [PASSING if each else None for each in broken]
         sink, stored = _fake(patch, faults, max_inflight_records=room)
         values = [b"%d" % number for number in range(count)]
@@ -115,7 +115,7 @@ def test_poison_is_rejected_alone_and_the_rest_goes_on(poisoned: set[int], count
     poison = [value for number, value in enumerate(values) if number in poisoned]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kafka_client, "ensure_topic", lambda *_, **__: 1)
-        patch.setattr(kafka_sink, "_FIRST_BACKOFF_S", 0.0)
+        patch.setattr(kafka_client, "_FIRST_BACKOFF_S", 0.0)
         sink, stored = _fake(patch, [PASSING] * away, poison, max_inflight_records=room)
         rejected: list[bytes] = []
         sink.rejected = lambda message, _: rejected.append(message.value)
@@ -168,14 +168,6 @@ def test_a_refusal_by_the_brokers_rules_is_retried_for_a_while_and_blames_no_rec
         sink.flush()
     assert not isinstance(refused.value, Unavailable)
     assert not sink.ready
-
-
-def test_the_waits_between_rebuilds_double_and_differ() -> None:
-    waits = [[kafka_sink._backoff_s(failures) for _ in range(50)] for failures in range(12)]
-    for failures, each in enumerate(waits):
-        longest = min(5.0, 0.1 * 2**failures)
-        assert all(longest / 2 <= wait_s <= longest for wait_s in each)
-        assert len(set(each)) > 1
 
 
 def test_a_fault_that_stays_is_an_error_after_the_delivery_timeout(patched: pytest.MonkeyPatch) -> None:
