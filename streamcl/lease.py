@@ -14,6 +14,7 @@ import os
 import platform
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -109,8 +110,10 @@ class Lease:
                 raise
             self._prune()
         if self.lease_s:
-            self._leaving.clear()
-            self._beating = threading.Thread(target=self._beat, args=(self.mine,), name="streamcl-lease", daemon=True)
+            self._leaving = threading.Event()
+            # Known weakly: whoever is forgotten without a release lives no longer.
+            beat = (weakref.ref(self), self.mine, self._leaving, self.lease_s / 3)
+            self._beating = threading.Thread(target=_beat, args=beat, name="streamcl-lease", daemon=True)
             self._beating.start()
         return self.mine.epoch
 
@@ -155,18 +158,16 @@ class Lease:
                 return True
         return False
 
-    def _beat(self, claim: Claim) -> None:
-        """On a thread of its own: a loop in a long turn or a long restore lives, a process that is frozen doesn't."""
-        beat = 0
-        while not self._leaving.wait(self.lease_s / 3):
-            beat += 1
-            with contextlib.suppress(Exception):  # a place that is away for a while is no reason to die
-                newest = self._newest()
-                if newest and newest.epoch > claim.epoch:
-                    self._successor = newest
-                    return
-                self._files.makedirs(self._folder, exist_ok=True)
-                self._write(replace(claim, beat=beat))
+    def _beat(self, claim: Claim) -> bool:
+        """False once another worker has claimed the shard."""
+        with contextlib.suppress(Exception):  # a place that is away for a while is no reason to die
+            newest = self._newest()
+            if newest and newest.epoch > claim.epoch:
+                self._successor = newest
+                return False
+            self._files.makedirs(self._folder, exist_ok=True)
+            self._write(claim)
+        return True
 
     def _newest(self) -> Claim | None:
         epochs = self._epochs()
@@ -217,6 +218,16 @@ class Lease:
             raise
         except Exception as error:  # each store has errors of its own, which are no OSError
             raise StreamclError(f"{self.place}: can't claim the shard: {error}") from error
+
+
+def _beat(lease: weakref.ref[Lease], claim: Claim, leaving: threading.Event, every_s: float) -> None:
+    """On a thread of its own: a loop in a long turn or a long restore lives, a process that is frozen doesn't."""
+    goes_on = True
+    while goes_on and not leaving.wait(every_s):
+        claim = replace(claim, beat=claim.beat + 1)
+        held = lease()
+        goes_on = held is not None and held._beat(claim)
+        del held
 
 
 @functools.cache

@@ -131,6 +131,16 @@ def test_the_beat_tells_a_worker_that_it_was_taken_over_without_its_asking(tmp_p
     new.release()
 
 
+def test_a_lease_that_is_forgotten_beats_no_longer(tmp_path: Path) -> None:
+    lease = Lease(str(tmp_path), 0.03)
+    lease.claim()
+    beating = lease._beating
+    assert beating is not None
+    del lease
+    beating.join(10.0)
+    assert not beating.is_alive()
+
+
 def test_before_a_claim_everybody_may_write(tmp_path: Path) -> None:
     Lease(str(tmp_path), 60.0).check()
 

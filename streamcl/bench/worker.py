@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from streamcl import connect
 from streamcl.bench import passthrough
@@ -36,6 +36,7 @@ READS = frozenset({"via"})
 PEERS = ("quix", "bytewax", "faust")
 PEERS_PYTHON = "STREAMCL_PEERS_PYTHON"
 FULL, QUICK = (60_000, 5), (5_000, 3)
+PATIENCE_S = 300.0
 NEXT_TO_NOTHING = {"river": "river.dummy:PriorClassifier", "trust_pickle": True, "drift": {"detector": "none"}}
 
 _names = itertools.count()
@@ -102,6 +103,7 @@ class Stage:
         self.bootstrap, self.topic = urlsplit(self.kafka).netloc, _topic(self.kafka)
         events = [_event(number) for number in range(count)]
         self.bytes = len(events[-1])
+        self._make(self.topic)
         for place in (self.kafka, self.memory):
             # Not every peer can decompress.
             sink = connect.open_sink(place, self._config(place, {"kafka": {"compression": "none"}}))
@@ -113,8 +115,17 @@ class Stage:
     def out(self, place: str) -> str:
         """URL of a new topic beside `place`."""
         url = f"{place}-out-{next(_names)}"
-        connect.open_sink(url, self._config(place, {})).close()
+        if place == self.kafka:
+            self._make(_topic(url))
         return url
+
+    def _make(self, topic: str) -> None:
+        """With one partition, whatever the broker's default is: the bare loop and some peers read no more."""
+        admin = KafkaAdminClient(bootstrap_servers=self.bootstrap)
+        try:
+            admin.create_topics({topic: {"num_partitions": 1}}, wait_for_metadata=True)
+        finally:
+            admin.close()
 
     def worker(self, place: str, settings: Mapping[str, Any] | None = None) -> tuple[float, float]:
         """The product's own loop, flushed at its end as at a checkpoint."""
@@ -149,7 +160,10 @@ class Stage:
         consumer.assign([TopicPartition(self.topic, 0)])
         consumer.seek_to_beginning()
         wall = cpu = told = 0.0
+        deadline = time.monotonic() + PATIENCE_S
         while done < self.count:
+            if time.monotonic() > deadline:
+                raise ConnectorError(f"{self.kafka}: {done} of {self.count} records came within {PATIENCE_S:.0f} s")
             for records in consumer.poll(timeout_ms=100, max_records=500).values():
                 if not wall:
                     wall, cpu, told = time.perf_counter(), time.process_time(), time.perf_counter()
