@@ -20,8 +20,9 @@ from kafka import AsyncConsumerRebalanceListener, KafkaConsumer, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 
-from connectors import kafka_python as client
+from connectors import kafka_python_connection as connection
 from connectors.kafka_client import ensure_topic, locate
+from connectors.kafka_python_faults import explain, transient
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError
 
@@ -65,7 +66,7 @@ class KafkaGroup:
         self._closing = threading.Event()
         self._error: Exception | None = None
         self._asked_at = time.monotonic()
-        self._consumer = client.connect(KafkaConsumer, _settings(self._servers, self.topic, config), config)
+        self._consumer = connection.connect(KafkaConsumer, _settings(self._servers, self.topic, config), config)
         self._consumer.subscribe(topics=[self.topic], listener=_Listener(self))
         self._thread = threading.Thread(target=self._poll, name="streamcl-group", daemon=True)
         self._thread.start()
@@ -74,7 +75,7 @@ class KafkaGroup:
         """See `Membership.held`. While brokers are away it stays as it was: the fence says who may go on."""
         self._asked_at = time.monotonic()
         if self._error:
-            raise ConnectorError(f"kafka://{self._servers}/{self.topic}: {client.explain(self._error)}")
+            raise ConnectorError(f"kafka://{self._servers}/{self.topic}: {explain(self._error)}")
         with self._lock:
             self._doubted = {shard: end for shard, end in self._doubted.items() if end > time.monotonic()}
             return {shard: tenure for shard, tenure in self._tenures.items() if shard not in self._doubted}
@@ -94,7 +95,7 @@ class KafkaGroup:
         try:
             self._consumer.close(timeout_ms=1000)
         except kafka_errors.KafkaError as error:
-            log.warning("%s: leaving the group: %s", self.topic, client.explain(error))
+            log.warning("%s: leaving the group: %s", self.topic, explain(error))
 
     def assigned(self, shards: Iterable[int]) -> None:
         with self._lock:
@@ -120,11 +121,11 @@ class KafkaGroup:
                 self._consumer.poll(timeout_ms=_POLL_MS)
                 troubled = False
             except Exception as error:  # noqa: BLE001 - `held` raises it where it is seen
-                if not client.transient(error):
+                if not transient(error):
                     self._error = error
                     return
                 if not troubled:
-                    log.warning("%s: %s; the shards stay as they are", self.topic, client.explain(error))
+                    log.warning("%s: %s; the shards stay as they are", self.topic, explain(error))
                 troubled = True
                 self._closing.wait(_BACKOFF_S)
 
@@ -147,7 +148,7 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # the cl
 
 def _settings(servers: str, group: str, config: Config) -> dict[str, object]:
     shard = config.shard
-    found: dict[str, object] = client.settings(servers, config) | {
+    found: dict[str, object] = connection.settings(servers, config) | {
         "group_id": group,
         "partition_assignment_strategy": [CooperativeStickyAssignor],
         "session_timeout_ms": round(shard.session_timeout_s * 1000),

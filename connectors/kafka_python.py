@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,45 +11,18 @@ from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
-from kafka.net.compat import KafkaNetClient
 from kafka.structs import OffsetAndMetadata
 
-from connectors import kafka_auth
+from connectors import kafka_python_connection as connection
 from connectors.kafka_client import Bounds, Fault, Kind
+from connectors.kafka_python_faults import fault_of, faults
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Unavailable
+from streamcl.protocols import ConnectorError
 from streamcl.records import Message, Origin, Position, Record, Stream
 
 log = logging.getLogger(__name__)
 
-_DENIED = (
-    kafka_errors.AuthorizationError,
-    kafka_errors.SaslAuthenticationFailedError,
-    kafka_errors.UnsupportedSaslMechanismError,
-    kafka_errors.IllegalSaslStateError,
-)
-_KINDS: tuple[tuple[Kind, tuple[type[Exception], ...]], ...] = (
-    (
-        Kind.FENCED,
-        (
-            kafka_errors.ProducerFencedError,
-            kafka_errors.InvalidProducerEpochError,
-            kafka_errors.TransactionCoordinatorFencedError,
-        ),
-    ),
-    (Kind.DENIED, (*_DENIED, kafka_errors.UnknownTopicOrPartitionError, kafka_errors.InvalidTopicError)),
-    (
-        Kind.RECORD,
-        (
-            kafka_errors.MessageSizeTooLargeError,
-            kafka_errors.RecordListTooLargeError,
-            kafka_errors.InvalidRecordError,
-            kafka_errors.InvalidTimestampError,
-        ),
-    ),
-)
 _UNKNOWN_TOPIC = 3
-_TELL_WHY = ("kafka.net.manager", "kafka.cluster")
 
 
 class Consumer:
@@ -58,7 +30,7 @@ class Consumer:
 
     def __init__(self, servers: str, topics: Mapping[str, str], config: Config, group: str, max_wait_s: float) -> None:
         self._servers, self._topics, self._config, self._group = servers, dict(topics), config, group
-        self._consumer = connect(KafkaConsumer, consumer_settings(servers, config, max_wait_s), config)
+        self._consumer = connection.connect(KafkaConsumer, consumer_settings(servers, config, max_wait_s), config)
         self._committer = self._open_committer() if group else None
         self._partitions: dict[Stream, TopicPartition] = {}
         self._streams: dict[TopicPartition, Stream] = {}
@@ -147,9 +119,9 @@ class Consumer:
             each.close(timeout_ms=1000)
 
     def _open_committer(self) -> Any:
-        wanted = settings(self._servers, self._config) | {"group_id": self._group}
+        wanted = connection.settings(self._servers, self._config) | {"group_id": self._group}
         wanted |= {"enable_auto_commit": False, "metrics_enabled": False}
-        return connect(KafkaConsumer, wanted, self._config)
+        return connection.connect(KafkaConsumer, wanted, self._config)
 
     def _named(self, stream: Stream) -> TopicPartition:
         return TopicPartition(self._topics[stream.input], stream.partition)
@@ -171,7 +143,7 @@ class Producer:
 
     def __init__(self, servers: str, topic: str, config: Config) -> None:
         self._topic = topic
-        self._producer = connect(KafkaProducer, _producer_settings(servers, config), config)
+        self._producer = connection.connect(KafkaProducer, _producer_settings(servers, config), config)
         with faults():
             self._producer.partitions_for(topic)  # now, so that no `send` has to wait for it
 
@@ -193,7 +165,7 @@ class Transactions:
 
     def __init__(self, servers: str, config: Config) -> None:
         kafka = config.kafka
-        wanted = settings(servers, config) | {
+        wanted = connection.settings(servers, config) | {
             "transactional_id": f"{config.name}-{config.shard.index}",
             "transaction_timeout_ms": round(kafka.transaction_timeout_s * 1000),
             "max_block_ms": round(kafka.transaction_timeout_s * 1000),
@@ -204,7 +176,7 @@ class Transactions:
             "allow_auto_create_topics": False,
             "metrics_enabled": False,
         }
-        self._producer = connect(KafkaProducer, wanted, config)
+        self._producer = connection.connect(KafkaProducer, wanted, config)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -277,7 +249,7 @@ def _wait(delivery: Any, timeout_s: float) -> None:
 
 def _producer_settings(servers: str, config: Config) -> dict[str, Any]:
     kafka = config.kafka
-    return settings(servers, config) | {
+    return connection.settings(servers, config) | {
         "enable_idempotence": False,
         "acks": "all",
         "max_in_flight_requests_per_connection": 1,
@@ -292,19 +264,8 @@ def _producer_settings(servers: str, config: Config) -> dict[str, Any]:
     }
 
 
-def settings(servers: str, config: Config) -> dict[str, Any]:
-    """What every client is opened with. Holds the password: never log it, never put it into an error."""
-    found: dict[str, Any] = {
-        "bootstrap_servers": servers.split(","),
-        "client_id": f"{config.name}-{config.shard.index}",
-        "request_timeout_ms": round(config.kafka.request_timeout_s * 1000),
-        "metadata_max_age_ms": round(config.kafka.metadata_max_age_s * 1000),
-    }
-    return found | kafka_auth.for_kafka_python(config)
-
-
 def consumer_settings(servers: str, config: Config, max_wait_s: float = 0.0) -> dict[str, Any]:
-    return settings(servers, config) | {
+    return connection.settings(servers, config) | {
         "enable_auto_commit": False,
         "isolation_level": "read_committed",
         # Never a silent reset; a misspelt policy would act as "none" too, without saying so.
@@ -315,121 +276,8 @@ def consumer_settings(servers: str, config: Config, max_wait_s: float = 0.0) -> 
     }
 
 
-def connect(client: Callable[..., Any], wanted: Mapping[str, Any], config: Config) -> Any:
-    """Open a client of kafka-python, trying again until `kafka.connect_timeout_s` has passed.
-
-    Raises:
-        ConnectorError: unreachable, refused, or settings that can't be; names bootstrap servers and mechanism.
-    """
-    where = f"kafka://{','.join(wanted['bootstrap_servers'])} ({kafka_auth.who(config)})"
-    deadline = time.monotonic() + config.kafka.connect_timeout_s
-    told: list[Exception] = []
-    attempt_s = 1.0  # short at first: the client itself would retry a wrong password until its time-out
-    while True:
-        left_s = max(deadline - time.monotonic(), 0.001)
-        with _last_words() as causes:
-            try:
-                return _open(client, wanted, min(attempt_s, left_s))
-            except kafka_errors.KafkaError as error:
-                causes.append(error)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise ConnectorError(f"{where}: {error}") from error
-        told = [each for each in causes if not _timed_out(each)] or told
-        fatal = [each for each in causes if _fatal(each)]
-        if fatal or time.monotonic() >= deadline:
-            cause = (fatal or told or causes)[0]
-            refusal = ConnectorError if fatal else Unavailable
-            raise refusal(f"{where}: {explain(cause)}{kafka_auth.hint(str(cause), config)}") from cause
-        attempt_s *= 2
-
-
-def _fatal(error: Exception) -> bool:
-    return isinstance(error, _DENIED) or not transient(error) or kafka_auth.refused(str(error))
-
-
-def _timed_out(error: Exception) -> bool:
-    return isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.RequestTimedOutError)
-
-
-def _open(client: Callable[..., Any], wanted: Mapping[str, Any], timeout_s: float) -> Any:
-    """One attempt. A constructor that fails leaves its IO thread running, so we close the network client under it."""
-    made: list[Any] = []
-
-    def network(*args: Any, **kwargs: Any) -> Any:
-        made.append(KafkaNetClient(*args, **kwargs))
-        return made[-1]
-
-    try:
-        return client(**wanted, bootstrap_timeout_ms=max(1, round(timeout_s * 1000)), kafka_client=network)
-    except BaseException:
-        for each in made:
-            each.close()
-        raise
-
-
-@contextmanager
-def _last_words() -> Iterator[list[Exception]]:
-    """Collects why connecting failed: the client tells only its log, and raises a time-out."""
-    causes: list[Exception] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            arguments = record.args if isinstance(record.args, tuple) else ()
-            causes.extend(each for each in arguments if isinstance(each, Exception))
-
-    listener, sources = Listener(logging.WARNING), [logging.getLogger(name) for name in _TELL_WHY]
-    for source in sources:
-        source.addHandler(listener)
-    try:
-        yield causes
-    finally:
-        for source in sources:
-            source.removeHandler(listener)
-
-
-def transient(error: BaseException) -> bool:
-    """True for what passes when brokers come back. F6: one such error does not call itself retriable."""
-    others = (kafka_errors.UnknownBrokerIdError, kafka_errors.BrokerNotAvailableError)
-    return isinstance(error, others) or bool(getattr(error, "retriable", False))
-
-
-def explain(error: BaseException) -> str:
-    """The cause for a person; the client's own text follows."""
-    if isinstance(error, kafka_errors.AuthorizationError):
-        return f"not authorised: {error}"
-    if isinstance(error, _DENIED):
-        return f"authentication refused: {error}"
-    if isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.KafkaConnectionError):
-        return f"no broker could be reached: {error}"
-    return str(error)
-
-
-@contextmanager
-def faults() -> Iterator[None]:
-    """Turns every error of the library into a Fault."""
-    try:
-        yield
-    except kafka_errors.KafkaError as error:
-        raise fault_of(error) from error
-
-
-def fault_of(error: BaseException) -> Fault:
-    """A transactional producer that has failed wraps the cause in every later error: then the cause counts."""
-    cause = next((each for each in error.args if isinstance(each, kafka_errors.KafkaError)), None)
-    if type(error) is kafka_errors.KafkaError and cause is not None:
-        return fault_of(cause)
-    return Fault(_kind(error), type(error).__name__.removesuffix("Error"), explain(error))
-
-
-def _kind(error: BaseException) -> Kind:
-    for kind, classes in _KINDS:
-        if isinstance(error, classes):
-            return kind
-    return Kind.PASSING if transient(error) else Kind.BROKEN
-
-
 def ensure_topic(servers: str, topic: str, config: Config, partitions: int, configs: Mapping[str, str]) -> int:
-    admin = connect(KafkaAdminClient, settings(servers, config), config)
+    admin = connection.connect(KafkaAdminClient, connection.settings(servers, config), config)
     try:
         with faults():
             [found] = admin.describe_topics([topic])
@@ -445,7 +293,7 @@ def ensure_topic(servers: str, topic: str, config: Config, partitions: int, conf
 
 def _raise_passing_fault(servers: str, topic: str, config: Config) -> None:
     """When brokers say of a topic what passes by itself."""
-    admin = connect(KafkaAdminClient, settings(servers, config), config)
+    admin = connection.connect(KafkaAdminClient, connection.settings(servers, config), config)
     try:
         with faults():
             [found] = admin.describe_topics([topic])

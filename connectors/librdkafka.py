@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 from kafka import errors as kafka_errors
 
-from connectors import kafka_auth, kafka_python
+from connectors import kafka_auth, kafka_python_faults
 from connectors.kafka_client import Bounds, Fault, Kind, within
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Unavailable
@@ -24,7 +24,7 @@ from streamcl.records import Message, Origin, Position, Record, Stream
 log = logging.getLogger(__name__)
 
 _EOF = KafkaError._PARTITION_EOF
-# The library's own codes are negative. A broker's codes mean the same to both libraries, see `kafka_python.fault_of`.
+# The library's own codes are negative. A broker's mean the same to both libraries, see `kafka_python_faults.fault_of`.
 _KINDS = {
     Kind.FENCED: (KafkaError._FENCED,),
     Kind.DENIED: (KafkaError._AUTHENTICATION, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION),
@@ -418,7 +418,7 @@ def faults() -> Iterator[None]:
 
 def fault_of(error: Any) -> Fault:
     if error.code() >= -1:
-        return kafka_python.fault_of(kafka_errors.for_code(error.code())(error.str()))
+        return kafka_python_faults.fault_of(kafka_errors.for_code(error.code())(error.str()))
     text = error.str()
     if error.code() == KafkaError._AUTHENTICATION:
         text = f"authentication refused: {text}"
@@ -430,7 +430,7 @@ def fault_of(error: Any) -> Fault:
 def _kind(error: Any) -> Kind:
     code = error.code()
     if code >= -1:
-        return kafka_python.fault_of(kafka_errors.for_code(code)()).kind
+        return kafka_python_faults.fault_of(kafka_errors.for_code(code)()).kind
     return _KIND.get(code, Kind.PASSING if error.retriable() else Kind.BROKEN)
 
 

@@ -22,7 +22,7 @@ import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
-from connectors import kafka, kafka_python
+from connectors import kafka, kafka_python, kafka_python_connection
 from streamcl import connect
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Fenced, Membership, Unavailable
@@ -329,7 +329,7 @@ def _boxed(work: Callable[[], str]) -> str:
 
 @pytest.fixture
 def old_protocol(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    settings, consumer_settings = kafka_python.settings, kafka_python.consumer_settings
+    settings, consumer_settings = kafka_python_connection.settings, kafka_python.consumer_settings
 
     def capped(*arguments: Any) -> dict[str, Any]:
         return settings(*arguments) | OLD
@@ -337,7 +337,7 @@ def old_protocol(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def lenient(*arguments: Any) -> dict[str, Any]:
         return consumer_settings(*arguments) | {"check_crcs": False}
 
-    monkeypatch.setattr(kafka_python, "settings", capped)
+    monkeypatch.setattr(kafka_python_connection, "settings", capped)
     monkeypatch.setattr(kafka_python, "consumer_settings", lenient)
     with suppress(ImportError):
         _unchecked(monkeypatch)
