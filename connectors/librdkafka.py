@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import confluent_kafka
@@ -13,37 +12,16 @@ import orjson
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
-from kafka import errors as kafka_errors
 
-from connectors import kafka_auth, kafka_python_faults
+from connectors import librdkafka_connection as connection
 from connectors.kafka_client import Bounds, Fault, Kind, within
+from connectors.librdkafka_faults import fault_of, faults
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Unavailable
 from streamcl.records import Message, Origin, Position, Record, Stream
 
 log = logging.getLogger(__name__)
 
 _EOF = KafkaError._PARTITION_EOF
-# The library's own codes are negative. A broker's mean the same to both libraries, see `kafka_python_faults.fault_of`.
-_KINDS = {
-    Kind.FENCED: (KafkaError._FENCED,),
-    Kind.DENIED: (KafkaError._AUTHENTICATION, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION),
-    Kind.RANGE: (KafkaError._AUTO_OFFSET_RESET, KafkaError._NO_OFFSET),
-    Kind.PASSING: (
-        KafkaError._TRANSPORT,
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._RESOLVE,
-        KafkaError._TIMED_OUT,
-        KafkaError._TIMED_OUT_QUEUE,
-        KafkaError._MSG_TIMED_OUT,
-        KafkaError._WAIT_COORD,
-        KafkaError._UNKNOWN_BROKER,
-        KafkaError._QUEUE_FULL,
-        KafkaError._DESTROY_BROKER,
-    ),
-}
-_AWAY = _KINDS[Kind.PASSING]
-_KIND = {code: kind for kind, codes in _KINDS.items() for code in codes}
 _EARLIEST, _LATEST = -2, -1  # times that stand for the ends of a log
 _NO_LIMIT_KIB = (1 << 31) - 1
 _CLOSE_S = 2.0
@@ -62,7 +40,7 @@ class Consumer:
             "stats_cb": self._counted,
             "statistics.interval.ms": round(config.kafka.metadata_max_age_s * 1000),
         }
-        self._consumer = connect(confluent_kafka.Consumer, wanted, config)
+        self._consumer = connection.connect(confluent_kafka.Consumer, wanted, config)
         self._most = max(500, config.worker.max_records)
         self._partitions: dict[Stream, TopicPartition] = {}
         self._streams: dict[tuple[str, int], Stream] = {}
@@ -219,7 +197,7 @@ class Producer:
             "linger.ms": kafka.linger_s * 1000,
             "batch.size": 128 << 10,
         }
-        self._producer = connect(confluent_kafka.Producer, wanted, config)
+        self._producer = connection.connect(confluent_kafka.Producer, wanted, config)
         if not _count(self._producer, topic, config):
             raise Fault(Kind.DENIED, "UnknownTopicOrPartition", "no such topic, or no right to see it")
 
@@ -251,7 +229,7 @@ class Transactions:
             "socket.timeout.ms": min(timeout_ms, round(config.kafka.request_timeout_s * 1000)),
             "linger.ms": 0,
         }
-        self._producer = connect(confluent_kafka.Producer, wanted, config)
+        self._producer = connection.connect(confluent_kafka.Producer, wanted, config)
         self._timeout_s = 2 * config.kafka.transaction_timeout_s  # the watchdog comes first
 
     def init(self) -> None:
@@ -295,7 +273,7 @@ def open_transactions(servers: str, config: Config) -> Transactions:
 
 
 def ensure_topic(servers: str, topic: str, config: Config, partitions: int, configs: Mapping[str, str]) -> int:
-    admin = connect(AdminClient, settings(servers, config), config)
+    admin = connection.connect(AdminClient, connection.settings(servers, config), config)
     count = _count(admin, topic, config)
     if count:
         return count
@@ -321,21 +299,8 @@ def check() -> str:
     return f"confluent-kafka {confluent_kafka.version()} on librdkafka {confluent_kafka.libversion()[0]}"
 
 
-def settings(servers: str, config: Config) -> dict[str, Any]:
-    """What every client is opened with. Holds the password: never log it, never put it into an error."""
-    return {
-        "bootstrap.servers": servers,
-        "client.id": f"{config.name}-{config.shard.index}",
-        "socket.timeout.ms": round(config.kafka.request_timeout_s * 1000),
-        "topic.metadata.refresh.interval.ms": round(config.kafka.metadata_max_age_s * 1000),
-        "reconnect.backoff.max.ms": 1000,
-        "logger": log,
-        **kafka_auth.for_librdkafka(config),
-    }
-
-
 def consumer_settings(servers: str, config: Config, group: str = "", max_wait_s: float = 0.0) -> dict[str, Any]:
-    return settings(servers, config) | {
+    return connection.settings(servers, config) | {
         "group.id": group or config.name,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
@@ -352,7 +317,7 @@ def consumer_settings(servers: str, config: Config, group: str = "", max_wait_s:
 
 
 def _producer_settings(servers: str, config: Config) -> dict[str, Any]:
-    return settings(servers, config) | {
+    return connection.settings(servers, config) | {
         "message.max.bytes": config.kafka.max_request_bytes,
         "compression.type": config.kafka.compression,
         "partitioner": "murmur2_random",  # as every other client of Kafka chooses
@@ -363,75 +328,11 @@ def _producer_settings(servers: str, config: Config) -> dict[str, Any]:
     }
 
 
-def connect(client: Callable[[Any], Any], wanted: Mapping[str, Any], config: Config) -> Any:
-    """Open a client and wait until a broker answers, for `kafka.connect_timeout_s`.
-
-    Raises:
-        ConnectorError: refused, or settings that can't be. Unavailable: no answer. Names bootstrap servers and user.
-    """
-    where = f"kafka://{wanted['bootstrap.servers']} ({kafka_auth.who(config)})"
-    told: list[Any] = []
-    try:
-        opened = client({**wanted, "error_cb": told.append})
-    except (KafkaException, ValueError, TypeError) as error:
-        raise ConnectorError(f"{where}: {error}") from error
-    deadline = time.monotonic() + config.kafka.connect_timeout_s
-    while not _answers(opened, deadline, told):
-        fatal = [each for each in told if _kind(each) is not Kind.PASSING or kafka_auth.refused(each.str())]
-        if fatal or time.monotonic() >= deadline:
-            known = [each for each in told if each.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT)]
-            known.sort(key=lambda each: each.str().startswith("Failed to get metadata"))  # says least
-            cause = fault_of((fatal or known or told)[0])
-            refusal = ConnectorError if fatal else Unavailable
-            raise refusal(f"{where}: {cause}{kafka_auth.hint(str(cause), config)}")
-    told.clear()
-    return opened
-
-
-def _answers(client: Any, deadline: float, told: list[Any]) -> bool:
-    try:
-        client.list_topics(timeout=min(max(deadline - time.monotonic(), 0.01), 0.5))
-    except KafkaException as error:
-        client.poll(0)  # what it has to say comes through callbacks
-        told.append(error.args[0])
-        return False
-    return True
-
-
 def _count(client: Any, topic: str, config: Config) -> int:
     """Of partitions; 0: no such topic, or no right to see it. Asking for one topic alone would make a missing one."""
     with faults():
         told = client.list_topics(timeout=config.kafka.request_timeout_s).topics.get(topic)
     return 0 if told is None else len(told.partitions)
-
-
-@contextmanager
-def faults() -> Iterator[None]:
-    """Turns every error of the library into a Fault."""
-    try:
-        yield
-    except KafkaException as error:
-        raise fault_of(error.args[0]) from error
-    except BufferError as error:
-        raise Fault(Kind.PASSING, "QueueFull", str(error)) from error
-
-
-def fault_of(error: Any) -> Fault:
-    if error.code() >= -1:
-        return kafka_python_faults.fault_of(kafka_errors.for_code(error.code())(error.str()))
-    text = error.str()
-    if error.code() == KafkaError._AUTHENTICATION:
-        text = f"authentication refused: {text}"
-    elif error.code() in _AWAY:
-        text = f"no broker could be reached: {text}"
-    return Fault(_kind(error), error.name().strip("_"), text)
-
-
-def _kind(error: Any) -> Kind:
-    code = error.code()
-    if code >= -1:
-        return kafka_python_faults.fault_of(kafka_errors.for_code(code)()).kind
-    return _KIND.get(code, Kind.PASSING if error.retriable() else Kind.BROKEN)
 
 
 def _produce(producer: Any, topic: str, message: Message, where: dict[str, int]) -> Delivery:

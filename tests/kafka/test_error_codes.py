@@ -345,14 +345,14 @@ def old_protocol(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from connectors import librdkafka
+    from connectors import librdkafka_connection
 
-    connect = librdkafka.connect
+    connect = librdkafka_connection.connect
 
     def lenient(client: Any, wanted: dict[str, Any], config: Config) -> Any:
         return connect(client, wanted | ({"check.crcs": False} if "check.crcs" in wanted else {}), config)
 
-    monkeypatch.setattr(librdkafka, "connect", lenient)
+    monkeypatch.setattr(librdkafka_connection, "connect", lenient)
 
 
 def _run(cases: Sequence[Case]) -> Table:
