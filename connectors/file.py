@@ -34,10 +34,11 @@ import orjson
 
 from connectors.codec import as_line, envelope
 from connectors.rows import Row, kind_of, open_rows
-from streamcl.config import Config, Events, Labels
+from streamcl.config import Config
 from streamcl.features import lookup
 from streamcl.protocols import ConnectorError, Fenced
 from streamcl.records import LABELS, Message, Order, Origin, Position, Record, Stream
+from streamcl.stations import Events, Labels
 
 _FENCE = b'{"fence":true}\n'
 _BLOCK = 1 << 16

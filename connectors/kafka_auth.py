@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import orjson
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
-from streamcl.config import Config, Kafka
+from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Unavailable
+from streamcl.services import Kafka
 
 log = logging.getLogger(__name__)
 

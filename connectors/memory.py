@@ -19,9 +19,10 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from streamcl.config import Config, Shard
+from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Fenced, Gap, Unavailable
 from streamcl.records import LABELS, Headers, Message, Order, Origin, Position, Record, Stream
+from streamcl.stations import Shard
 
 Choice = Literal["time", "input"] | Callable[[Sequence[Record]], Record]
 """Which record comes next, given the next one of each stream (at least one, streams sorted)."""

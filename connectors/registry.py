@@ -28,10 +28,11 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from connectors.kafka_client import backoff_s
-from streamcl.config import Config, Payload
-from streamcl.config import Registry as Settings
+from streamcl.config import Config
 from streamcl.protocols import BadInput, ConnectorError, Unavailable
 from streamcl.records import EVENTS, LABELS
+from streamcl.services import Registry as Settings
+from streamcl.stations import Payload
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,9 @@ Table of contents, in the order of the journey (start with `worker`):
     bootstrap      learning from history before going live
     records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec
-    config         one pydantic model per station
+    stations       one pydantic model per station of the journey
+    services       the stations for brokers and the schema registry
+    config         all stations together: read, checked, compared with a checkpoint's
     connect        URL to connector, name to codec: through entry points
     decode         record to event or label
     features       event to arrays

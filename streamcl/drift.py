@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from river import drift as river_drift
 
-from streamcl import config
+from streamcl import stations
 from streamcl.protocols import State
 from streamcl.records import Origin, Signal
 
@@ -111,7 +111,7 @@ class DriftDetector:
     reads: under another version the detector starts afresh, says so once, and counts it in `drift_restarts`.
     """
 
-    def __init__(self, config: config.Drift, name: str = "loss") -> None:
+    def __init__(self, config: stations.Drift, name: str = "loss") -> None:
         self._config = config
         self._name = name
         self._detector = _detector(config)
@@ -175,7 +175,7 @@ class DriftDetector:
         )  # fmt: skip
 
 
-def _detector(config: config.Drift) -> Adwin | PageHinkley | None:
+def _detector(config: stations.Drift) -> Adwin | PageHinkley | None:
     if config.detector == "adwin":
         return Adwin(config.delta)
     if config.detector == "page_hinkley":

@@ -15,9 +15,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from streamcl.config import Bag, Categorical, Config, Numeric
+from streamcl.config import Config
 from streamcl.protocols import BadInput, State
 from streamcl.records import Encoded
+from streamcl.stations import Bag, Categorical, Numeric
 
 ABSENT = object()
 FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcl.config import Join
 from streamcl.protocols import State
 from streamcl.records import Encoded, Fate, Label, Origin, Outcome, Scores, Stream, Ticket
+from streamcl.stations import Join
 
 
 class Watermark:

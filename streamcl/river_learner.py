@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamcl.config import Config, ConfigError, Task
+from streamcl.config import Config, ConfigError
 from streamcl.features import Featurizer
 from streamcl.protocols import State
 from streamcl.records import Encoded, Outcome, Scores
+from streamcl.stations import Task
 
 
 class RiverLearner:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamcl import drift
-from streamcl.config import Drift
 from streamcl.drift import DriftDetector
 from streamcl.records import Origin, Signal
+from streamcl.stations import Drift
 
 Name = Literal["adwin", "page_hinkley"]
 DETECTORS: list[Name] = ["adwin", "page_hinkley"]

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from streamcl.config import Join
 from streamcl.join import Joiner, Watermark
 from streamcl.records import EVENTS, LABELS, Encoded, Fate, Label, Origin, Outcome, Scores, Stream, Ticket
 from streamcl.state import digest
+from streamcl.stations import Join
 
 VIEWS, CLICKS = Stream(EVENTS, 0), Stream(LABELS, 0)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamcl.config import Optimizer
 from streamcl.engine.optimizers import RULES, Adagrad, Rule, build_rule
+from streamcl.stations import Optimizer
 
 RATE = 0.1
 STEPS = 30

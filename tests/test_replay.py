@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamcl.config import Replay as ReplayConfig
 from streamcl.memory import Replay
 from streamcl.records import Encoded
 from streamcl.state import digest, flatten, unflatten
+from streamcl.stations import Replay as ReplayConfig
 
 RETENTIONS = ["none", "recency", "reservoir", "class_balanced"]
 

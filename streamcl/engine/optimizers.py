@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from streamcl.config import Optimizer
+from streamcl.stations import Optimizer
 
 Slots = tuple[Tensor, ...]
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamcl.config import Replay as ReplayConfig
 from streamcl.memory.retention import RETENTIONS
 from streamcl.protocols import State
 from streamcl.random import below, key_of
 from streamcl.records import Encoded
+from streamcl.stations import Replay as ReplayConfig
 
 COLUMNS = ("ids", "weights", "dense", "y")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from streamcl.config import Task
 from streamcl.metrics.binary import Binary
 from streamcl.metrics.multiclass import Multiclass
 from streamcl.metrics.regression import Regression
 from streamcl.protocols import State
 from streamcl.records import Outcome
+from streamcl.stations import Task
 
 
 class Prequential:

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from connectors.avro import Avro, predictions_schema
 from connectors.registry import Registry, framed
 from streamcl.config import Config
-from streamcl.config import Registry as Settings
 from streamcl.protocols import BadInput, ConnectorError, Seconds
 from streamcl.records import EVENTS, Origin, Prediction, Scores
+from streamcl.services import Registry as Settings
 from tests.connectors.registry_server import SchemaRegistry
 from tests.test_messages import scores
 

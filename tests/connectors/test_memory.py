@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors import memory
-from streamcl.config import Config, Shard
+from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Fenced
 from streamcl.records import Message, Order, Record, Run, Stream
+from streamcl.stations import Shard
 from streamcl.testing import check_control_log, check_sink, check_source
 
 EVENTS, LABELS = "memory://test/events", "memory://test/labels"

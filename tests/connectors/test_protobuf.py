@@ -18,10 +18,10 @@ from connectors.codec import JSON
 from connectors.protobuf import Protobuf, predictions_message, predictions_schema
 from connectors.registry import Registry, framed
 from streamcl.config import Config
-from streamcl.config import Registry as Settings
 from streamcl.messages import prediction_message
 from streamcl.protocols import BadInput, ConnectorError, Seconds
 from streamcl.records import EVENTS
+from streamcl.services import Registry as Settings
 from tests.connectors.registry_server import SchemaRegistry, descriptors
 from tests.connectors.test_avro import prediction
 

@@ -18,8 +18,8 @@ from cryptography.x509.oid import NameOID
 
 from connectors.registry import Reference, Registry, Schema, check, enrol, framed, schema_id, subject_of
 from streamcl.config import Config, ConfigError
-from streamcl.config import Registry as Settings
 from streamcl.protocols import BadInput, ConnectorError, Unavailable
+from streamcl.services import Registry as Settings
 from tests.connectors.registry_server import Answer, SchemaRegistry
 
 TEXT = '{"type": "record", "name": "R", "fields": []}'

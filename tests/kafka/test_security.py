@@ -25,9 +25,10 @@ import pytest
 from connectors import kafka, kafka_auth
 from connectors.apache import ApacheBroker, Listener
 from connectors.kafka_auth import Tokens
-from streamcl.config import Config, Kafka
+from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Unavailable
 from streamcl.records import Message, Order, Run, Stream
+from streamcl.services import Kafka
 from tests.kafka.certificates import Authority, Pair
 from tests.kafka.conftest import Cluster, started, toml
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
-from streamcl.config import Task
 from streamcl.metrics import Prequential
 from streamcl.records import Encoded, Fate, Origin, Outcome, Scores, Ticket
+from streamcl.stations import Task
 
 NOTHING = Encoded(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
 TASKS: list[Task] = ["binary", "multiclass", "regression"]
