@@ -383,6 +383,7 @@ class Store:
         grave = self.folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
         (self.folder / name).rename(grave)
         shutil.rmtree(grave, ignore_errors=True)
+        self._valid.discard(name)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
