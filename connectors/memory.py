@@ -10,205 +10,32 @@ A URL is `memory://BROKER/TOPIC`. Brokers live as long as the process; `reset` f
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Literal
-from urllib.parse import urlsplit
 
 import orjson
 
+from connectors.memory_broker import Choice, Crash, MemoryBroker, broker, locate, reset
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Fenced, Gap, Unavailable
-from streamcl.records import LABELS, Headers, Message, Order, Origin, Position, Record, Stream
+from streamcl.protocols import ConnectorError, Fenced, Gap
+from streamcl.records import LABELS, Message, Order, Origin, Position, Record, Stream
 from streamcl.stations import Shard
 
-Choice = Literal["time", "input"] | Callable[[Sequence[Record]], Record]
-"""Which record comes next, given the next one of each stream (at least one, streams sorted)."""
-
-
-class Crash(BaseException):
-    """The death of the process, in a test. Not an `Exception`, so that no error handling survives it."""
-
-
-class MemoryBroker:
-    """Named topics of append-only partitions, and the faults that a test wants from them.
-
-    Every method may be called from any thread.
-
-    Args:
-        name: The host part of its URLs.
-
-    Attributes:
-        order: How sources opened by URL interleave their streams; see `MemorySource`.
-        away: Asked at every call of what is open on this broker, with its topic (a source: that of its first stream,
-            and the partition: "clicks/1"); True makes the call raise `Unavailable`.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.order: Choice = "time"
-        self.away: Callable[[str], bool] = lambda _: False
-        self.changed = threading.Condition(threading.RLock())
-        self.finished = False
-        self.life = 0  # counts crashes; what was opened in an earlier life is dead
-        self.epochs: dict[str, int] = {}
-        self._topics: dict[str, list[list[Message]]] = {}
-        self._committed: dict[str, dict[int, int]] = {}
-        self._starts: dict[tuple[str, int], int] = {}
-        self._sinks: list[MemorySink] = []
-        self._fuse: tuple[int, bool] | None = None
-
-    def create(self, topic: str, partitions: int = 1) -> None:
-        """Make an empty topic. Raises ConnectorError when it exists with another number of partitions."""
-        with self.changed:
-            made = self._topics.setdefault(topic, [[] for _ in range(partitions)])
-            if len(made) != partitions:
-                raise ConnectorError(f"memory://{self.name}/{topic} exists with {len(made)} partitions")
-
-    def grow(self, topic: str, partitions: int) -> None:
-        """Give a topic more partitions, empty ones."""
-        with self.changed:
-            self._topics[topic] += [[] for _ in range(partitions - len(self._topics[topic]))]
-
-    def produce(
-        self,
-        topic: str,
-        value: bytes | None,
-        *,
-        partition: int = 0,
-        key: bytes | None = None,
-        time_s: float = 0.0,
-        headers: Headers = (),
-    ) -> int:
-        """Append from outside and return the offset; makes a missing topic with one partition. No fault hits it."""
-        with self.changed:
-            self._topics.setdefault(topic, [[]])
-            self._put(topic, partition, Message(value, key, headers, time_s))
-            return self.end(topic, partition) - 1
-
-    def messages(self, topic: str) -> list[Message]:
-        """Everything in the topic, by partition and offset; nothing when it does not exist."""
-        with self.changed:
-            return [message for log in self._topics.get(topic, []) for message in log]
-
-    def topics(self) -> dict[str, int]:
-        """Number of partitions by topic."""
-        with self.changed:
-            return {topic: len(logs) for topic, logs in sorted(self._topics.items())}
-
-    def committed(self, topic: str) -> dict[int, int]:
-        """By partition the offset last committed by a source."""
-        with self.changed:
-            return dict(self._committed.get(topic, {}))
-
-    def trim(self, topic: str, partition: int, start: int) -> None:
-        """Retention: what stands before offset `start` can't be read any more."""
-        with self.changed:
-            self._starts[topic, partition] = start
-
-    def start(self, topic: str, partition: int) -> int:
-        """The first offset that can be read."""
-        with self.changed:
-            return self._starts.get((topic, partition), 0)
-
-    def finish(self) -> None:
-        """Promise that nothing more is produced: a source that has read everything is exhausted."""
-        with self.changed:
-            self.finished = True
-            self.changed.notify_all()
-
-    def fail_after(self, appends: int, *, keep: bool = False) -> None:
-        """Die at the next append once `appends` more have been made by sinks and control logs.
-
-        The append raises `Crash`, and so does every later call to what had been opened by then, except `close`: a
-        `finally` can't write what a dead process could not. What is opened afterwards works.
-
-        Args:
-            keep: What becomes of what was on its way, which is the failing append and all that sinks were sent and
-                had not flushed: False loses it, True makes it durable without anyone having been told.
-        """
-        with self.changed:
-            self._fuse = (appends, keep)
-
-    def die(self, *, keep: bool = False) -> None:
-        """The process dies here: raises `Crash`, as `fail_after` describes."""
-        with self.changed:
-            self._burn((), keep)
-
-    def append(self, *appended: tuple[str, int, Message]) -> int:
-        """Append from a sink or control log, all or nothing, and return the offset after the last (topic, partition,
-        message); `fail_after` strikes here, and counts a call as one append.
-        """
-        with self.changed:
-            if self._fuse is not None:
-                left, keep = self._fuse
-                self._fuse = (left - 1, keep)
-                if left <= 0:
-                    self._burn(appended, keep)
-            for topic, partition, message in appended:
-                self._put(topic, partition, message)
-            return self.end(topic, partition)
-
-    def read(self, topic: str, partition: int, start: int, limit: int | None = None) -> list[Message]:
-        with self.changed:
-            return self._log(topic, partition)[start : None if limit is None else start + limit]
-
-    def end(self, topic: str, partition: int) -> int:
-        """The offset of the next append."""
-        with self.changed:
-            return len(self._log(topic, partition))
-
-    def commit(self, topic: str, partition: int, offset: int) -> None:
-        with self.changed:
-            self._committed.setdefault(topic, {})[partition] = offset
-
-    def alive(self, life: int, place: str) -> None:
-        """Raises Crash for what was opened before the last one, and Unavailable when `away` says so."""
-        if life != self.life:
-            raise Crash(f"memory://{self.name}: opened before the crash")
-        if self.away(place):
-            raise Unavailable(f"memory://{self.name}/{place}: away, as asked")
-
-    def enlist(self, sink: MemorySink) -> None:
-        self._sinks.append(sink)
-
-    def _log(self, topic: str, partition: int) -> list[Message]:
-        logs = self._topics.get(topic)
-        if logs is None or not 0 <= partition < len(logs):
-            raise ConnectorError(f"memory://{self.name}/{topic}: no partition {partition}")
-        return logs[partition]
-
-    def _put(self, topic: str, partition: int, message: Message) -> None:
-        self._log(topic, partition).append(message)
-        self.changed.notify_all()
-
-    def _burn(self, appended: Sequence[tuple[str, int, Message]], keep: bool) -> None:
-        self._fuse, self.life = None, self.life + 1
-        if keep:
-            for topic, partition, message in appended:
-                self._put(topic, partition, message)
-            for sink in self._sinks:
-                sink.spill()
-        self._sinks.clear()
-        raise Crash(f"memory://{self.name}: died here, as asked")
-
-
-_brokers: dict[str, MemoryBroker] = {}
-_guard = threading.Lock()
-
-
-def broker(name: str) -> MemoryBroker:
-    """The broker of that name, made when it is first asked for."""
-    with _guard:
-        return _brokers.setdefault(name, MemoryBroker(name))
-
-
-def reset(name: str) -> None:
-    """Forget a broker. What is open on it goes on undisturbed, alone."""
-    with _guard:
-        _brokers.pop(name, None)
+__all__ = [
+    "Choice",
+    "Crash",
+    "MemoryBroker",
+    "MemoryControlLog",
+    "MemorySink",
+    "MemorySource",
+    "broker",
+    "check",
+    "open_control",
+    "open_sink",
+    "open_source",
+    "reset",
+]
 
 
 def _by_time(heads: Sequence[Record]) -> Record:
@@ -234,8 +61,8 @@ class MemorySource:
 
     def __init__(self, inputs: Mapping[str, str], shard: Shard | None = None, order: Choice = "time") -> None:
         shard = shard or Shard()
-        self._broker, _ = _locate(next(iter(inputs.values())))
-        self._topics = {name: _locate(url)[1] for name, url in inputs.items()}
+        self._broker, _ = locate(next(iter(inputs.values())))
+        self._topics = {name: locate(url)[1] for name, url in inputs.items()}
         counts = self._broker.topics()
         for topic in self._topics.values():
             if topic not in counts:
@@ -332,14 +159,14 @@ class MemorySink:
     """Holds what it is sent until `flush` appends it; the partition is a hash of the key, 0 without one."""
 
     def __init__(self, url: str) -> None:
-        self._broker, self._topic = _locate(url)
+        self._broker, self._topic = locate(url)
         if self._topic not in self._broker.topics():
             self._broker.create(self._topic)
         self._partitions = self._broker.topics()[self._topic]
         self._pending: deque[Message] = deque()
         self.rejected: Callable[[Message, str], None] | None = None  # memory takes everything
         self._life = self._broker.life
-        self._broker.enlist(self)
+        self._broker.enlist(self.spill)
 
     def send(self, messages: Sequence[Message]) -> None:
         with self._broker.changed:
@@ -369,8 +196,8 @@ class MemoryControlLog:
     """
 
     def __init__(self, url: str, outputs: str | None = None) -> None:
-        self._broker, self._topic = _locate(url)
-        self._outputs = _locate(outputs)[1] if outputs else ""
+        self._broker, self._topic = locate(url)
+        self._outputs = locate(outputs)[1] if outputs else ""
         for topic in filter(None, (self._topic, self._outputs)):
             if topic not in self._broker.topics():
                 self._broker.create(topic)
@@ -409,7 +236,7 @@ def _partition(message: Message, count: int) -> int:
 
 
 def open_source(inputs: Mapping[str, str], config: Config) -> MemorySource:
-    return MemorySource(inputs, config.shard, _locate(config.events.url)[0].order)
+    return MemorySource(inputs, config.shard, locate(config.events.url)[0].order)
 
 
 def open_sink(url: str, config: Config) -> MemorySink:  # noqa: ARG001 - the connector protocol's signature
@@ -431,20 +258,12 @@ def check(urls: Collection[str], config: Config) -> Sequence[str]:
 
 
 def _partitions(url: str) -> int:
-    where, topic = _locate(url)
+    where, topic = locate(url)
     return where.topics().get(topic, 0)
 
 
 def _describe(url: str) -> str:
     return f"{url}: {_partitions(url) or 'will be made with 1'} partition(s)"
-
-
-def _locate(url: str) -> tuple[MemoryBroker, str]:
-    parts = urlsplit(url)
-    topic = parts.path.strip("/")
-    if parts.scheme != "memory" or not parts.netloc or not topic:
-        raise ConnectorError(f"{url!r} is not of the form memory://BROKER/TOPIC")
-    return broker(parts.netloc), topic
 
 
 def _order(message: Message) -> Order:
