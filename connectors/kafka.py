@@ -23,8 +23,6 @@ from streamcl.records import Position, Record, Stream
 
 log = logging.getLogger(__name__)
 
-_AWAY_S = 2 * client.LONGEST_BACKOFF_S
-
 
 class KafkaSource:
     """The partitions p of every input topic with p % shard.count == shard.index, read committed.
@@ -48,7 +46,7 @@ class KafkaSource:
         opened = client.library(config).open_consumer
         self._consumer = opened(self._servers, self._topics, config, group=config.name)
         self.retries = self.commit_failures = 0
-        self._failures, self._retry_at, self._look_at, self._failed_at = 0, 0.0, 0.0, -_AWAY_S
+        self._failures, self._retry_at, self._look_at = 0, 0.0, 0.0
         try:
             self._counts = client.partition_counts(self._consumer, self._topics, self._servers, config)
             self._streams = _assigned(self._topics, self._counts, config)
@@ -61,8 +59,8 @@ class KafkaSource:
 
     @property
     def away(self) -> bool:
-        """Brokers did not answer a moment ago: that nothing comes does not mean that nothing is there."""
-        return time.monotonic() - self._failed_at < _AWAY_S
+        """No broker is connected: that nothing comes does not mean that nothing is there."""
+        return not self._consumer.reachable()
 
     def streams(self) -> Sequence[Stream]:
         return list(self._streams)
@@ -145,7 +143,7 @@ class KafkaSource:
                 self._paused.add(stream)
         if fetched and self._failures:
             log.warning("kafka://%s: records arrive again", self._servers)
-            self._failures, self._failed_at = 0, -_AWAY_S
+            self._failures = 0
 
     def _back_off(self, fault: Fault) -> None:
         """F6: `poll` raises while brokers are away. Wait and go on; one warning per outage."""
@@ -155,8 +153,7 @@ class KafkaSource:
             raise fault.at(f"kafka://{self._servers}") from fault
         if not self._failures:
             log.warning("kafka://%s: %s; trying again until it answers", self._servers, fault)
-        self._failed_at = time.monotonic()
-        self._retry_at = self._failed_at + client.backoff_s(self._failures)
+        self._retry_at = time.monotonic() + client.backoff_s(self._failures)
         self._failures += 1
         self.retries += 1
 

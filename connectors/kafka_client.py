@@ -106,6 +106,10 @@ class Consumer(Protocol):
         """The same from what has been heard, without asking; 0: nothing heard yet."""
         ...
 
+    def reachable(self) -> bool:
+        """Whether a broker is connected, as the library knows it, some seconds late. Polls say nothing of it."""
+        ...
+
     def commit(self, position: Position, failed: Callable[[str], None]) -> None:
         """Returns at once; `failed` may be called later, from any thread."""
         ...

@@ -100,6 +100,10 @@ class Consumer:
     def known_partitions(self, name: str) -> int:
         return len(self._consumer._cluster.partitions_for_topic(self._topics[name]) or ())
 
+    def reachable(self) -> bool:
+        client = self._consumer._client
+        return any(client.connected(broker.node_id) for broker in client.cluster.brokers())
+
     def commit(self, position: Position, failed: Callable[[str], None]) -> None:
         """By a client of its own: with a group, `poll` would wait for a coordinator and could fail for lack of one."""
         assert self._committer is not None  # noqa: S101 - opened with a group

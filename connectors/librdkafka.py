@@ -25,6 +25,7 @@ _EOF = KafkaError._PARTITION_EOF
 _EARLIEST, _LATEST = -2, -1  # times that stand for the ends of a log
 _NO_LIMIT_KIB = (1 << 31) - 1
 _CLOSE_S = 2.0
+_LOOK_S = 5.0
 
 
 class Consumer:
@@ -34,11 +35,12 @@ class Consumer:
         self._topics, self._config = dict(topics), config
         self._names = {topic: name for name, topic in topics.items()}
         self._known: dict[str, int] = {}
+        self._up = True
         self._failed: Callable[[str], None] = log.warning
         wanted = consumer_settings(servers, config, group, max_wait_s) | {
             "on_commit": self._committed,
             "stats_cb": self._counted,
-            "statistics.interval.ms": round(config.kafka.metadata_max_age_s * 1000),
+            "statistics.interval.ms": round(min(_LOOK_S, config.kafka.metadata_max_age_s) * 1000),
         }
         self._consumer = connection.connect(confluent_kafka.Consumer, wanted, config)
         self._most = max(500, config.worker.max_records)
@@ -108,6 +110,9 @@ class Consumer:
     def known_partitions(self, name: str) -> int:
         return self._known.get(self._topics[name], 0)
 
+    def reachable(self) -> bool:
+        return self._up
+
     def commit(self, position: Position, failed: Callable[[str], None]) -> None:
         self._failed = failed
         try:
@@ -162,7 +167,9 @@ class Consumer:
                 return
 
     def _counted(self, statistics: str) -> None:
-        for topic, told in orjson.loads(statistics)["topics"].items():
+        found = orjson.loads(statistics)
+        self._up = any(broker["state"] == "UP" for broker in found["brokers"].values())
+        for topic, told in found["topics"].items():
             self._known[topic] = sum(1 for number in told["partitions"] if number != "-1")
 
 

@@ -266,7 +266,7 @@ class Host:
             deferred = {"checkpoints_deferred": float(life.keeper.deferred)}
             readings, life.told = worker.readings() | deferred, time.monotonic()
         self.telemetry.observe(turn, seconds=seconds, lag=worker.source.lag(), readings=readings, shard=seat.index)
-        reason = "repeating the logged order" if not worker.caught_up else "brokers do not answer"
+        reason = "repeating the logged order" if not worker.caught_up else "no broker is connected"
         self.telemetry.ready(worker.caught_up and seat.hears(), reason, seat.index)
         for signal in turn.signals:
             log.warning("%s signalled by %s at %s", signal.kind, signal.source, signal.origin)

@@ -88,6 +88,7 @@ PARTS = {
     ),
     "checkpoints_deferred": ("checkpoints_deferred", "Put off, the one before being still written (count)."),
     "source_retries": ("poll_retries", "Polls that failed, brokers being away (count)."),
+    "source_away": ("brokers_away", "1 while no broker of the inputs is connected, else 0."),
     "source_commit_failures": ("commit_failures", "Times that progress could not be shown to lag tools (count)."),
     "mean": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
 }

@@ -367,7 +367,10 @@ class Worker:
         return merged | told | {"lag_records": float(sum(self.source.lag().values()))}
 
 
-TOLD_BY_CONNECTORS = ("inflight_records", "inflight_bytes", "rebuilds", "rejections", "retries", "commit_failures")
+TOLD_BY_CONNECTORS = (
+    *("inflight_records", "inflight_bytes", "rebuilds", "rejections"),
+    *("retries", "commit_failures", "away"),
+)
 """Attributes of a source or a sink that are readings too, under `source_` or `sink_`."""
 
 

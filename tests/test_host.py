@@ -227,7 +227,7 @@ def test_while_brokers_do_not_answer_a_host_is_neither_settled_nor_ready(tmp_pat
     seat.life.worker.source.away = True  # type: ignore[attr-defined]  # as a source may have it
     next(turns)
     assert not found.settled()
-    assert found.telemetry.why() == "brokers do not answer"
+    assert found.telemetry.why() == "no broker is connected"
     seat.life.worker.source.away = False  # type: ignore[attr-defined]
     next(turns)
     assert found.settled()

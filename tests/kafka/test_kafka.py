@@ -14,11 +14,12 @@ from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
 from connectors import kafka, kafka_client
+from connectors.apache import ApacheBroker
 from connectors.kafka import KafkaSource
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Gap, Unavailable
 from streamcl.records import Message, Record, Stream
-from tests.kafka.conftest import CLIENTS, Cluster
+from tests.kafka.conftest import CLIENTS, Cluster, started
 
 EVENTS, LABELS = Stream("events", 0), Stream("labels", 0)
 
@@ -252,6 +253,29 @@ def test_a_frozen_broker_costs_time_but_no_record(cluster: Cluster) -> None:
     assert [record.value for record in records] == [b"%d" % i for i in range(200)]
     sink.close()
     source.close()
+
+
+@pytest.mark.parametrize("library", CLIENTS)
+def test_that_brokers_are_away_is_seen_without_any_input_and_that_they_are_back(library: str) -> None:
+    if library == "librdkafka":
+        pytest.importorskip("confluent_kafka", reason="streamcl[librdkafka] is not installed")
+    with started(ApacheBroker()) as apache:
+        cluster = Cluster("apache", apache.bootstrap, apache.pid, library)
+        source = _source(cluster.config(cluster.topic()))
+        source.seek({})
+        assert _await(source, away=False)
+        apache.kill()
+        assert _await(source, away=True)
+        apache.restart()
+        assert _await(source, away=False)
+        source.close()
+
+
+def _await(source: KafkaSource, away: bool) -> bool:
+    deadline = time.monotonic() + 60.0
+    while source.away is not away and time.monotonic() < deadline:
+        source.poll(10, 0.1)
+    return source.away is away
 
 
 def test_check_tells_what_it_found(cluster: Cluster) -> None:

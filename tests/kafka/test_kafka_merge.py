@@ -71,6 +71,9 @@ class FakeConsumer:
     def highwater(self, stream: Stream) -> int:
         return len(self.logs[stream])
 
+    def reachable(self) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 
