@@ -28,7 +28,9 @@ _UNKNOWN_TOPIC = 3
 class Consumer:
     """See `kafka_client.Consumer`."""
 
-    def __init__(self, servers: str, topics: Mapping[str, str], config: Config, group: str, max_wait_s: float) -> None:
+    def __init__(
+        self, servers: str, topics: Mapping[str, str], config: Config, *, group: str = "", max_wait_s: float = 0.0
+    ) -> None:
         self._servers, self._topics, self._config, self._group = servers, dict(topics), config, group
         self._consumer = connection.connect(KafkaConsumer, consumer_settings(servers, config, max_wait_s), config)
         self._committer = self._open_committer() if group else None
@@ -215,18 +217,7 @@ class Transactions:
         discard(self._producer)
 
 
-def open_consumer(
-    servers: str, topics: Mapping[str, str], config: Config, *, group: str = "", max_wait_s: float = 0.0
-) -> Consumer:
-    return Consumer(servers, topics, config, group, max_wait_s)
-
-
-def open_producer(servers: str, topic: str, config: Config) -> Producer:
-    return Producer(servers, topic, config)
-
-
-def open_transactions(servers: str, config: Config) -> Transactions:
-    return Transactions(servers, config)
+open_consumer, open_producer, open_transactions = Consumer, Producer, Transactions
 
 
 def check() -> str:

@@ -31,7 +31,9 @@ _LOOK_S = 5.0
 class Consumer:
     """See `kafka_client.Consumer`."""
 
-    def __init__(self, servers: str, topics: Mapping[str, str], config: Config, group: str, max_wait_s: float) -> None:
+    def __init__(
+        self, servers: str, topics: Mapping[str, str], config: Config, *, group: str = "", max_wait_s: float = 0.0
+    ) -> None:
         self._topics, self._config = dict(topics), config
         self._names = {topic: name for name, topic in topics.items()}
         self._known: dict[str, int] = {}
@@ -265,18 +267,7 @@ class Transactions:
         _discard(producer)
 
 
-def open_consumer(
-    servers: str, topics: Mapping[str, str], config: Config, *, group: str = "", max_wait_s: float = 0.0
-) -> Consumer:
-    return Consumer(servers, topics, config, group, max_wait_s)
-
-
-def open_producer(servers: str, topic: str, config: Config) -> Producer:
-    return Producer(servers, topic, config)
-
-
-def open_transactions(servers: str, config: Config) -> Transactions:
-    return Transactions(servers, config)
+open_consumer, open_producer, open_transactions = Consumer, Producer, Transactions
 
 
 def ensure_topic(servers: str, topic: str, config: Config, partitions: int, configs: Mapping[str, str]) -> int:
