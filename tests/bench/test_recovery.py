@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kafka import KafkaProducer
 
-from streamcl.bench.brokers import Broker, chosen
+from streamcl.bench.brokers import Broker
 from streamcl.bench.options import Options
 from streamcl.bench.recovery_chaos import Broken, Life, judge, phase, plans, scratch, topics, worst, write_config
 from streamcl.bench.recovery_kill import ROLES, run
@@ -23,21 +22,7 @@ from streamcl.bench.recovery_traffic import Feed, config, traffic
 from streamcl.bench.recovery_verifier import findings
 from streamcl.bench.report import Bar
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError
 from streamcl.records import EVENTS, LABELS
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[Broker]:
-    try:
-        context = chosen(None)
-        found = context.__enter__()
-    except ConnectorError as error:
-        if "kafka" in os.environ.get("STREAMCL_REQUIRE", "").split(","):
-            raise
-        pytest.skip(str(error))
-    yield found
-    context.__exit__(None, None, None)
 
 
 def test_traffic_is_drawn_from_its_seed_and_holds_every_trouble() -> None:

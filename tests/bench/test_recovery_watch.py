@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from streamcl.bench import recovery, recovery_broker, recovery_disk, recovery_poison
-from streamcl.bench.brokers import Broker, chosen
+from streamcl.bench.brokers import Broker
 from streamcl.bench.options import OptionError, Options
 from streamcl.bench.proxy import Proxy
 from streamcl.bench.recovery_chaos import Broken
@@ -23,22 +22,8 @@ from streamcl.bench.recovery_traffic import inline
 from streamcl.bench.recovery_verifier import learned_hash
 from streamcl.bench.recovery_watch import POSITION, Sample, Watch, free_port, scrape
 from streamcl.bench.report import Report, Row
-from streamcl.protocols import ConnectorError
 from streamcl.records import Origin
 from streamcl.worker import Progress
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[Broker]:
-    try:
-        context = chosen(None)
-        found = context.__enter__()
-    except ConnectorError as error:
-        if "kafka" in os.environ.get("STREAMCL_REQUIRE", "").split(","):
-            raise
-        pytest.skip(str(error))
-    yield found
-    context.__exit__(None, None, None)
 
 
 def _sample(at_s: float, *positions: float) -> Sample:
