@@ -6,8 +6,8 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -19,20 +19,14 @@ from hypothesis import strategies as st
 
 from connectors.avro import Avro, predictions_schema
 from connectors.registry import Registry, framed
-from streamcl.config import Config
 from streamcl.protocols import BadInput, ConnectorError, Seconds
-from streamcl.records import EVENTS, Origin, Prediction, Scores
+from streamcl.records import EVENTS
 from streamcl.services import Registry as Settings
+from tests.connectors.binary_codec import configured, prediction, refusal
 from tests.connectors.registry_server import SchemaRegistry
-from tests.test_messages import scores
 
 Schema = Any
-
-
-@pytest.fixture
-def server() -> Iterator[SchemaRegistry]:
-    with SchemaRegistry() as registry:
-        yield registry
+config = partial(configured, "avro")
 
 
 def record(**fields: Schema) -> dict[str, Schema]:
@@ -56,14 +50,6 @@ def _bare(schema: Schema) -> Schema:
 
 def reads(schema: Schema, value: Any) -> Any:
     return Avro(schema=json.dumps(record(x=schema))).decode(written(record(x=schema), {"x": value}))["x"]
-
-
-def refusal(codec: Avro, payload: bytes) -> str:
-    with pytest.raises(BadInput) as caught:
-        codec.decode(payload)
-    assert caught.value.reason == "undecodable"
-    assert caught.value.__cause__ is None
-    return str(caught.value)
 
 
 def logical(kind: str, logical_type: str, **more: Any) -> Schema:
@@ -259,21 +245,6 @@ def test_a_schema_may_name_one_type_often(server: SchemaRegistry) -> None:
     assert "ends before" in refusal(Avro(Registry(Settings(url=server.url))), framed(number, b""))
 
 
-def config(url: str | None = None, task: str = "binary", codec: Any = "avro", **registry: Any) -> Config:
-    return Config.parse(
-        {
-            "name": "app",
-            "task": task,
-            "model": {"classes": 3},
-            "events": {"url": "memory://b/events", "label": "y", "codec": codec},
-            "predictions": "memory://b/scores",
-            "predictions_codec": "avro",
-            "features": {"a": "numeric"},
-            "registry": {"url": url, **registry},
-        }
-    )
-
-
 def test_events_are_read_by_the_schema_that_each_names(server: SchemaRegistry) -> None:
     old, new = record(a="int"), record(a="long", b=["null", "string"])
     first, second = server.add("s", json.dumps(old)), server.add("s", json.dumps(new))
@@ -320,11 +291,6 @@ def test_raw_payloads_are_read_by_a_local_schema(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ConnectorError, match=r"events\.codec\.schema_file: .*event\.avsc"):
         Avro.open(settings, EVENTS)
-
-
-def prediction(*served: float, id: str = "e1", time_s: float = 7.5) -> Prediction:
-    made: Scores = scores(*served)
-    return Prediction(id, "user", time_s, made, Origin(EVENTS, 2, 40))
 
 
 @pytest.mark.parametrize(

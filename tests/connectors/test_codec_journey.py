@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,6 @@ V1: Any = {
     ],
 }
 V2 = V1 | {"fields": [*V1["fields"], {"name": "note", "type": ["null", "bytes"], "default": None}]}
-
-
-@pytest.fixture
-def server() -> Iterator[SchemaRegistry]:
-    with SchemaRegistry() as registry:
-        yield registry
 
 
 def avro(server: SchemaRegistry, item: Item, schema: Any = V1) -> Item:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 from connectors.codec import JSON
 from connectors.protobuf import Protobuf, predictions_message, predictions_schema
 from connectors.registry import Registry, framed
-from streamcl.config import Config
 from streamcl.messages import prediction_message
 from streamcl.protocols import BadInput, ConnectorError, Seconds
 from streamcl.records import EVENTS
 from streamcl.services import Registry as Settings
+from tests.connectors.binary_codec import configured, prediction, refusal
 from tests.connectors.registry_server import SchemaRegistry, descriptors
-from tests.connectors.test_avro import prediction
 
 MONEY = """syntax = "proto3"; package shop;
 message Money { int64 units = 1; sint32 nanos = 2; }
@@ -73,27 +72,7 @@ def compiled(files: dict[str, str], message: str) -> Any:
 
 
 View = compiled(FILES, "shop.View")
-
-
-@pytest.fixture
-def server() -> Iterator[SchemaRegistry]:
-    with SchemaRegistry() as registry:
-        yield registry
-
-
-def config(url: str | None = None, task: str = "binary", codec: Any = "protobuf") -> Config:
-    return Config.parse(
-        {
-            "name": "app",
-            "task": task,
-            "model": {"classes": 3},
-            "events": {"url": "memory://b/events", "label": "y", "codec": codec},
-            "predictions": "memory://b/scores",
-            "predictions_codec": "protobuf",
-            "features": {"a": "numeric"},
-            "registry": {"url": url},
-        }
-    )
+config = partial(configured, "protobuf")
 
 
 def views(server: SchemaRegistry) -> int:
@@ -101,14 +80,6 @@ def views(server: SchemaRegistry) -> int:
     server.add("money", MONEY, "PROTOBUF")
     reference = {"name": "shop/money.proto", "subject": "money", "version": 1}
     return server.add("views-value", VIEW, "PROTOBUF", [reference])
-
-
-def refusal(codec: Protobuf, payload: bytes) -> str:
-    with pytest.raises(BadInput) as caught:
-        codec.decode(payload)
-    assert caught.value.reason == "undecodable"
-    assert caught.value.__cause__ is None
-    return str(caught.value)
 
 
 def reads(**fields: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -40,12 +39,6 @@ class Clock:
         self.slept.append(seconds)
         self.now += seconds
         self.wakes()
-
-
-@pytest.fixture
-def server() -> Iterator[SchemaRegistry]:
-    with SchemaRegistry() as registry:
-        yield registry
 
 
 @pytest.fixture
