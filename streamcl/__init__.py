@@ -28,8 +28,9 @@ Table of contents, in the order of the journey (start with `worker`):
     writer         snapshots written beside learning
     lease          one writer of a shard's snapshots at a time
     chunks         large arrays in pieces that snapshots share
+    snapshot       the files of one snapshot, and the check of every byte
     remote         copies of snapshots in an object store
-    checkpoint     atomic, verified snapshots
+    checkpoint     the snapshots of a shard: atomic, retained, mended
     telemetry      turns to Prometheus
     serve          predictions over HTTP from the newest snapshot
     random         counter-based random numbers

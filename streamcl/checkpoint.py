@@ -1,99 +1,49 @@
-"""Snapshots of a whole worker: atomic, verified, retained, and loaded without executing code.
+"""The snapshots of one shard: saved and named in one step, retained, copied elsewhere, fetched, mended.
 
-A snapshot is a folder `SEQUENCE-RECORDS` of three files: small arrays (`arrays.safetensors`), everything else that is
-no array (`state.json`), and a manifest, written last, with the checksum of the other two and of itself. Large arrays
-lie in `chunks` beside the snapshots (see `streamcl.chunks`), which share them: what has not changed is not written
-again. A snapshot gets its name by one rename after every byte was synced; so what has a name is whole, or was damaged
-later, and the checksums show it. With a `Remote` each is copied to an object store, and fetched where it is newer.
+A snapshot (see `streamcl.snapshot`) gets its name by one rename after every byte was synced; so what has a name is
+whole, or was damaged later, and the checksums show it. With a `Remote` each is copied to an object store, and fetched
+where it is newer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
-import json
 import logging
 import os
-import platform
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 
-from streamcl import __version__
-from streamcl.chunks import Chunks, names_of
-from streamcl.protocols import Fenced, State, StreamclError
+from streamcl.chunks import Chunks, sync
+from streamcl.protocols import Fenced, State
 from streamcl.remote import Remote
-from streamcl.state import Arrays, StateError, digest, digest_flat, flatten, pickles, to_json, unflatten
-
-__all__ = ["CheckpointError", "Damaged", "Loaded", "Snapshot", "Store", "Vanished", "digest", "environment"]
+from streamcl.snapshot import (
+    CHUNKS,
+    MIGRATIONS,
+    NAME,
+    CheckpointError,
+    Damaged,
+    Loaded,
+    Migration,
+    Snapshot,
+    Vanished,
+    describe,
+    migrated,
+    names_of_chunks,
+    read,
+    refuse_newer,
+    write,
+)
+from streamcl.state import StateError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Of what lies in a snapshot. Raise it with every change that an older reader would misread, and add a migration."""
-
-Migration = Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]]
-"""(state, manifest) of format n to those of format n + 1."""
-
-MIGRATIONS: dict[int, Migration] = {1: lambda state, manifest: (state, manifest)}
-"""By the format that they start from. Format 1 knew no chunks."""
-
-ARRAYS, REST, MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
-CHUNKS = "chunks"
-CHUNKED_BYTES = 1 << 20
-"""Arrays of this size or more are cut into chunks."""
-_NAME = re.compile(r"(\d{10})-\d+")
 _UNFINISHED = ".unfinished-"
-_SEAL = b'{"sha256":"%s",'
-_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
-
-
-class CheckpointError(StreamclError):
-    """A checkpoint could not be written or read. The text names the folder and the cause."""
-
-
-class Damaged(CheckpointError):
-    """A snapshot that is torn, corrupt or foreign; the one before it may be used."""
-
-
-class Vanished(CheckpointError):
-    """No snapshot of that name; retention may have been faster than the reader."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One checkpoint on disk. `manifest` is what the writer gave.
-
-    `size_bytes` counts every file and chunk, `written_bytes` those that had to be written for it.
-    """
-
-    name: str
-    manifest: Mapping[str, Any]
-    path: Path
-    digest: str
-    format: int
-    size_bytes: int
-    written_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A snapshot's content, migrated to the present format; `snapshot` says what stands on disk."""
-
-    state: State
-    manifest: Mapping[str, Any]
-    snapshot: Snapshot
 
 
 class Store:
@@ -142,11 +92,11 @@ class Store:
             CheckpointError: older snapshots stand as they stood, and no half one was left.
         """
         with self._writing(), self._chunks_undone(), self._unfinished() as folder:
-            self._fill(folder, state, manifest)
+            write(folder, state, manifest, self.chunks, self.trust_pickle)
             self.permit()
             path = self.folder / f"{self._next():010d}-{int(manifest.get('records', 0))}"
             folder.rename(path)
-            _sync(self.folder)
+            sync(self.folder)
         self._valid.add(path.name)
         self._retain()
         snapshot = self._snapshot(path.name)
@@ -158,7 +108,7 @@ class Store:
     def probe(self) -> None:
         """Find out now what would make a later `save` fail. Raises CheckpointError."""
         with self._writing(), self._unfinished() as folder:
-            self._fill(folder, {}, {})
+            write(folder, {}, {}, self.chunks, self.trust_pickle)
 
     def newest(self) -> Loaded | None:
         """The newest valid snapshot. Damaged ones are logged, kept, and listed in `damaged`; a sound copy replaces one.
@@ -206,11 +156,11 @@ class Store:
             except FileNotFoundError as error:
                 raise Vanished(f"{remote.url}/{name}: no such checkpoint") from error
             for path in (*folder.iterdir(), folder):
-                _sync(path)
+                sync(path)
             if (self.folder / name).exists():
                 (self.folder / name).rename(self.folder / f"damaged-{name}-{uuid.uuid4().hex[:8]}")
             folder.rename(self.folder / name)
-            _sync(self.folder)
+            sync(self.folder)
 
     def ls(self) -> list[Snapshot]:
         """Every snapshot with a sound manifest, oldest first. What else it holds is for `verify` to read."""
@@ -223,12 +173,10 @@ class Store:
     def load(self, name: str) -> Loaded:
         """Read one snapshot and check every byte. Raises CheckpointError, and of it Damaged and Vanished."""
         snapshot = self._snapshot(name)
-        if snapshot.format > FORMAT:
-            found = f"format {snapshot.format}, this one reads up to {FORMAT}"
-            raise CheckpointError(f"{snapshot.path}: written by a newer streamcl ({found})")
+        refuse_newer(snapshot)
         state = self._state(snapshot)
         self._valid.add(name)
-        return self._migrate(snapshot, state)
+        return migrated(snapshot, state, self.migrations)
 
     def verify(self, name: str) -> Snapshot:
         """Check every byte of one snapshot, of any format. Raises as `load` does."""
@@ -236,97 +184,29 @@ class Store:
         self._state(snapshot)
         return snapshot
 
-    def _fill(self, folder: Path, state: State, manifest: Mapping[str, Any]) -> None:
-        rest, arrays = flatten(state)
-        self._refuse_pickle(self.folder, rest)
-        chunked, written = self.chunks.write({path: t for path, t in arrays.items() if t.nbytes >= CHUNKED_BYTES})
-        small = {path: tensor for path, tensor in arrays.items() if path not in chunked}
-        save_file(_apart(small), folder / ARRAYS)
-        (folder / REST).write_bytes(to_json(rest))
-        body = {
-            "format": FORMAT,
-            "digest": digest_flat(rest, arrays),
-            "files": {name: _checksum(folder / name) for name in (ARRAYS, REST)},
-            "chunked": chunked,
-            "chunk_bytes": [sum(arrays[path].nbytes for path in chunked), written],
-            "manifest": dict(manifest),
-        }
-        (folder / MANIFEST).write_bytes(_sealed(to_json(body)))
-        (folder / ARRAYS).chmod((folder / REST).stat().st_mode)  # the library's 0600 would shut a replica out
-        for name in (ARRAYS, REST, MANIFEST):
-            _sync(folder / name)
-        _sync(folder)
-
     def _snapshot(self, name: str) -> Snapshot:
-        path, data = self.folder / name, self._read(name, MANIFEST)
-        try:
-            body = _unsealed(data)
-            size = len(data) + sum(file["bytes"] for file in body["files"].values())
-            total, written = body.get("chunk_bytes", (0, 0))
-            return Snapshot(name, body["manifest"], path, body["digest"], body["format"], size + total, size + written)
-        except (ValueError, LookupError, TypeError) as error:
-            raise self._damage(name, f"{MANIFEST}: {error}") from error
+        with self._noting(name):
+            return describe(self.folder / name)
 
     def _state(self, snapshot: Snapshot) -> State:
+        with self._noting(snapshot.name):
+            return read(snapshot, self.chunks, self.trust_pickle)
+
+    @contextlib.contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        """Damage is told once, whoever comes upon it."""
         try:
-            body = _unsealed(self._read(snapshot.name, MANIFEST))
-            content = {name: self._checked(snapshot.name, name, body["files"][name]) for name in (ARRAYS, REST)}
-            rest = json.loads(content[REST])
-            self._refuse_pickle(snapshot.path, rest)
-            state = unflatten(rest, load(content[ARRAYS]) | self.chunks.read(body.get("chunked", {})))
-        except OSError as error:  # of a chunk
-            if not snapshot.path.exists():
-                raise Vanished(f"{snapshot.path}: no such checkpoint") from error
-            if error.errno in _DAMAGE:
-                raise self._damage(snapshot.name, f"a chunk can't be read: {error}") from error
-            raise CheckpointError(f"{snapshot.path}: a chunk can't be read: {error}") from error
-        except (SafetensorError, ValueError, LookupError, TypeError) as error:
-            raise self._damage(snapshot.name, repr(error)) from error
-        if digest(state) != snapshot.digest:
-            raise self._damage(snapshot.name, "the state does not have the manifest's digest")
-        return state
-
-    def _checked(self, name: str, file: str, listed: Mapping[str, Any]) -> bytes:
-        data = self._read(name, file)
-        if len(data) != listed["bytes"] or hashlib.sha256(data).hexdigest() != listed["sha256"]:
-            raise self._damage(name, f"{file} does not have the manifest's size and checksum")
-        return data
-
-    def _read(self, name: str, file: str) -> bytes:
-        path = self.folder / name
-        try:
-            return (path / file).read_bytes()
-        except OSError as error:
-            if not (path.exists() or path.is_symlink()):
-                raise Vanished(f"{path}: no such checkpoint") from error
-            if error.errno in _DAMAGE:
-                raise self._damage(name, f"{file}: {error.strerror}") from error
-            raise CheckpointError(f"{path}: {file}: {error.strerror}") from error
-
-    def _migrate(self, snapshot: Snapshot, state: State) -> Loaded:
-        manifest = dict(snapshot.manifest)
-        for version in range(snapshot.format, FORMAT):
-            if version not in self.migrations:
-                raise CheckpointError(f"{snapshot.path}: no migration from format {version}")
-            state, manifest = self.migrations[version](state, manifest)
-        return Loaded(state, manifest, snapshot)
-
-    def _refuse_pickle(self, where: Path, rest: Any) -> None:
-        path = next(pickles(rest), None)
-        if path is not None and not self.trust_pickle:
-            cure = "set trust_pickle = true if you trust this folder"
-            raise CheckpointError(f"{where}: the state holds a pickle at {path}: {cure}")
-
-    def _damage(self, name: str, cause: str) -> Damaged:
-        if name not in dict(self.damaged):
-            logger.warning("damaged checkpoint %s: %s", self.folder / name, cause)
-            self.damaged.append((name, cause))
-        return Damaged(f"{self.folder / name}: {cause}")
+            yield
+        except Damaged as error:
+            if name not in dict(self.damaged):
+                logger.warning("damaged checkpoint %s: %s", self.folder / name, error.cause)
+                self.damaged.append((name, error.cause))
+            raise
 
     def _names(self) -> list[str]:
         """Oldest first, by sequence: a stream begun anew counts records from 0, and must not sort before the old."""
         try:
-            return sorted(f.name for f in self.folder.iterdir() if _NAME.fullmatch(f.name))
+            return sorted(f.name for f in self.folder.iterdir() if NAME.fullmatch(f.name))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -363,10 +243,10 @@ class Store:
             raise
 
     def _names_of_chunks(self, name: str) -> set[str]:
-        """None for a snapshot whose manifest can't be read: without it its chunks are nobody's."""
         try:
-            return names_of(_unsealed(self._read(name, MANIFEST)).get("chunked", {}))
-        except (ValueError, LookupError, TypeError, Damaged):
+            with self._noting(name):
+                return names_of_chunks(self.folder / name)
+        except Damaged:
             return set()
 
     def _is_valid(self, name: str) -> bool:
@@ -391,7 +271,7 @@ class Store:
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True)
-                _sync(self.folder.parent)
+                sync(self.folder.parent)
             yield
         except (OSError, SafetensorError, StateError, ValueError) as error:
             raise CheckpointError(f"{self.folder}: can't write a checkpoint: {error}") from error
@@ -428,54 +308,3 @@ def _opened(path: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    with _opened(path) as handle:
-        os.fsync(handle)
-
-
-def _apart(arrays: Arrays) -> Arrays:
-    """A safetensors file takes no two arrays that share memory: the second becomes a copy."""
-    seen: set[int] = set()
-    apart = {}
-    for path, tensor in arrays.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        apart[path] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return apart
-
-
-def _checksum(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
-
-
-def _sealed(body: bytes) -> bytes:
-    """A JSON object that begins with the checksum of its own rest."""
-    rest = body.removeprefix(b"{")
-    return _SEAL % hashlib.sha256(rest).hexdigest().encode() + rest
-
-
-def _unsealed(data: bytes) -> Any:
-    if data != _sealed(data[len(_SEAL % bytes(64)) :]):
-        raise ValueError("does not have its own checksum")
-    return json.loads(data)
-
-
-def environment() -> dict[str, Any]:
-    """What "bit-identical" rests on besides configuration and stream: versions, CPU, threads."""
-    return {
-        "python": platform.python_version(),
-        "streamcl": __version__,
-        **{name: metadata.version(name) for name in ("torch", "numpy", "river")},
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each entry that differs between two environments."""
-    names = sorted(old.keys() | new.keys())
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

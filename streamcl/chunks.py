@@ -68,8 +68,8 @@ class Chunks:
 
     def sync(self) -> None:
         if self.folder.is_dir():
-            _sync(self.folder)
-            _sync(self.folder.parent)
+            sync(self.folder)
+            sync(self.folder.parent)
 
     def holds(self, name: str) -> bool:
         """Whether a chunk is there and sound; reads it."""
@@ -117,8 +117,9 @@ def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield whole[start : start + CHUNK_BYTES]
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make what a file holds, or which names a folder holds, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -25,7 +25,7 @@ from streamcl import __version__, connect, summary
 from streamcl import reshard as resharding
 from streamcl.bench.command import bench
 from streamcl.bootstrap import Bootstrap
-from streamcl.checkpoint import Damaged, Snapshot, Store, difference, environment
+from streamcl.checkpoint import Store
 from streamcl.config import Config, ConfigError, changes, fingerprint
 from streamcl.demo import command as demo
 from streamcl.host import FixedShards, Host
@@ -33,6 +33,7 @@ from streamcl.protocols import Fenced, Membership, StreamclError
 from streamcl.records import EVENTS, LABELS, Turn
 from streamcl.recovery import store_of
 from streamcl.serve import serve as serve_forever
+from streamcl.snapshot import Damaged, Snapshot, difference, environment
 from streamcl.telemetry import Telemetry
 from streamcl.worker import Worker, keeps_order, logged
 

@@ -21,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from streamcl.bootstrap import Bootstrap
-from streamcl.checkpoint import Snapshot
 from streamcl.config import Config
 from streamcl.lease import Held
 from streamcl.protocols import Fenced, Membership, StreamclError, Unavailable
 from streamcl.records import Turn
 from streamcl.recovery import Keeper, store_of
+from streamcl.snapshot import Snapshot
 from streamcl.telemetry import Telemetry
 from streamcl.worker import Worker, build
 

@@ -39,12 +39,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from streamcl.bootstrap import Bootstrap
-from streamcl.checkpoint import CheckpointError, Loaded, Snapshot, Store, difference, environment
+from streamcl.checkpoint import Store
 from streamcl.config import Config, ConfigError, changes
 from streamcl.lease import Lease
 from streamcl.protocols import Gap, StreamclError
 from streamcl.records import EVENTS, Order, Turn
 from streamcl.remote import Remote
+from streamcl.snapshot import CheckpointError, Loaded, Snapshot, difference, environment
 from streamcl.worker import Worker
 from streamcl.writer import Writer, Written
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import fsspec
 
 from streamcl.chunks import Chunks
+from streamcl.snapshot import MANIFEST, NAME
 
 log = logging.getLogger(__name__)
-
-_MANIFEST = "manifest.json"
-_NAME = re.compile(r"\d{10}-\d+")
 
 
 class Remote:
@@ -53,7 +50,7 @@ class Remote:
             for path in (snapshot.parent / "chunks" / chunk for chunk in sorted(chunks)):
                 if there.get(path.name) != path.stat().st_size:  # a folder's file, unlike an object, may be half there
                     self._put(path, f"chunks/{path.name}")
-            for path in sorted(snapshot.iterdir(), key=lambda path: path.name == _MANIFEST):
+            for path in sorted(snapshot.iterdir(), key=lambda path: path.name == MANIFEST):
                 self._put(path, f"{snapshot.name}/{path.name}")
         try:
             with self._named():
@@ -66,7 +63,7 @@ class Remote:
         with self._named():
             for file in self._ls(name):
                 (folder / file).write_bytes(self._files.cat_file(f"{self._root}/{name}/{file}"))
-            text = (folder / _MANIFEST).read_text(encoding="utf-8")
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
             for chunk in self._ls("chunks"):
                 if chunk in text and not chunks.holds(chunk):
                     chunks.add(chunk, self._files.cat_file(f"{self._root}/chunks/{chunk}"))
@@ -75,18 +72,18 @@ class Remote:
     def _retain(self, retain: int) -> None:
         """What was left incomplete goes too, and counts for nothing."""
         complete = self._complete()[:retain]
-        for name in {name for name in self._ls("") if _NAME.fullmatch(name)} - set(complete):
+        for name in {name for name in self._ls("") if NAME.fullmatch(name)} - set(complete):
             with contextlib.suppress(FileNotFoundError):
-                self._files.rm_file(f"{self._root}/{name}/{_MANIFEST}")
+                self._files.rm_file(f"{self._root}/{name}/{MANIFEST}")
             self._files.rm(f"{self._root}/{name}", recursive=True)
-        kept = [f"{self._root}/{name}/{_MANIFEST}" for name in complete]
+        kept = [f"{self._root}/{name}/{MANIFEST}" for name in complete]
         named = "".join(self._files.cat_file(path).decode() for path in kept)
         for chunk in self._ls("chunks"):
             if chunk not in named:
                 self._files.rm_file(f"{self._root}/chunks/{chunk}")
 
     def _complete(self) -> list[str]:
-        return sorted((n for n in self._ls("") if _NAME.fullmatch(n) and _MANIFEST in self._ls(n)), reverse=True)
+        return sorted((n for n in self._ls("") if NAME.fullmatch(n) and MANIFEST in self._ls(n)), reverse=True)
 
     def _ls(self, folder: str) -> list[str]:
         return list(self._sizes(folder))

@@ -34,12 +34,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamcl import connect
-from streamcl.checkpoint import Loaded
 from streamcl.config import Config, ConfigError, changes
 from streamcl.join import Joiner
 from streamcl.protocols import State, StreamclError
 from streamcl.records import Position, Stream, position_to_json
 from streamcl.recovery import Keeper, lease_on, store_of
+from streamcl.snapshot import Loaded
 from streamcl.worker import Counts, Progress, build, keeps_order, logged
 
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from streamcl import connect
-from streamcl.checkpoint import Loaded, Snapshot, Store
+from streamcl.checkpoint import Store
 from streamcl.config import Config
 from streamcl.decode import Decoder
 from streamcl.learner import Learner
@@ -25,6 +25,7 @@ from streamcl.messages import scores_to_json
 from streamcl.protocols import BadInput, Codec, StreamclError
 from streamcl.recovery import store_of
 from streamcl.river_learner import RiverLearner
+from streamcl.snapshot import Loaded, Snapshot
 
 log = logging.getLogger(__name__)
 

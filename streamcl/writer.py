@@ -8,10 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from streamcl.checkpoint import CheckpointError, Snapshot, Store
+from streamcl.checkpoint import Store
 from streamcl.lease import Lease
 from streamcl.protocols import Fenced, State, StreamclError
 from streamcl.records import Position
+from streamcl.snapshot import CheckpointError, Snapshot
 from streamcl.state import private
 
 

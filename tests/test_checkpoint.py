@@ -1,13 +1,11 @@
-"""A snapshot is whole or passed over: torn bytes, kill -9, full disks, retention, readers, formats."""
+"""A snapshot is whole or passed over: kill -9, full disks, retention, readers."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -22,20 +20,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from streamcl import checkpoint
-from streamcl.checkpoint import (
-    CheckpointError,
-    Damaged,
-    Store,
-    Vanished,
-    difference,
-    digest,
-    environment,
-)
+from streamcl import checkpoint, chunks, snapshot
+from streamcl.checkpoint import Store
 from streamcl.protocols import State
-
-GOLDEN = Path(__file__).parent / "data" / "checkpoint-format-1"
-GOLDEN_DIGEST = "494f00139fd387117bfafdd605dfccfbc02022cf40928744878f99ef7fbf45ef"
+from streamcl.snapshot import ARRAYS, REST, CheckpointError, Damaged, Vanished
+from streamcl.state import digest
 
 
 def state(step: int) -> State:
@@ -89,7 +78,7 @@ def test_retention_keeps_the_newest_and_only_those(tmp_path: Path) -> None:
 
 def test_retention_counts_valid_snapshots_and_never_deletes_damaged_ones(tmp_path: Path) -> None:
     saved(tmp_path, 3)
-    (tmp_path / "0000000003-200" / checkpoint.REST).write_bytes(b"{}")
+    (tmp_path / "0000000003-200" / REST).write_bytes(b"{}")
     Store(tmp_path, retain=2).save(state(9), {"records": 900})
     assert names(tmp_path) == ["0000000002-100", "0000000003-200", "0000000004-900"]
 
@@ -97,47 +86,6 @@ def test_retention_counts_valid_snapshots_and_never_deletes_damaged_ones(tmp_pat
 def test_a_retention_below_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Store(tmp_path, retain=0)
-
-
-def damages(data: bytes) -> Iterator[bytes]:
-    for i in range(len(data)):
-        yield data[:i]
-        yield data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :]
-    yield data + b" "
-
-
-@pytest.mark.parametrize("file", [checkpoint.ARRAYS, checkpoint.REST, checkpoint.MANIFEST])
-def test_any_byte_lost_or_flipped_falls_back_to_the_snapshot_before(tmp_path: Path, file: str) -> None:
-    saved(tmp_path, 2)
-    path = tmp_path / "0000000002-100" / file
-    for data in damages(path.read_bytes()):
-        path.write_bytes(data)
-        store = Store(tmp_path)
-        loaded = store.newest()
-        assert loaded is not None
-        assert loaded.state["version"] == 0
-        assert [name for name, _ in store.damaged] == ["0000000002-100"]
-
-
-@pytest.mark.parametrize("file", [checkpoint.ARRAYS, checkpoint.REST, checkpoint.MANIFEST])
-def test_a_missing_file_is_damage_that_is_logged_once_with_folder_and_cause(
-    tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved(tmp_path, 2)
-    (tmp_path / "0000000002-100" / file).unlink()
-    store = Store(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        store.newest()
-        store.newest()
-    assert len(caplog.messages) == len(store.damaged) == 1
-    assert "0000000002-100" in caplog.messages[0]
-    assert file in caplog.messages[0]
-
-
-def test_files_swapped_between_snapshots_are_damage(tmp_path: Path) -> None:
-    saved(tmp_path, 2)
-    shutil.copy(tmp_path / "0000000001-0" / checkpoint.ARRAYS, tmp_path / "0000000002-100" / checkpoint.ARRAYS)
-    assert newest_version(tmp_path) == 0
 
 
 def test_a_foreign_folder_is_passed_over_and_other_names_are_ignored(tmp_path: Path) -> None:
@@ -154,7 +102,7 @@ def test_a_foreign_folder_is_passed_over_and_other_names_are_ignored(tmp_path: P
 
 def test_all_damaged_is_none_and_not_a_crash(tmp_path: Path) -> None:
     saved(tmp_path, 2)
-    for path in tmp_path.glob(f"*/{checkpoint.ARRAYS}"):
+    for path in tmp_path.glob(f"*/{ARRAYS}"):
         path.write_bytes(b"")
     assert newest_version(tmp_path) is None
 
@@ -162,7 +110,7 @@ def test_all_damaged_is_none_and_not_a_crash(tmp_path: Path) -> None:
 def test_verify_reads_every_byte_and_load_names_what_is_wrong(tmp_path: Path) -> None:
     store = saved(tmp_path, 1)
     assert store.verify("0000000001-0") == store.ls()[0]
-    (tmp_path / "0000000001-0" / checkpoint.REST).write_bytes(b"{}")
+    (tmp_path / "0000000001-0" / REST).write_bytes(b"{}")
     for read in (store.verify, store.load):
         with pytest.raises(Damaged, match=r"0000000001-0: state\.json does not have"):
             read("0000000001-0")
@@ -199,7 +147,7 @@ def test_kill_9_at_any_line_of_a_save_leaves_a_whole_snapshot_and_the_next_save_
         line += 1
         folder = tmp_path / str(line)
         store = saved(folder, 2, retain=1)
-        survived = crash(line, lambda store=store: store.save(state(7), {}), checkpoint)  # type: ignore[misc]
+        survived = crash(line, lambda store=store: store.save(state(7), {}), checkpoint, snapshot, chunks)  # type: ignore[misc]
         reader = Store(folder, retain=1)
         loaded = reader.newest()
         assert loaded is not None
@@ -229,7 +177,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, nth: int) -> Iterator[list[int]]:
     with monkeypatch.context() as patch:
         for owner, name in [(os, "fsync"), (os, "mkdir"), (os, "rename"), (Path, "write_bytes"), (Path, "chmod")]:
             patch.setattr(owner, name, wrap(getattr(owner, name)))
-        patch.setattr(checkpoint, "save_file", wrap(safetensors.torch.save_file))
+        patch.setattr(snapshot, "save_file", wrap(safetensors.torch.save_file))
         yield calls
 
 
@@ -325,85 +273,3 @@ def test_a_reader_beside_a_writer_always_finds_a_whole_snapshot(tmp_path: Path) 
     assert found == sorted(found)
     assert len(found) > 2
     assert reader.damaged == []
-
-
-def test_a_pickle_is_neither_saved_nor_loaded_unless_trusted(tmp_path: Path) -> None:
-    tree = {"learner": {"pickle": np.zeros(3, np.uint8)}}
-    with pytest.raises(CheckpointError, match=r"pickle at /learner/pickle: set trust_pickle"):
-        Store(tmp_path).save(tree, {})
-    Store(tmp_path, trust_pickle=True).save(tree, {})
-    with pytest.raises(CheckpointError, match=r"pickle at /learner/pickle: set trust_pickle"):
-        Store(tmp_path).newest()
-    assert Store(tmp_path, trust_pickle=True).newest() is not None
-
-
-def save_as(folder: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", version)
-        Store(folder).save({"weight": torch.ones(2)}, {"topic": "clicks"})
-
-
-def test_a_migration_brings_an_older_format_to_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rename(old: State, manifest: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-        return {"w": old["weight"]}, {"url": manifest["topic"]}
-
-    save_as(tmp_path, 0, monkeypatch)
-    loaded = Store(tmp_path, migrations={0: rename} | checkpoint.MIGRATIONS).newest()
-    assert loaded is not None
-    assert torch.equal(loaded.state["w"], torch.ones(2))
-    assert loaded.manifest == {"url": "clicks"}
-    assert loaded.snapshot.format == 0
-
-
-def test_migrations_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stamp(version: int) -> checkpoint.Migration:
-        return lambda old, manifest: (old | {"seen": [*old.get("seen", []), version]}, manifest)
-
-    save_as(tmp_path, 0, monkeypatch)
-    monkeypatch.setattr(checkpoint, "FORMAT", 3)
-    loaded = Store(tmp_path, migrations={v: stamp(v) for v in (2, 0, 1)}).newest()
-    assert loaded is not None
-    assert loaded.state["seen"] == [0, 1, 2]
-
-
-def test_a_format_without_migration_and_a_newer_one_stop_with_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_as(tmp_path / "old", 0, monkeypatch)
-    with pytest.raises(CheckpointError, match="no migration from format 0"):
-        Store(tmp_path / "old").newest()
-    save_as(tmp_path / "new", 3, monkeypatch)
-    with pytest.raises(CheckpointError, match=r"newer streamcl \(format 3, this one reads up to 2\)"):
-        Store(tmp_path / "new").newest()
-
-
-def test_the_golden_checkpoint_of_format_1_loads_for_ever() -> None:
-    loaded = Store(GOLDEN).newest()
-    assert loaded is not None
-    assert loaded.snapshot.format == 1
-    assert loaded.snapshot.digest == GOLDEN_DIGEST
-    assert loaded.manifest["records"] == 7
-    if checkpoint.FORMAT == 1:
-        assert digest(loaded.state) == digest(golden()) == GOLDEN_DIGEST
-
-
-def golden() -> State:
-    """What stands in the golden checkpoint."""
-    return {
-        "learner": {
-            "table": torch.linspace(-1, 1, 6).reshape(2, 3),
-            "half": torch.tensor([1.5, -0.0], dtype=torch.bfloat16),
-            "empty": torch.zeros(0, 3),
-            "version": 7,
-        },
-        "join": {"ids": ["a", "é", "漢"], "time_s": np.array([0.1, 2.0**60]), "open": np.array([True, False])},
-        "metrics": {"best": float("inf"), "last": float("nan"), "mean": 0.1, "none": None, "seen": 2**80},
-        "memory": {"rows": np.arange(6, dtype=np.uint64).reshape(3, 2), "$odd/~key": {"": []}},
-    }
-
-
-def test_an_environment_is_equal_to_itself_and_a_difference_is_named() -> None:
-    here = environment()
-    assert difference(here, environment()) == []
-    assert {"python", "streamcl", "torch", "numpy", "river", "machine", "cpu", "threads"} == here.keys()
-    assert difference(here, here | {"threads": 64}) == [f"threads: {here['threads']} -> 64"]

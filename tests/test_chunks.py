@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamcl import checkpoint, chunks
-from streamcl.checkpoint import CheckpointError, Damaged, Store
+from streamcl import checkpoint, chunks, snapshot
+from streamcl.checkpoint import Store
 from streamcl.protocols import Fenced
+from streamcl.snapshot import CheckpointError, Damaged
 from streamcl.state import digest
 from tests.test_checkpoint import crash, failing
 
@@ -23,7 +24,7 @@ from tests.test_checkpoint import crash, failing
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 bytes, for arrays of 128 or more."""
-    monkeypatch.setattr(checkpoint, "CHUNKED_BYTES", 128)
+    monkeypatch.setattr(snapshot, "CHUNKED_BYTES", 128)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 64)
 
 
@@ -126,7 +127,7 @@ def test_a_save_that_fails_leaves_no_chunk_behind_and_takes_none_of_the_others(
     before = files(tmp_path)
     learned["table"] += 1.0
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "save_file", full)
+        broken.setattr(snapshot, "save_file", full)
         with pytest.raises(CheckpointError, match="No space left"):
             store.save(learned, {})
     assert files(tmp_path) == before
@@ -167,7 +168,7 @@ def test_a_disk_that_fails_at_any_call_leaves_whole_snapshots_and_no_partial_chu
 def test_a_name_that_was_not_synced_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces, arrays = chunks.Chunks(tmp_path / "chunks"), {"table": state()["table"]}
     with monkeypatch.context() as broken:
-        broken.setattr(chunks, "_sync", full)
+        broken.setattr(chunks, "sync", full)
         with pytest.raises(OSError, match="No space left"):
             pieces.write(arrays)
     assert pieces.write(arrays)[1] == 160
@@ -185,7 +186,7 @@ def test_kill_9_at_any_line_of_a_save_with_chunks_leaves_a_whole_snapshot_and_th
         folder = tmp_path / str(line)
         store = Store(folder, retain=1)
         store.save(state(), {})
-        survived = crash(line, lambda store=store: store.save(changed, {}), checkpoint, chunks)  # type: ignore[misc]
+        survived = crash(line, lambda store=store: store.save(changed, {}), checkpoint, snapshot, chunks)  # type: ignore[misc]
         reader = Store(folder, retain=1)
         loaded = reader.newest()
         assert loaded is not None

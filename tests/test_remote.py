@@ -10,12 +10,13 @@ import fsspec
 import pytest
 import torch
 
-from streamcl import checkpoint
-from streamcl.checkpoint import CheckpointError, Store
+from streamcl import snapshot
+from streamcl.checkpoint import Store
 from streamcl.config import ConfigError
 from streamcl.protocols import Fenced
 from streamcl.recovery import Keeper, store_of
 from streamcl.remote import Remote
+from streamcl.snapshot import CheckpointError
 from streamcl.worker import build
 from tests.journey import die_after, fill, finish, repeat, settings
 from tests.test_recovery import STREAM
@@ -24,7 +25,7 @@ from tests.test_recovery import STREAM
 @pytest.fixture(params=["memory", "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A place for snapshots, with chunks for every array of some size."""
-    monkeypatch.setattr(checkpoint, "CHUNKED_BYTES", 64)
+    monkeypatch.setattr(snapshot, "CHUNKED_BYTES", 64)
     yield "memory://bucket/shop" if request.param == "memory" else (tmp_path / "bucket").as_uri()
     if request.param == "memory":
         fsspec.filesystem("memory").rm("/bucket", recursive=True)

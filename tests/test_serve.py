@@ -23,12 +23,13 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from connectors.codec import JSON
-from streamcl import checkpoint
-from streamcl.checkpoint import CheckpointError, Store
+from streamcl import snapshot
+from streamcl.checkpoint import Store
 from streamcl.config import Config
 from streamcl.protocols import StreamclError
 from streamcl.recovery import store_of
 from streamcl.serve import MAX_INSTANCES, Predictor, app
+from streamcl.snapshot import CheckpointError
 from tests.journey import Result, click, fill, finish, settings, view
 
 PAYLOAD = {"id": "77", "ts": 1.0, "user": 3, "price": 1.5}
@@ -211,7 +212,7 @@ def test_it_follows_new_snapshots_and_passes_damaged_ones_over(tmp_path: Path) -
     assert ask(predictor, "/v1/model").json()["version"] == first["version"] + 1
 
     third = writer.save(state, loaded.manifest)
-    (third.path / checkpoint.ARRAYS).write_bytes(b"torn")
+    (third.path / snapshot.ARRAYS).write_bytes(b"torn")
     assert predictor.refresh() is False
     assert ask(predictor, "/v1/model").json()["snapshot"] == second.name
     assert ask(predictor, "/readyz").status_code == 200

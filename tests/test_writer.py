@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from connectors import memory
-from streamcl.checkpoint import CheckpointError, Snapshot, Store
+from streamcl.checkpoint import Store
 from streamcl.lease import Lease
 from streamcl.protocols import State
 from streamcl.records import Turn
 from streamcl.recovery import Keeper, store_of
+from streamcl.snapshot import CheckpointError, Snapshot
 from streamcl.state import digest, private
 from streamcl.worker import build
 from streamcl.writer import Writer
