@@ -24,6 +24,7 @@ Table of contents, in the order of the journey (start with `worker`):
     memory         replay and its retention policies
     metrics        prequential metrics
     drift          detectors, and the signals they emit
+    progress       where a shard stands, and a proof of what it has learned from
     state          a state tree as JSON and arrays, and its digest
     writer         snapshots written beside learning
     lease          one writer of a shard's snapshots at a time

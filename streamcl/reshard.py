@@ -36,11 +36,12 @@ from typing import Any
 from streamcl import connect
 from streamcl.config import Config, ConfigError, changes
 from streamcl.join import Joiner
+from streamcl.progress import Counts, Progress
 from streamcl.protocols import State, StreamclError
 from streamcl.records import Position, Stream, position_to_json
 from streamcl.recovery import Keeper, lease_on, store_of
 from streamcl.snapshot import Loaded
-from streamcl.worker import Counts, Progress, build, keeps_order, logged
+from streamcl.worker import build, keeps_order, logged
 
 
 class ReshardError(StreamclError):

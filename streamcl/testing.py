@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from streamcl.progress import Progress
 from streamcl.protocols import ControlLog, Fenced, Sink, Source, State, Stateful
 from streamcl.records import Message, Order, Origin, Record, Run, Stream
 from streamcl.state import flatten
-from streamcl.worker import Progress
 
 Part = TypeVar("Part", bound=Stateful)
 

@@ -22,8 +22,8 @@ from streamcl.bench.recovery_traffic import inline
 from streamcl.bench.recovery_verifier import learned_hash
 from streamcl.bench.recovery_watch import POSITION, Sample, Watch, free_port, scrape
 from streamcl.bench.report import Report, Row
+from streamcl.progress import Progress
 from streamcl.records import Origin
-from streamcl.worker import Progress
 
 
 def _sample(at_s: float, *positions: float) -> Sample:

@@ -1,0 +1,87 @@
+"""How far a shard has come: where it stands, what became of its records, and a proof of what it has learned from."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import xxhash
+
+from streamcl.protocols import ConnectorError, State
+from streamcl.records import (
+    DeadLetter,
+    Origin,
+    Outcome,
+    Prediction,
+    Signal,
+    Stream,
+    position_from_json,
+    position_to_json,
+)
+
+
+class Counts(Counter[str]):
+    """How many records met which fate, since the very first one."""
+
+    def state_dict(self) -> State:
+        return dict(sorted(self.items()))
+
+    def load_state_dict(self, state: State) -> None:
+        self.clear()
+        self.update(state)
+
+
+class Progress:
+    """Where the shard stands, and a proof of what it has learned from.
+
+    `learned` is a multiset hash: the sum modulo 2^128 of a hash of each learned origin. Two runs that learned from the
+    same records the same number of times agree on it, in whatever order; a record lost or learned twice changes it.
+
+    `publish_from`: events that stand before it are history. They are learned from, and nobody is told what was
+    predicted (see `bootstrap.Bootstrap`).
+    """
+
+    def __init__(self) -> None:
+        self.position: dict[Stream, int] = {}
+        self.publish_from: dict[Stream, int] = {}
+        self.records = 0
+        self.learned = 0
+
+    def advance(self, origin: Origin) -> None:
+        if origin.offset < self.position.get(origin.stream, 0):
+            raise ConnectorError(f"{origin} was delivered again; expected offset {self.position[origin.stream]}")
+        self.position[origin.stream] = origin.offset + 1
+        self.records += 1
+
+    def learn(self, origin: Origin) -> None:
+        self.learned = (self.learned + xxhash.xxh3_128_intdigest(str(origin).encode())) % (1 << 128)
+
+    def bootstrapping(self) -> bool:
+        """True until the last event of the history has been taken."""
+        return any(self.position.get(stream, 0) < offset for stream, offset in self.publish_from.items())
+
+    def published(self, origin: Origin) -> bool:
+        return origin.offset >= self.publish_from.get(origin.stream, 0)
+
+    def state_dict(self) -> State:
+        return {
+            "position": position_to_json(self.position),
+            "publish_from": position_to_json(self.publish_from),
+            "records": self.records,
+            "learned": f"{self.learned:032x}",
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.position = position_from_json(state["position"])
+        self.publish_from = position_from_json(state.get("publish_from", {}))
+        self.records = state["records"]
+        self.learned = int(state["learned"], 16)
+
+
+class Work:
+    """What the turn under way has brought about so far."""
+
+    def __init__(self) -> None:
+        self.predictions: list[Prediction] = []
+        self.outcomes: list[Outcome] = []
+        self.dead_letters: list[DeadLetter] = []
+        self.signals: list[Signal] = []
