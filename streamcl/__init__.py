@@ -38,6 +38,8 @@ Table of contents, in the order of the journey (start with `worker`):
     testing        contract checks for connectors and parts
     bench          `streamcl bench NAME`
     demo           `streamcl demo`
+    console        how a command answers
+    inspection     `streamcl checkpoint`: a look at snapshots
     cli            the command line
 """
 

@@ -21,19 +21,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from streamcl import __version__, connect, summary
+from streamcl import __version__, connect, inspection, summary
 from streamcl import reshard as resharding
 from streamcl.bench.command import bench
 from streamcl.bootstrap import Bootstrap
-from streamcl.checkpoint import Store
 from streamcl.config import Config, ConfigError, changes, fingerprint
+from streamcl.console import Json, out
 from streamcl.demo import command as demo
 from streamcl.host import FixedShards, Host
 from streamcl.protocols import Fenced, Membership, StreamclError
 from streamcl.records import EVENTS, LABELS, Turn
 from streamcl.recovery import store_of
 from streamcl.serve import serve as serve_forever
-from streamcl.snapshot import Damaged, Snapshot, difference, environment
+from streamcl.snapshot import difference, environment
 from streamcl.telemetry import Telemetry
 from streamcl.worker import Worker, keeps_order, logged
 
@@ -46,19 +46,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-checkpoints = typer.Typer(name="checkpoint", help="Look at a shard's snapshots.", no_args_is_help=True)
-app.add_typer(checkpoints)
+app.add_typer(inspection.app)
 app.command()(bench)
 app.command(name="demo")(demo)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see `streamcl schema`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Place = Annotated[Path, typer.Argument(metavar="CONFIG|FOLDER", help="A config, or a folder that holds snapshots.")]
-
-
-def out(value: Any) -> None:
-    """One JSON object on stdout, numbers exact."""
-    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str).decode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -338,64 +330,6 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
 def schema() -> None:
     """Print the JSON Schema of the config. `change` says what changing a setting means for a live checkpoint."""
     out(Config.model_json_schema())
-
-
-def _store(place: Path) -> Store:
-    return Store(place, trust_pickle=True) if place.is_dir() else store_of(Config.load(place))
-
-
-def _line(snapshot: Snapshot) -> dict[str, Any]:
-    manifest = snapshot.manifest
-    return {
-        "name": snapshot.name,
-        "records": manifest.get("records"),
-        "clean": manifest.get("clean"),
-        "bytes": snapshot.size_bytes,
-        "written": snapshot.written_bytes,
-        "digest": snapshot.digest,
-    }
-
-
-@checkpoints.command()
-def ls(place: Place, as_json: Json = False) -> None:
-    """List snapshots, oldest first; damaged ones are named on stderr."""
-    store = _store(place)
-    lines = [_line(snapshot) for snapshot in store.ls()]
-    if as_json:
-        out({"snapshots": lines, "damaged": store.damaged})
-        return
-    table = Table("name", "records", "clean", "bytes", "written", "digest")
-    for line in lines:
-        table.add_row(*(str(value) for value in line.values()))
-    Console().print(table)
-
-
-@checkpoints.command()
-def show(place: Place, name: Annotated[str | None, typer.Argument(help="Default: the newest.")] = None) -> None:
-    """Print what a snapshot says about itself: position, config, environment."""
-    store = _store(place)
-    loaded = store.load(name) if name else store.newest()
-    if loaded is None:
-        raise StreamclError(f"{store.folder}: no snapshot")
-    out({**_line(loaded.snapshot), "format": loaded.snapshot.format, "manifest": dict(loaded.manifest)})
-
-
-@checkpoints.command()
-def verify(place: Place, as_json: Json = False) -> None:
-    """Read every snapshot, byte by byte; exit code 1 when one is damaged."""
-    store = _store(place)
-    good = []
-    for snapshot in store.ls():
-        try:
-            good.append(store.verify(snapshot.name).name)
-        except Damaged as error:
-            store.damaged.append((snapshot.name, str(error)))
-    if as_json:
-        out({"sound": good, "damaged": store.damaged})
-    else:
-        typer.echo("\n".join([*(f"{name}: sound" for name in good), *(f"{n}: {why}" for n, why in store.damaged)]))
-    if store.damaged:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
