@@ -55,7 +55,14 @@ _HINTS = (
     ("record layer failure", "this port does not speak TLS; check kafka.security_protocol and the URL"),
 )
 # A refused login. kafka-python can lose the broker's last words: what arrives with the end of a connection is dropped.
-_OTHER_PROTOCOL = ("disconnected", "eof occurred", "connection reset", "transport failure", "invalid frame length")
+_OTHER_PROTOCOL = (
+    "disconnected",
+    "eof occurred",
+    "connection reset",
+    "broken pipe",
+    "transport failure",
+    "invalid frame length",
+)
 _LOGIN_WORDS = ("disconnected", "sasl", "authenticat")
 _LOGIN_FIELDS = ("kafka.sasl_username, its password", "kafka.sasl_token_file or kafka.sasl_token_url")
 
