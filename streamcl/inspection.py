@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,10 +68,8 @@ def verify(place: Place, as_json: Json = False) -> None:
     store = _store(place)
     good = []
     for snapshot in store.ls():
-        try:
+        with contextlib.suppress(Damaged):  # the store lists it
             good.append(store.verify(snapshot.name).name)
-        except Damaged as error:
-            store.damaged.append((snapshot.name, str(error)))
     if as_json:
         out({"sound": good, "damaged": store.damaged})
     else:
