@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
+import safetensors
 import torch
 
 from streamcl import checkpoint, chunks, snapshot
@@ -177,7 +177,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, nth: int) -> Iterator[list[int]]:
     with monkeypatch.context() as patch:
         for owner, name in [(os, "fsync"), (os, "mkdir"), (os, "rename"), (Path, "write_bytes"), (Path, "chmod")]:
             patch.setattr(owner, name, wrap(getattr(owner, name)))
-        patch.setattr(snapshot, "save_file", wrap(safetensors.torch.save_file))
+        patch.setattr(snapshot, "serialize_file", wrap(safetensors.serialize_file))
         yield calls
 
 

@@ -127,7 +127,7 @@ def test_a_save_that_fails_leaves_no_chunk_behind_and_takes_none_of_the_others(
     before = files(tmp_path)
     learned["table"] += 1.0
     with monkeypatch.context() as broken:
-        broken.setattr(snapshot, "save_file", full)
+        broken.setattr(snapshot, "serialize_file", full)
         with pytest.raises(CheckpointError, match="No space left"):
             store.save(learned, {})
     assert files(tmp_path) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import shutil
 from collections.abc import Iterator
@@ -78,6 +79,30 @@ def save_as(folder: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as patch:
         patch.setattr(snapshot, "FORMAT", version)
         Store(folder).save({"weight": torch.ones(2)}, {"topic": "clicks"})
+
+
+def test_arrays_of_ever_new_lengths_leave_nothing_behind(tmp_path: Path) -> None:
+    """Types that ctypes makes of a length stay for good."""
+    store = Store(tmp_path, retain=1)
+    before = len(ctypes.Array.__subclasses__())
+    for length in range(3000, 3050):
+        state = {"tickets": torch.arange(length), "scores": np.arange(length, dtype=np.float32)}
+        store.save(state, {})
+        found = store.newest()
+        assert found is not None
+        assert digest(found.state) == digest(state)
+    assert len(ctypes.Array.__subclasses__()) == before
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (2, 3)])
+def test_every_kind_and_shape_of_array_comes_back(tmp_path: Path, kind: torch.dtype, shape: tuple[int, ...]) -> None:
+    state = {"a": torch.ones(shape, dtype=kind), "b": torch.zeros(shape, dtype=kind)}
+    store = Store(tmp_path)
+    store.save(state, {})
+    found = store.newest()
+    assert found is not None
+    assert digest(found.state) == digest(state)
 
 
 def test_a_migration_brings_an_older_format_to_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
