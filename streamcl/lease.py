@@ -163,7 +163,10 @@ class Lease:
         with contextlib.suppress(Exception):  # a place that is away for a while is no reason to die
             newest = self._newest()
             if newest and newest.epoch > claim.epoch:
-                self._successor = newest
+                if (
+                    self.mine and self.mine.epoch == claim.epoch
+                ):  # else we have let go of this claim, and may have another
+                    self._successor = newest
                 return False
             self._files.makedirs(self._folder, exist_ok=True)
             self._write(claim)

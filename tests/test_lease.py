@@ -131,6 +131,17 @@ def test_the_beat_tells_a_worker_that_it_was_taken_over_without_its_asking(tmp_p
     new.release()
 
 
+def test_a_beat_that_comes_late_does_not_take_our_own_next_claim_for_a_successor(tmp_path: Path) -> None:
+    lease = Lease(str(tmp_path), 60.0)
+    lease.claim()
+    late = lease.mine
+    assert late is not None
+    lease.claim()
+    assert not lease._beat(late)
+    lease.heed()
+    lease.release()
+
+
 def test_a_lease_that_is_forgotten_beats_no_longer(tmp_path: Path) -> None:
     lease = Lease(str(tmp_path), 0.03)
     lease.claim()

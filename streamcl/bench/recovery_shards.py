@@ -40,7 +40,7 @@ TROUBLE_S = 10.0
 """What one trouble takes about; the input comes in over so many times their number."""
 
 FOR_THE_WOKEN = 0.2
-"""Share of the input that comes when a frozen worker wakes: without work it would not see that it is fenced."""
+"""Share of the input that comes when a frozen worker wakes: one in a group sees by its work that it is fenced."""
 
 LONGEST_S, QUICK_LONGEST_S = 4.0, 0.5
 """No trouble waits longer for a worker that stands."""
