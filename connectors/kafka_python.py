@@ -71,8 +71,9 @@ class Consumer:
     def position(self, stream: Stream) -> int:
         if stream not in self._partitions:
             return 0
-        with faults():
-            return self._consumer.position(self._partitions[stream], timeout_ms=0) or 0
+        # The library's own `position` looks at every partition for one: with 600 the lag of all took .7 s, each turn.
+        found = self._consumer._subscription.assignment[self._partitions[stream]].position
+        return int(found.offset) if found else 0
 
     def highwater(self, stream: Stream) -> int | None:
         if stream not in self._partitions:

@@ -13,7 +13,7 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
-from connectors import kafka, kafka_client
+from connectors import kafka, kafka_client, kafka_python
 from connectors.apache import ApacheBroker
 from connectors.kafka import KafkaSource
 from streamcl.config import Config
@@ -209,6 +209,21 @@ def test_lag_is_shown_and_reaches_zero_behind_transactions(cluster: Cluster) -> 
     source.poll(1, 0.5)
     assert source.lag() == {EVENTS: 0}
     source.close()
+
+
+@pytest.mark.parametrize("read", [0, 1, 7, 30])
+def test_a_position_is_the_one_that_the_client_tells(broker: Cluster, read: int) -> None:
+    topic = broker.topic(3)
+    broker.produce(topic, [(i % 2, b"%d" % i, i) for i in range(30)])
+    config = broker.config(topic)
+    consumer = kafka_python.Consumer(broker.bootstrap, {"events": topic}, config)
+    streams = [Stream("events", partition) for partition in range(3)]
+    assert [consumer.position(stream) for stream in streams] == [0, 0, 0]  # nothing is assigned yet
+    consumer.assign({stream: min(read, 15) if stream.partition < 2 else 0 for stream in streams})
+    consumer.poll(0.5)
+    told = [consumer._consumer.position(consumer._named(stream), timeout_ms=0) for stream in streams]
+    assert [consumer.position(stream) for stream in streams] == told
+    consumer.close()
 
 
 def test_what_is_committed_can_be_seen_by_lag_tools(cluster: Cluster) -> None:
