@@ -333,8 +333,10 @@ def _cache() -> Path:
 
 
 def _identifier() -> str:
-    """A random id as Kafka writes it."""
-    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    """A random id as Kafka writes it; like Kafka's own never one that begins as an option of a command does."""
+    while (found := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
+        pass
+    return found
 
 
 def free_ports(count: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -96,9 +97,8 @@ class Consumer:
         topic = self._topics[name]
         with faults():
             found = self._consumer.partitions_for_topic(topic)
-        if not found:  # the library does not tell why
-            _raise_passing_fault(self._servers, topic, self._config)
-        return len(found or ())
+        # The library does not tell why it knows none.
+        return len(found) if found else _told_partitions(self._servers, topic, self._config)
 
     def known_partitions(self, name: str) -> int:
         return len(self._consumer._cluster.partitions_for_topic(self._topics[name]) or ())
@@ -279,7 +279,7 @@ def ensure_topic(servers: str, topic: str, config: Config, partitions: int, conf
             [found] = admin.describe_topics([topic])
             if found["error_code"] == _UNKNOWN_TOPIC:
                 _create(admin, topic, partitions, configs)
-                [found] = admin.describe_topics([topic])
+                found = _seen(admin, topic, config.kafka.request_timeout_s)
             if found["error_code"]:
                 raise kafka_errors.for_code(found["error_code"])()
         return len(found["partitions"])
@@ -287,8 +287,20 @@ def ensure_topic(servers: str, topic: str, config: Config, partitions: int, conf
         admin.close()
 
 
-def _raise_passing_fault(servers: str, topic: str, config: Config) -> None:
-    """When brokers say of a topic what passes by itself."""
+def _seen(admin: Any, topic: str, timeout_s: float) -> Any:
+    """What is told of a topic that was just made: another broker may not have heard of it."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        [found] = admin.describe_topics([topic])
+        code = found["error_code"]
+        passes = code == _UNKNOWN_TOPIC or (code and fault_of(kafka_errors.for_code(code)()).kind is Kind.PASSING)
+        if not passes or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def _told_partitions(servers: str, topic: str, config: Config) -> int:
+    """How many brokers tell when asked once more; 0: they know of none. Raises a Fault that passes by itself."""
     admin = connection.connect(KafkaAdminClient, connection.settings(servers, config), config)
     try:
         with faults():
@@ -298,6 +310,7 @@ def _raise_passing_fault(servers: str, topic: str, config: Config) -> None:
     fault = fault_of(kafka_errors.for_code(found["error_code"])())
     if found["error_code"] and fault.kind is Kind.PASSING:
         raise fault
+    return 0 if found["error_code"] else len(found["partitions"])
 
 
 def _create(admin: Any, topic: str, partitions: int, configs: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from connectors import apache
-from connectors.apache import ApacheBroker
+from connectors.apache import ApacheBroker, _identifier
 from connectors.embedded import listens
 from streamcl.protocols import ConnectorError
 from tests.kafka.conftest import Cluster
@@ -80,3 +80,7 @@ def test_an_installed_package_keeps_the_jars_in_the_users_cache(
     monkeypatch.setattr(apache, "_HERE", tmp_path / "site-packages" / "connectors")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert apache._cache() == tmp_path / "streamcl" / "kafka"
+
+
+def test_no_identifier_looks_like_an_option() -> None:
+    assert not any(_identifier().startswith("-") for _ in range(2000))

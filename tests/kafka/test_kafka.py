@@ -13,7 +13,7 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
-from connectors import kafka, kafka_client, kafka_python
+from connectors import kafka, kafka_client, kafka_python, kafka_python_connection
 from connectors.apache import ApacheBroker
 from connectors.kafka import KafkaSource
 from streamcl.config import Config
@@ -209,6 +209,38 @@ def test_lag_is_shown_and_reaches_zero_behind_transactions(cluster: Cluster) -> 
     source.poll(1, 0.5)
     assert source.lag() == {EVENTS: 0}
     source.close()
+
+
+class Admin:
+    """Brokers that answer each question of a topic with the next of these codes, the last one for ever."""
+
+    def __init__(self, codes: list[int]) -> None:
+        self.codes = codes
+
+    def describe_topics(self, topics: list[str]) -> list[dict[str, object]]:
+        code = self.codes.pop(0) if len(self.codes) > 1 else self.codes[0]
+        return [{"error_code": code, "partitions": [] if code else [0, 1]}]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("codes", "last"), [([0], 0), ([3, 0], 0), ([3, 5, 3, 0], 0), ([29], 29), ([5, 29, 0], 29), ([3], 3)]
+)
+def test_a_topic_just_made_is_waited_for_until_the_broker_that_is_asked_has_heard_of_it(
+    codes: list[int], last: int
+) -> None:
+    assert kafka_python._seen(Admin(codes), "t", 0.3)["error_code"] == last
+
+
+def test_partitions_that_a_fault_hid_are_counted_when_it_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Cluster("none", "none:1").config("t")
+    answers = iter([Admin([0]), Admin([3]), Admin([29]), Admin([5])])
+    monkeypatch.setattr(kafka_python_connection, "connect", lambda *_: next(answers))
+    assert [kafka_python._told_partitions("none:1", "t", config) for _ in range(3)] == [2, 0, 0]
+    with pytest.raises(kafka_client.Fault, match="LeaderNotAvailable"):
+        kafka_python._told_partitions("none:1", "t", config)
 
 
 @pytest.mark.parametrize("read", [0, 1, 7, 30])
