@@ -33,7 +33,8 @@ Table of contents, in the order of the journey (start with `worker`):
     remote         copies of snapshots in an object store
     checkpoint     the snapshots of a shard: atomic, retained, mended
     telemetry      turns to Prometheus
-    serve          predictions over HTTP from the newest snapshot
+    replica        the newest snapshot of a worker, followed
+    serve          predictions over HTTP
     random         counter-based random numbers
     testing        contract checks for connectors and parts
     bench          `streamcl bench NAME`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +54,7 @@ class Writer:
             return
         self._pool = self._pool or ThreadPoolExecutor(1, "streamcl-checkpoint")
         self._future = self._pool.submit(self._write, private(state), manifest, position)
+        self._pool.submit(_give_back)  # a job of its own: only then has the pool let go of the copy
 
     def taken(self, wait: bool = False) -> Written | None:
         """What has been written since the last call, if anything was. Raises what went wrong with it."""
@@ -81,3 +83,12 @@ class Writer:
             raise
         except StreamclError as error:
             raise CheckpointError(str(error)) from error.__cause__
+
+
+def _give_back() -> None:
+    """Return what the copies took to the system: else the allocator keeps the most that any moment needed, and a
+    worker's memory creeps up for days towards it. Elsewhere than in glibc there is no such call, and nothing is done.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)

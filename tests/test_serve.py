@@ -28,7 +28,8 @@ from streamcl.checkpoint import Store
 from streamcl.config import Config
 from streamcl.protocols import StreamclError
 from streamcl.recovery import store_of
-from streamcl.serve import MAX_INSTANCES, Predictor, app
+from streamcl.replica import Predictor
+from streamcl.serve import MAX_INSTANCES, app
 from streamcl.snapshot import CheckpointError
 from tests.journey import Result, click, fill, finish, settings, view
 
@@ -43,16 +44,16 @@ def learned(folder: Path, **changes: Any) -> tuple[Config, Result]:
 
 
 def replica(config: Config) -> Predictor:
-    predictor = Predictor(Store(store_of(config).folder), JSON(), max_bytes=2000)
+    predictor = Predictor(Store(store_of(config).folder), JSON())
     predictor.refresh()
     return predictor
 
 
-def ask(predictor: Predictor, path: str = "/v1/predict", **request: Any) -> httpx.Response:
+def ask(predictor: Predictor, path: str = "/v1/predict", max_bytes: int = 2000, **request: Any) -> httpx.Response:
     """One request without a socket; an exception inside the app is raised here instead of turned into a 500."""
 
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app(predictor))
+        transport = httpx.ASGITransport(app(predictor, max_bytes))
         async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
             return await client.request("POST" if request else "GET", path, **request)
 
@@ -131,9 +132,9 @@ def test_a_bad_field_is_a_400_that_names_it_and_not_its_value(
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"price": NaN}', b"\xff", b'"\\ud800"', b"[" * 5000])
 def test_what_is_no_json_object_is_a_400(shard: tuple[Predictor, Result], body: bytes) -> None:
-    predictor = Predictor(shard[0].store, JSON(), max_bytes=10_000)
-    predictor.model = shard[0].model
-    status, reason, _ = error(ask(predictor, content=body, headers={"content-type": "application/json"}))
+    status, reason, _ = error(
+        ask(shard[0], max_bytes=10_000, content=body, headers={"content-type": "application/json"})
+    )
     assert (status, reason) == (400, "undecodable")
 
 
@@ -148,9 +149,10 @@ def test_too_much_is_a_413_whether_or_not_its_length_is_stated(shard: tuple[Pred
 
 
 def test_too_many_instances_are_a_413(shard: tuple[Predictor, Result]) -> None:
-    predictor = Predictor(shard[0].store, JSON())
-    predictor.model = shard[0].model
-    assert error(ask(predictor, json={"instances": [{}] * (MAX_INSTANCES + 1)}))[:2] == (413, "too_large")
+    assert error(ask(shard[0], max_bytes=10_000, json={"instances": [{}] * (MAX_INSTANCES + 1)}))[:2] == (
+        413,
+        "too_large",
+    )
 
 
 def test_anything_but_json_is_a_415(shard: tuple[Predictor, Result]) -> None:

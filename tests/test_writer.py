@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -41,6 +43,18 @@ class SlowStore(Store):
     def save(self, state: State, manifest: Mapping[str, Any]) -> Snapshot:
         assert self.let_go.wait(20)
         return super().save(state, manifest)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library can't give memory back")
+def test_the_memory_of_a_copy_goes_back_to_the_system(tmp_path: Path) -> None:
+    writer = Writer(Store(tmp_path), Lease(str(tmp_path), 0))
+    process, mib = psutil.Process(), 1 << 20
+    small = {str(i): np.full(2000, i, np.float32) for i in range(8000)}  # 61 MiB, too small for mappings of their own
+    before = process.memory_info().rss
+    writer.begin(small, {}, {})
+    assert writer.taken(wait=True)
+    writer.close()
+    assert process.memory_info().rss - before < 30 * mib
 
 
 def test_what_is_written_is_the_state_of_the_cut_whatever_is_learned_meanwhile(tmp_path: Path) -> None:

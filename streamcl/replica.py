@@ -1,0 +1,133 @@
+"""What a read replica answers with: the model of a worker's newest snapshot, which it follows and never writes to."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamcl.checkpoint import Store
+from streamcl.config import Config
+from streamcl.decode import Decoder
+from streamcl.learner import Learner
+from streamcl.messages import scores_to_json
+from streamcl.protocols import BadInput, Codec, StreamclError
+from streamcl.river_learner import RiverLearner
+from streamcl.snapshot import Loaded, Snapshot
+
+log = logging.getLogger(__name__)
+
+
+class Unready(StreamclError):
+    """There is no model yet; the text says why."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What one snapshot knows: everything that a request needs, so that swapping it is one assignment."""
+
+    snapshot: Snapshot
+    decoder: Decoder
+    learner: Learner | RiverLearner
+    about: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, loaded: Loaded, codec: Codec) -> Model:
+        """The model as its own config describes it, which is not always the one that the replica was started with."""
+        where = str(loaded.snapshot.path)
+        try:
+            config = Config.parse(loaded.manifest["config"], where)
+            learner = RiverLearner(config) if config.river else Learner(config)
+            learner.load_state_dict(loaded.state["learner"])
+            about = {name: loaded.manifest[name] for name in ("records", "position")}
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise StreamclError(f"{where}: not a snapshot of such a worker: {error!r}") from error
+        return cls(loaded.snapshot, Decoder(config, codec), learner, about)
+
+    def predict(self, payload: Any) -> dict[str, Any]:
+        """Raises BadInput as the worker would for an event with these features."""
+        if not isinstance(payload, dict):
+            raise BadInput("schema", "an instance must be an object")
+        if self.decoder.config.events.unknown_fields == "dead_letter":
+            for name in sorted(self.decoder.unknown_fields(payload)):
+                raise BadInput("unknown_feature", f"unknown field {name!r}")
+        return scores_to_json(self.learner.predict(self.decoder.featurizer.encode(payload)))
+
+    def brief(self) -> dict[str, Any]:
+        return {
+            "name": self.decoder.config.name,
+            "snapshot": self.snapshot.name,
+            "records": self.about["records"],
+            "version": self.learner.version,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        config = self.decoder.config
+        return {
+            **self.brief(),
+            "task": config.task,
+            "digest": self.snapshot.digest,
+            "position": self.about["position"],
+            "features": {name: feature.kind for name, feature in sorted(config.features.items())},
+        }
+
+
+class Predictor:
+    """The newest model of a folder of snapshots; reads only, and runs nobody's retention.
+
+    Args:
+        codec: How requests are written.
+    """
+
+    def __init__(self, store: Store, codec: Codec) -> None:
+        self.store = store
+        self.codec = codec
+        self.model: Model | None = None
+        self.reason = f"no checkpoint in {store.folder} yet"
+        self._tried: str | None = None
+        self._stop = threading.Event()
+
+    def refresh(self) -> bool:
+        """Take the newest sound snapshot unless it is the present one; True when the model has changed.
+
+        Raises:
+            StreamclError: a snapshot that can't be used here; the model that was there stays.
+        """
+        damaged = dict(self.store.damaged)
+        sound = [snapshot.name for snapshot in self.store.ls() if snapshot.name not in damaged]
+        if not sound or sound[-1] in (self._tried, self._name()):
+            return False
+        self._tried = sound[-1]  # once is enough: what can't be used now will not be a second later
+        loaded = self.store.newest()
+        if loaded is None or loaded.snapshot.name == self._name():
+            return False
+        self.model = Model.of(loaded, self.codec)
+        log.info("serving %s", loaded.snapshot.path)
+        return True
+
+    def _name(self) -> str | None:
+        return self.model.snapshot.name if self.model else None
+
+    def follow(self, every_s: float = 1.0) -> None:
+        """Refresh until `close`; a fault is logged, and what was served before is served on."""
+        while not self._stop.wait(every_s):
+            try:
+                self.refresh()
+            except StreamclError as error:
+                self._tell(str(error))
+
+    def _tell(self, reason: str) -> None:
+        if reason != self.reason:
+            self.reason = reason
+            log.warning("snapshot not taken: %s", reason)
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def current(self) -> Model:
+        """Raises Unready."""
+        if self.model is None:
+            raise Unready(self.reason)
+        return self.model
