@@ -21,6 +21,7 @@ from streamcl.records import EVENTS, LABELS
 from streamcl.services import Kafka, Registry
 from streamcl.stations import (
     KINDS,
+    Categorical,
     Change,
     Checkpoint,
     Delivery,
@@ -30,7 +31,10 @@ from streamcl.stations import (
     FieldPath,
     Free,
     Join,
+    KeyMemory,
     Labels,
+    Loss,
+    Memory,
     Metrics,
     Model,
     New,
@@ -71,7 +75,9 @@ class Config(Station):
     features: dict[FieldPath, Feature] = New(min_length=1, description="by name; dots go into nested objects")
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
+    loss: Loss = Loss()
     replay: Replay = Replay()
+    error_memory: tuple[Memory, ...] = Stop((), max_length=8, description="forms in a row: knn, sketch, key")
     river: str | None = New(None, description="a River model instead, e.g. river.linear_model:LogisticRegression")
     trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
     metrics: Metrics = Metrics()
@@ -128,6 +134,24 @@ class Config(Station):
         for name, url in urls.items():
             if "@" in urlsplit(url or "").netloc:
                 raise ValueError(f"{name}: no user or password in a URL; see [kafka] and [registry]")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits(self) -> Self:
+        offered = {"ids", *(["embedding"] if self.model.kind != "logistic" else [])}
+        offered |= {"hidden"} if self.model.kind != "logistic" and self.model.hidden else set()
+        for index, memory in enumerate(self.error_memory):
+            where = f"error_memory.{index}.key: {memory.key!r}"
+            if self.river is not None:
+                raise ValueError(f"error_memory.{index}: a River model offers none of what it needs")
+            if isinstance(memory, KeyMemory):
+                if not isinstance(self.features.get(memory.key), Categorical):
+                    raise ValueError(f"{where} is no categorical feature")
+            elif memory.key not in offered and ":" not in memory.key:
+                known = ", ".join(sorted(offered))
+                raise ValueError(f"{where}: model {self.model.kind} offers {known}, or module:function")
+        if self.loss.kind == "reloop" and (self.task != "binary" or self.river is not None):
+            raise ValueError("loss.kind: reloop is for binary labels, and no River model")
         return self
 
     def allows(self, label: float) -> bool:
@@ -203,6 +227,8 @@ def _settings(station: BaseModel, prefix: str) -> Iterator[tuple[str, Change, An
             continue
         extra = info.json_schema_extra
         change: Any = extra.get("change", "new") if isinstance(extra, dict) else "new"
+        if isinstance(value, tuple):
+            value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
         if isinstance(value, dict):
             value = {key: item.model_dump(mode="json") for key, item in value.items()}
         yield path, change, str(value) if isinstance(value, Path) else value

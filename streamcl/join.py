@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.protocols import State
-from streamcl.records import Encoded, Fate, Label, Origin, Outcome, Scores, Stream, Ticket
+from streamcl.records import Encoded, Fate, Label, Origin, Outcome, Recalled, Scores, Stream, Ticket
 from streamcl.stations import Join
 
 
@@ -230,6 +230,7 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
         "output": [t.scores.output for t in tickets],
         "served": [t.scores.served for t in tickets],
     }
+    recalled = _recalled_to_state([t.scores for t in tickets])
     return {
         "id": [t.id for t in tickets],
         "input": [t.origin.input for t in tickets],
@@ -237,16 +238,36 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
         "origin": np.array([t.origin[1:] for t in tickets], np.int64).reshape(len(tickets), 2),
         "version": np.array([t.scores.version for t in tickets], np.int64),
         **{name: np.stack(column) if column else np.zeros((0, 0)) for name, column in columns.items()},
+        **({"recalled": recalled} if recalled else {}),
     }
 
 
+def _recalled_to_state(scores: Sequence[Scores]) -> list[State]:
+    """Columns by place in `Scores.recalled`, and by width of the key: the error memory may have been set otherwise."""
+    groups: dict[tuple[int, str, int], list[int]] = {}
+    for ticket, each in enumerate(scores):
+        for stage, recalled in enumerate(each.recalled):
+            groups.setdefault((stage, str(recalled.key.dtype), len(recalled.key)), []).append(ticket)
+    found = []
+    for (stage, _, _), having in sorted(groups.items()):
+        column = zip(*(scores[ticket].recalled[stage] for ticket in having), strict=True)
+        arrays = {name: np.stack(values) for name, values in zip(Recalled._fields, column, strict=True)}
+        found.append({"ticket": np.array(having, np.int64), **arrays})
+    return found
+
+
 def tickets_from_state(state: State) -> Iterator[Ticket]:
+    recalled: list[tuple[Recalled, ...]] = [()] * len(state["id"])
+    for stage in state.get("recalled", ()):
+        columns = (stage[name] for name in Recalled._fields)
+        for i, key, given, labels, scores, support, version in zip(stage["ticket"].tolist(), *columns, strict=True):
+            recalled[i] += (Recalled(key, given, labels, scores, float(support), int(version)),)
     for i, id in enumerate(state["id"]):
         partition, offset = state["origin"][i].tolist()
         yield Ticket(
             id=id,
             time_s=float(state["time_s"][i]),
             features=Encoded(state["ids"][i], state["weights"][i], state["dense"][i]),
-            scores=Scores(state["output"][i], state["served"][i], int(state["version"][i])),
+            scores=Scores(state["output"][i], state["served"][i], int(state["version"][i]), recalled[i]),
             origin=Origin(state["input"][i], partition, offset),
         )

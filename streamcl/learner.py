@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,16 +13,16 @@ from torch import Tensor
 from streamcl.config import Config
 from streamcl.engine.eager import Eager, as_tensors
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
-from streamcl.memory import Replay
+from streamcl.memory import ErrorMemory, Replay, Vectors
 from streamcl.protocols import State
 from streamcl.records import Encoded, Outcome, Scores
 
 
 class Learner:
-    """A torch model that learns from one outcome at a time, with replay.
+    """A torch model that learns from one outcome at a time, with replay and an error memory.
 
-    Loss of a step = live example + `replay.weight` * mean over `replay.per_event` replayed ones. The draw comes before
-    the write, so an event never replays itself.
+    Loss of a step = live example (see `loss.kind`) + `replay.weight` * mean over `replay.per_event` replayed ones. The
+    draw comes before the writes, so an event never replays itself.
 
     Shape:
         `predict(features)` gives `Scores` with output (O,) and served (1,), or (C,) for multiclass.
@@ -43,12 +44,29 @@ class Learner:
         self.numerics = RunningNorm(len(layout.numerics))
         self.target = RunningNorm(1)  # regression learns standardised labels; idle otherwise
         self.memory = Replay(config.replay, config.seed, len(layout.slot_field), len(layout.numerics))
+        self.recall = ErrorMemory(config, layout, self.engine.widths)
         self.version = 0  # learning steps behind the current weights
 
     def predict(self, features: Encoded) -> Scores:
         ids, weights, dense = as_tensors(features.ids, features.weights, self.numerics.apply(features.dense))
-        output = self.engine.predict(ids, weights, dense).numpy()
-        return Scores(output, self._serve(output), self.version)
+        [scores] = self._scores([features], ids, weights, dense)
+        return scores
+
+    def predict_many(self, batch: Sequence[Encoded]) -> list[Scores]:
+        """In one pass: what `predict` says of each, up to the rounding of a matrix product of another height."""
+        if not batch:
+            return []
+        ids, weights, dense = (torch.from_numpy(np.stack(column)) for column in zip(*batch, strict=True))
+        return self._scores(batch, ids, weights, torch.from_numpy(self.numerics.apply(dense.numpy())))
+
+    def _scores(self, batch: Sequence[Encoded], ids: Tensor, weights: Tensor, dense: Tensor) -> list[Scores]:
+        if not self.recall.stages:
+            output = self.engine.predict(ids, weights, dense).numpy()
+            return [Scores(each, self._serve(each), self.version) for each in output]
+        output, *vectors = (each.numpy() for each in self.engine.look(ids, weights, dense))
+        base = np.stack([self._serve(each) for each in output])
+        served, recalled = self.recall.recall(batch, base, Vectors(*vectors))
+        return [Scores(output[b], served[b], self.version, recalled[b]) for b in range(len(batch))]
 
     def _serve(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
         if self.task == "binary":
@@ -70,19 +88,20 @@ class Learner:
         self.numerics.update(features.dense)
         if self.task == "regression":
             self.target.update(np.array([outcome.label], np.float32))
-        if not self._step(features, outcome.label):
+        if not self._step(features, outcome.label, float(outcome.ticket.scores.served[0])):
             self.numerics.load_state_dict(before[0])
             self.target.load_state_dict(before[1])
             return False
         self.version += 1
         self.memory.write(features, outcome.label)
+        self.recall.observe(outcome.ticket.scores, outcome.label)
         return True
 
-    def _step(self, features: Encoded, label: float) -> bool:
+    def _step(self, features: Encoded, label: float, served: float) -> bool:
         replayed = self.per_event if len(self.memory) else 0
-        if self.engine.step(*self._batch(features, label, replayed)):
+        if self.engine.step(*self._batch(features, label, replayed), served):
             return True
-        return replayed > 0 and self.engine.step(*self._batch(features, label, 0))
+        return replayed > 0 and self.engine.step(*self._batch(features, label, 0), served)
 
     def _batch(self, features: Encoded, label: float, replayed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         ids, weights, dense = as_tensors(*features)
@@ -97,7 +116,8 @@ class Learner:
         return ids, weights, dense, y, share
 
     def read(self) -> dict[str, float]:
-        return {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
+        held = {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
+        return held | self.recall.read()
 
     def state_dict(self) -> State:
         return {
@@ -106,11 +126,13 @@ class Learner:
             "target": self.target.state_dict(),
             "memory": self.memory.state_dict(),
             "version": self.version,
+            **({"recall": self.recall.state_dict()} if self.recall.stages else {}),
         }
 
     def load_state_dict(self, state: State) -> None:
         for name in ("engine", "numerics", "target", "memory"):
             getattr(self, name).load_state_dict(state[name])
+        self.recall.load_state_dict(state.get("recall", {}))
         self.version = int(state["version"])
 
 

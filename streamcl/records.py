@@ -105,16 +105,34 @@ class Label:
     origin: Origin
 
 
+class Recalled(NamedTuple):
+    """What one stage of the error memory knew of an event; P numbers are served."""
+
+    key: NDArray[Any]  # (d,)
+    given: NDArray[np.float32]  # (P,) the score before this stage
+    label_mean: NDArray[np.float32]  # (P,) of the records nearby
+    given_mean: NDArray[np.float32]  # (P,) their scores before this stage
+    support: float  # how much that rests on; 0 for nothing
+    version: int  # of the memory: records of other weights are not read
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What the model said. `output` is raw (O,): logits, or a standardised value for regression.
 
-    `served` is what was published: (1,) a probability or a value, (C,) class probabilities.
+    `served` is what was published: (1,) a probability or a value, (C,) class probabilities. `recalled` is what the
+    error memory's stages put it right by, in their order.
     """
 
     output: NDArray[np.float32]
     served: NDArray[np.float32]
     version: int
+    recalled: tuple[Recalled, ...] = ()
+
+    @property
+    def base(self) -> NDArray[np.float32]:
+        """What would have been served without the error memory."""
+        return self.recalled[0].given if self.recalled else self.served
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,10 @@ class Worker:
         self.joiner = Joiner(config.join, self.counts)
         self.learner = RiverLearner(config) if config.river else Learner(config)
         self.metrics = Prequential(config.task, config.metrics.window, config.model.classes)
+        # Of what would have been served without the error memory.
+        self.base_metrics = (
+            Prequential(config.task, config.metrics.window, config.model.classes) if config.error_memory else None
+        )
         self.drift = DriftDetector(config.drift)
 
     def run(self) -> Iterator[Turn]:
@@ -193,6 +197,8 @@ class Worker:
     def _learn(self, outcome: Outcome, work: Work) -> None:
         work.outcomes.append(outcome)
         loss = self.metrics.update(outcome)
+        if self.base_metrics:
+            self.base_metrics.add(outcome.label, outcome.ticket.scores.base)
         work.signals.extend(self.drift.update(loss, outcome.ticket.origin))
         if self.learner.learn(outcome):
             self.progress.learn(outcome.ticket.origin)
@@ -276,6 +282,9 @@ class Worker:
 
     def load_state_dict(self, state: State) -> None:
         parts = self.parts()
+        # They come and go with the error memory, which may be configured after a clean stop.
+        state = {"base_metrics": self.base_metrics.state_dict()} | state if self.base_metrics else state
+        state = {name: part for name, part in state.items() if name in parts or name != "base_metrics"}
         if parts.keys() != state.keys():
             raise StreamclError(f"the snapshot holds {sorted(state)}, this worker {sorted(parts)}")
         for name, part in parts.items():
@@ -292,6 +301,8 @@ class Worker:
             for name in TOLD_BY_CONNECTORS
             if hasattr(part, name)
         }
+        base = self.base_metrics.read() if self.base_metrics else {}
+        merged |= {f"base_{name}": value for name, value in base.items()}
         return merged | told | {"lag_records": float(sum(self.source.lag().values()))}
 
 

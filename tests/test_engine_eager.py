@@ -140,7 +140,7 @@ def test_rows_step_like_their_rule_on_the_summed_gradient(rule: str) -> None:
 def test_losses_are_cross_entropies_and_half_the_squared_error(task: str) -> None:
     made = engine("deepfm", task)
     slow, (ids, weights, dense, y, _) = Slow(made, task, "sgd"), batch(task, 1, rows=1)
-    got = made.losses(made.predict(ids, weights, dense)[None], y)
+    got = made.losses(made.predict(ids, weights, dense), y)
     expected = slow.loss(ids, weights, dense, y, torch.ones(1)).detach()
     torch.testing.assert_close(got, expected[None])
 
@@ -150,8 +150,8 @@ def test_losses_are_cross_entropies_and_half_the_squared_error(task: str) -> Non
 def test_only_touched_rows_and_their_history_change(rule: str, l2: float) -> None:
     made = engine(rule=rule, l2=l2)
     before = [t.clone() for t in (made.table, *made.row_slots)]
-    ids, *rest = batch("binary", 0)
-    assert made.step(ids, *rest)
+    ids, weights, dense, y, share = batch("binary", 0)
+    assert made.step(ids, weights, dense, y, share)
     others = torch.ones(len(made.table), dtype=torch.bool)
     others[ids] = False
     assert others.sum() > 2

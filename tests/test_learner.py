@@ -162,7 +162,7 @@ def test_the_loss_is_the_live_one_plus_weight_times_the_mean_of_the_replayed(tas
     ]:
         args = [torch.from_numpy(a)[None] for a in (row[0], row[1], twin.numerics.apply(row[2]))]
         label = twin.target.apply(np.array([row[3]], np.float32)) if task == "regression" else np.array([row[3]])
-        out = twin.engine._forward(twin.engine.table[args[0]], *args[1:])
+        out = twin.engine.forward(twin.engine.table[args[0]], *args[1:])
         losses.append(twin.engine.losses(out, torch.from_numpy(label))[0])
     loss = losses[0] + weight * sum(losses[1:]) / draws
     names, params = zip(*twin.engine.params.items(), strict=True)

@@ -154,10 +154,10 @@ def test_every_kind_and_task_learns_from_one_sort_of_features_alone(kind: str, t
     y = torch.ones(1)
 
     def loss() -> float:
-        return float(engine.losses(engine.predict(*row)[None], y))
+        return float(engine.losses(engine.predict(*row), y))
 
     before = loss()
-    assert engine.predict(*row).shape == (3 if task == "multiclass" else 1,)
+    assert engine.predict(*row).shape == (1, 3 if task == "multiclass" else 1)
     for _ in range(20):
         assert engine.step(*row, y, torch.ones(1))
     assert loss() < 0.9 * before

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from streamcl.config import Config
@@ -30,7 +30,7 @@ class Eager:
 
     Shape:
         ids (B, S) int64, weights (B, S) float32, dense (B, N) float32 standardised, y (B,) float32, share (B,)
-        float32: the weight of each row's loss. `predict` takes B = 1 and returns (O,).
+        float32: the weight of each row's loss.
     """
 
     def __init__(self, config: Config, layout: Layout) -> None:
@@ -40,8 +40,11 @@ class Eager:
         self.fields = len(layout.fields)
         self.slot_field = torch.from_numpy(layout.slot_field)
         self.one_slot_each = len(layout.slot_field) == self.fields
+        self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.model = build_model(config, layout)
+        if self.model.tower is not None:
+            self.model.tower.head.register_forward_pre_hook(self._note_hidden)
         self.first = self.outputs if self.model.first_order else 0
         self.table = self._fresh_table(config, layout.rows)  # (R, W)
         self.params = dict(self.model.named_parameters())
@@ -63,29 +66,67 @@ class Eager:
         return table
 
     def predict(self, ids: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
+        """(B, O)"""
         with torch.inference_mode():
-            return self._forward(self.table[ids], weights, dense)[0]
+            return self.forward(self.table[ids], weights, dense)
 
-    def _forward(self, rows: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
+        """(B, O) of rows (B, S, W)."""
+        output: Tensor = self.model(*self._pooled(rows, weights), dense)
+        return output
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(E, H) of what `look` finds; 0 for what the model hasn't."""
+        if self.model.tower is None:
+            return 0, 0
+        layers = [*self.model.tower.hidden, self.model.tower.head]
+        return layers[0].in_features, layers[-1].in_features
+
+    def look(self, ids: Tensor, weights: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`predict`, and what may be a key: what entered the tower (B, E), and its last hidden layer (B, H)."""
+        with torch.inference_mode():
+            first, vectors = self._pooled(self.table[ids], weights)
+            output = self.model(first, vectors, dense)
+            if self.model.tower is None:
+                return output, output[:, :0], output[:, :0]
+            return output, torch.cat((vectors.flatten(1), dense), 1), self._last_hidden
+
+    def _note_hidden(self, _head: nn.Module, inputs: tuple[Tensor]) -> None:
+        if torch.is_inference_mode_enabled():  # a step's would hold its graph
+            self._last_hidden = inputs[0]
+
+    def _pooled(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """First-order weights (B, F, O) and embeddings (B, F, D)."""
         weighted = rows * weights.unsqueeze(2)  # (B, S, W)
         if not self.one_slot_each:
             pooled = weighted.new_zeros(len(rows), self.fields, rows.shape[2])
             weighted = pooled.index_add(1, self.slot_field, weighted)  # (B, F, W)
-        out: Tensor = self.model(weighted[:, :, : self.first], weighted[:, :, self.first :], dense)
-        return out
+        return weighted[:, :, : self.first], weighted[:, :, self.first :]
 
-    def losses(self, output: Tensor, y: Tensor) -> Tensor:
-        """(B,) in nats: binary and multiclass cross-entropy; half the squared error for regression."""
+    def losses(self, output: Tensor, y: Tensor, served: float | None = None) -> Tensor:
+        """(B,) in nats: binary and multiclass cross-entropy; half the squared error for regression.
+
+        `served` is the score that the first row was answered with; the others (replayed) have none.
+        """
         if self.task == "binary":
-            return functional.binary_cross_entropy_with_logits(output[:, 0], y, reduction="none")
+            losses = functional.binary_cross_entropy_with_logits(output[:, 0], y, reduction="none")
+            if self.alpha and served is not None:
+                losses = torch.cat((self_corrected(losses[:1], output[:1, 0], y[:1], served, self.alpha), losses[1:]))
+            return losses
         if self.task == "multiclass":
             return functional.cross_entropy(output, y.long(), reduction="none")
         return 0.5 * (output[:, 0] - y) ** 2
 
-    def step(self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor, share: Tensor) -> bool:
-        """One update on sum(share * loss). Returns False, and changes nothing, when the gradient is unusable."""
+    def step(
+        self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor, share: Tensor, served: float | None = None
+    ) -> bool:
+        """One update on sum(share * loss); `served` as in `losses`.
+
+        Returns False, and changes nothing, when the gradient is unusable.
+        """
         rows = self.table[ids].requires_grad_()  # (B, S, W)
-        loss = self.losses(self._forward(rows, weights, dense), y).dot(share)
+        loss = self.losses(self.forward(rows, weights, dense), y, served).dot(share)
         by_slot, *by_param = torch.autograd.grad(loss, [rows, *self.params.values()], materialize_grads=True)
         touched, inverse = torch.unique(ids, return_inverse=True)
         row_gradient = self.table.new_zeros(len(touched), self.table.shape[1])  # (U, W): one sum for a row's every use
@@ -125,6 +166,21 @@ class Eager:
         for own, slots in ((self.row_slots, state["row_slots"]), (self.slots, state["slots"])):
             for i, slot in enumerate(own):
                 slot.copy_(slots[str(i)])
+
+
+def self_corrected(loss: Tensor, logit: Tensor, y: Tensor, served: float, alpha: float) -> Tensor:
+    """(1 - alpha) x cross-entropy + alpha x what the probability is worse by than the one that was served. # (B,)
+
+    Source:
+        ReLoop, Cai et al. 2022 (SIGIR), arXiv 2204.11165: y max(p' - p, 0) + (1 - y) max(p - p', 0).
+
+    Differs from the source:
+        p' is what was served, compensation and all, one label delay ago, instead of last day's model's. Replayed rows
+        carry cross-entropy alone: nobody has served them lately.
+    """
+    p = torch.sigmoid(logit)
+    worse = y * (served - p).clamp_min(0.0) + (1.0 - y) * (p - served).clamp_min(0.0)
+    return (1.0 - alpha) * loss + alpha * worse
 
 
 def _flatten(params: list[torch.nn.Parameter]) -> Tensor:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streamcl.metrics.binary import Binary
 from streamcl.metrics.multiclass import Multiclass
 from streamcl.metrics.regression import Regression
@@ -22,7 +25,7 @@ class Prequential:
         classes: width of the served probabilities; multiclass only.
 
     Shape:
-        `outcome.ticket.scores.served` is (1,), a probability or a value, or (C,), class probabilities.
+        `served` is (1,), a probability or a value, or (C,), class probabilities.
 
     Raises:
         ValueError: window < 1; or a state of another window is loaded.
@@ -42,11 +45,14 @@ class Prequential:
             self._metrics = Regression(window)
 
     def update(self, outcome: Outcome) -> float:
+        """Take the score that was served in; see `add`."""
+        return self.add(outcome.label, outcome.ticket.scores.served)
+
+    def add(self, label: float, served: NDArray[np.float32]) -> float:
         """The example's loss: nats, or the squared error for regression.
 
         One that is not finite is counted as `unscored` and enters no sum, for a sum would never recover from it.
         """
-        label, served = outcome.label, outcome.ticket.scores.served
         loss = self._metrics.loss(label, served)
         if math.isfinite(loss):
             self._metrics.add(label, served, loss)

@@ -2,7 +2,7 @@
 
 Shape of every model's `forward`: first (B, F, O) first-order weights, vectors (B, F, D) embeddings, dense (B, N)
 standardised numerics; returns (B, O) logits, or standardised values for regression. `first_order` and `embedding`
-say which of the two a model reads, and so what a row of the table holds.
+say which of the two a model reads, and so what a row of the table holds. `tower` is its hidden layers, if it has any.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Logistic(nn.Module):
     """A linear model on one weight per category and output: the baseline that is hard to beat on ids alone."""
 
     first_order, embedding = True, False
+    tower: MLP | None = None
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -54,6 +55,10 @@ class MLP(nn.Module):
         widths = (shape.fields * shape.dim + shape.numerics, *shape.hidden)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, shape.hidden, strict=False))
         self.head = nn.Linear(widths[-1], shape.outputs)
+
+    @property
+    def tower(self) -> MLP:
+        return self
 
     def forward(self, _first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         h = torch.cat((vectors.flatten(1), dense), 1)  # (B, F*D + N)
@@ -81,6 +86,10 @@ class DeepFM(nn.Module):
         self.linear = Logistic(shape)
         self.deep = MLP(shape)
         self.pairs = nn.Linear(shape.dim, shape.outputs, bias=False) if shape.outputs > 1 else None
+
+    @property
+    def tower(self) -> MLP:
+        return self.deep
 
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         total = vectors.sum(1)  # (B, D)

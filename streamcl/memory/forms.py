@@ -1,0 +1,253 @@
+"""Three ways to remember which errors were made where: rows, a sketch, and sums by key.
+
+A form takes `write(key, values)` and answers `read(keys)`: for each key a support and the weighted means of the values
+written near it (V numbers: the label, then the score that was given). It forgets all by `reset`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamcl.memory.kernels import read_rows, read_sketch, write_sketch
+from streamcl.protocols import State
+from streamcl.random import key_of, normal_array
+from streamcl.stations import KeyMemory, KNNMemory, SketchMemory
+
+Floats = NDArray[np.float32]
+CENTRE_RATE = 0.001
+NO_KEY = -1
+
+
+class Form(Protocol):
+    """How an error memory remembers. `width` V is the number of values of a record."""
+
+    def read(self, keys: NDArray[Any], /) -> NDArray[np.float64]:
+        """(B, 1 + V): the support, 0 for none, and the means."""
+        ...
+
+    def write(self, key: NDArray[Any], values: Floats, /) -> bool:
+        """False, and nothing has changed, for a key that can't be used."""
+        ...
+
+    def reset(self) -> None: ...
+
+    def __len__(self) -> int:
+        """Records that a read may still see (count); of a sketch, those written since the reset."""
+        ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class Centre:
+    """The running mean of keys: raw ReLU outputs all lie in one orthant, where SimHash tells little apart."""
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.mean = np.zeros(dim, np.float32)
+
+    def update(self, key: Floats) -> bool:
+        """False for a key that isn't finite: a mean would never recover from it."""
+        moved = self.mean + np.float32(max(CENTRE_RATE, 1.0 / (self.count + 1))) * (key - self.mean)
+        if not math.isfinite(float(moved.sum())):
+            return False
+        self.mean, self.count = moved, self.count + 1
+        return True
+
+    def state_dict(self) -> State:
+        return {"count": self.count, "mean": self.mean.copy()}
+
+    def load_state_dict(self, state: State) -> None:
+        self.count = int(state["count"])
+        self.mean = np.array(state["mean"], np.float32)
+
+
+class KNN:
+    """The last `capacity` records, compared one by one: exact, and fast for some thousands.
+
+    Shape:
+        keys (B, d) float32, raw; rows are centred and of unit length.
+
+    Source:
+        ReLoop2, Zhu et al. 2023 (KDD), arXiv 2306.08808: its kNN form; softmax over cosine similarity.
+
+    Differs from the source:
+        First in, first out, where the paper thins at random to bound memory. Centred. Optional half-life.
+    """
+
+    def __init__(self, config: KNNMemory, dim: int, width: int, _seed: int) -> None:
+        self.config = config
+        self.fade = math.log(2.0) / config.half_life_events if config.half_life_events else 0.0
+        self.centre = Centre(dim)
+        self.rows = np.zeros((config.capacity, dim), np.float32)
+        self.values = np.zeros((config.capacity, width), np.float32)
+        self.writes = 0  # since the reset
+
+    def __len__(self) -> int:
+        return min(self.writes, self.config.capacity)
+
+    def read(self, keys: NDArray[Any]) -> NDArray[np.float64]:
+        out = np.zeros((len(keys), 1 + self.values.shape[1]))
+        size, head = len(self), self.writes % self.config.capacity
+        if size >= self.config.min_support:
+            k = min(self.config.neighbours, size)
+            read_rows(keys, self.centre.mean, self.rows, self.values, size, head, k, self.config.tau, self.fade, out)
+        return out
+
+    def write(self, key: NDArray[Any], values: Floats) -> bool:
+        threshold, half = self.config.error_threshold, len(values) // 2
+        if threshold and float(np.abs(values[:half] - values[half:]).max()) <= threshold:
+            return True
+        moved = key - self.centre.mean
+        norm = math.sqrt(float(moved.dot(moved)))
+        self.centre.update(key)
+        if not 0.0 < norm < math.inf:
+            return False
+        slot = self.writes % self.config.capacity
+        np.divide(moved, norm, out=self.rows[slot])
+        self.values[slot] = values
+        self.writes += 1
+        return True
+
+    def reset(self) -> None:
+        self.writes = 0
+
+    def state_dict(self) -> State:
+        size = len(self)
+        held = {"rows": self.rows[:size].copy(), "values": self.values[:size].copy()}
+        return {**held, "centre": self.centre.state_dict(), "writes": self.writes}
+
+    def load_state_dict(self, state: State) -> None:
+        self.writes = int(state["writes"])
+        self.centre.load_state_dict(state["centre"])
+        self.rows[: len(self)], self.values[: len(self)] = state["rows"], state["values"]
+
+
+class Sketch:
+    """K arrays of 2^L buckets, each with a count and sums: constant memory, for when the rows are too many.
+
+    Shape:
+        keys (B, d) float32, raw. sums (K, 2^L, 1 + V): count, sums of the values.
+
+    Source:
+        ReLoop2, Zhu et al. 2023, arXiv 2306.08808, after RACE, Coleman & Shrivastava 2020 (WWW).
+
+    Differs from the source:
+        Read-outs are pooled (sum of sums by sum of counts), for how the paper weighs them is not clear. It decays by a
+        half-life, lazily. Keys are centred by a mean that is latched, for a moving one would re-map the buckets: at
+        every reset, and after 1, 2, 4, 8, ... keys.
+    """
+
+    def __init__(self, config: SketchMemory, dim: int, width: int, seed: int) -> None:
+        shape = (config.arrays, config.bits, dim)
+        key = key_of(seed, "error_memory.planes")
+        self.config = config
+        self.fade = math.log(2.0) / config.half_life_events if config.half_life_events else 0.0
+        self.planes = normal_array(key, math.prod(shape)).astype(np.float32).reshape(shape)
+        self.centre = Centre(dim)
+        self.latched = np.zeros(dim, np.float32)
+        self.sums = np.zeros((config.arrays, 1 << config.bits, 1 + width), np.float32)
+        self.touched = np.zeros(self.sums.shape[:2], np.int64)
+        self.writes = self.since = 0
+
+    def __len__(self) -> int:
+        return self.writes - self.since
+
+    def read(self, keys: NDArray[Any]) -> NDArray[np.float64]:
+        out = np.zeros((len(keys), self.sums.shape[2]))
+        where = self.latched, self.planes, self.sums, self.touched
+        read_sketch(keys, *where, self.writes, self.since, self.fade, float(self.config.min_support), out)
+        return out
+
+    def write(self, key: NDArray[Any], values: Floats) -> bool:
+        where = self.latched, self.planes, self.sums, self.touched
+        written = write_sketch(key, *where, self.writes + 1, self.since, self.fade, values)
+        self.writes += written
+        if self.centre.update(key) and self.centre.count.bit_count() == 1:
+            self.latched = self.centre.mean.copy()
+        return bool(written)
+
+    def reset(self) -> None:
+        """O(1): what was touched before reads as empty."""
+        self.since = self.writes
+        self.latched = self.centre.mean.copy()
+
+    def state_dict(self) -> State:
+        arrays = {"sums": self.sums.copy(), "touched": self.touched.copy(), "latched": self.latched.copy()}
+        return {**arrays, "centre": self.centre.state_dict(), "writes": self.writes, "since": self.since}
+
+    def load_state_dict(self, state: State) -> None:
+        self.sums[:], self.touched[:], self.latched[:] = state["sums"], state["touched"], state["latched"]
+        self.centre.load_state_dict(state["centre"])
+        self.writes, self.since = int(state["writes"]), int(state["since"])
+
+
+class ByKey:
+    """The mean error of each user, item or session, drawn towards 0 by `shrinkage`: what the vector forms must beat.
+
+    Shape:
+        keys (B, 1) int64, `NO_KEY` for none. Means are sums by (count + shrinkage).
+
+    The key seen longest ago gives way when more than `capacity` are held.
+    """
+
+    def __init__(self, config: KeyMemory, _dim: int, width: int, _seed: int) -> None:
+        self.config = config
+        self.width = width
+        self.halving = 1.0 / config.half_life_events if config.half_life_events else 0.0
+        self.sums: dict[int, list[float]] = {}  # key -> [last touch, count, sums of values...]; oldest first
+        self.writes = 0
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    def read(self, keys: NDArray[Any]) -> NDArray[np.float64]:
+        out = np.zeros((len(keys), 1 + self.width))
+        for b, [key] in enumerate(keys.tolist()):
+            entry = self.sums.get(key)
+            if entry is None:
+                continue
+            factor = 2.0 ** (-self.halving * (self.writes - entry[0]))
+            count = entry[1] * factor
+            if count > 0.0 and count >= self.config.min_support:
+                share = factor / (count + self.config.shrinkage)
+                out[b] = [count, *(total * share for total in entry[2:])]
+        return out
+
+    def write(self, key: NDArray[Any], values: Floats) -> bool:
+        [name] = key.tolist()
+        if name == NO_KEY:
+            return False
+        self.writes += 1
+        entry = self.sums.pop(name, None)
+        if entry is None:
+            self.sums[name] = [self.writes, 1.0, *values.tolist()]
+            if len(self.sums) > self.config.capacity:
+                del self.sums[next(iter(self.sums))]
+            return True
+        factor = 2.0 ** (-self.halving * (self.writes - entry[0]))
+        added = zip(entry[2:], values.tolist(), strict=True)
+        self.sums[name] = [self.writes, entry[1] * factor + 1.0, *(total * factor + value for total, value in added)]
+        return True
+
+    def reset(self) -> None:
+        self.sums.clear()
+
+    def state_dict(self) -> State:
+        return {
+            "keys": np.array(list(self.sums), np.int64),
+            "sums": np.array(list(self.sums.values()), np.float64).reshape(-1, 2 + self.width),
+            "writes": self.writes,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.sums = dict(zip(state["keys"].tolist(), state["sums"].tolist(), strict=True))
+        self.writes = int(state["writes"])
+
+
+FORMS: dict[str, type[KNN] | type[Sketch] | type[ByKey]] = {"knn": KNN, "sketch": Sketch, "key": ByKey}
