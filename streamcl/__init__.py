@@ -17,11 +17,11 @@ Table of contents, in the order of the journey (start with `worker`):
     decode         record to event or label
     features       event to arrays
     join           tickets waiting for labels
-    learner        model, replay and engine: predict and learn
+    learner        model, memories and engine: predict and learn
     river_learner  a River model in the learner's place
     engine         how the arithmetic is done: eager
     models         logistic, mlp, deepfm
-    memory         replay and its retention policies
+    memory         replay and its retention policies; the error memory
     metrics        prequential metrics
     drift          detectors, and the signals they emit
     progress       where a shard stands, and a proof of what it has learned from
@@ -32,6 +32,7 @@ Table of contents, in the order of the journey (start with `worker`):
     snapshot       the files of one snapshot, and the check of every byte
     remote         copies of snapshots in an object store
     checkpoint     the snapshots of a shard: atomic, retained, mended
+    readings       what parts say about themselves, as Prometheus families
     telemetry      turns to Prometheus
     replica        the newest snapshot of a worker, followed
     serve          predictions over HTTP

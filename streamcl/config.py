@@ -21,6 +21,7 @@ from streamcl.records import EVENTS, LABELS
 from streamcl.services import Kafka, Registry
 from streamcl.stations import (
     KINDS,
+    MEMORIES,
     Categorical,
     Change,
     Checkpoint,
@@ -254,6 +255,10 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
+TAGGED = {"features": KINDS, "error_memory": MEMORIES}
+"""Tables whose `kind` says which keys they have."""
+
+
 def _site(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     return parts.scheme, parts.netloc
@@ -262,7 +267,7 @@ def _site(url: str) -> tuple[str, str]:
 def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
     for item in error.errors(include_url=False):
         # pydantic puts a feature's kind behind its name; no user has written it there.
-        loc = [part for i, part in enumerate(item["loc"]) if i != 2 or item["loc"][0] != "features"]
+        loc = [part for i, part in enumerate(item["loc"]) if i != 2 or item["loc"][0] not in TAGGED]
         path = ".".join(map(str, loc))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
@@ -273,8 +278,8 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    if loc[:1] == ("features",) and len(loc) == 3:
-        return list(KINDS[str(loc[2])].model_fields)
+    if len(loc) == 3 and loc[0] in TAGGED:
+        return [info.alias or name for name, info in TAGGED[str(loc[0])][str(loc[2])].model_fields.items()]
     for part in loc:
         annotation = model.model_fields[str(part)].annotation
         choices = (annotation, *getattr(annotation, "__args__", ()))  # Labels | None

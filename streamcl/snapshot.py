@@ -229,7 +229,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "streamcl": __version__,
-        **{name: metadata.version(name) for name in ("torch", "numpy", "river")},
+        **{name: metadata.version(name) for name in ("torch", "numpy", "numba", "river")},
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

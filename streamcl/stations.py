@@ -223,6 +223,7 @@ class KeyMemory(Compensation):
     min_support: float = Stop(0.0, ge=0, description="a value with a lower decayed count is left out")
 
 
+MEMORIES: dict[str, type[Station]] = {"knn": KNNMemory, "sketch": SketchMemory, "key": KeyMemory}
 Memory = Annotated[KNNMemory | SketchMemory | KeyMemory, Field(discriminator="kind"), BeforeValidator(_named_kind)]
 
 

@@ -11,13 +11,11 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import prometheus_client as prometheus
 import torch
 import uvicorn
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,6 +24,7 @@ from starlette.routing import Route
 from streamcl import __version__
 from streamcl.config import Config
 from streamcl.protocols import StreamclError
+from streamcl.readings import Reported, Shards
 from streamcl.records import Stream, Turn
 
 FATES = (
@@ -54,44 +53,6 @@ REASONS = (
     "duplicate_ticket",
     "quarantined_label",
 )
-QUALITY = {
-    "log_loss": "Mean log-loss of what was served, in nats.",
-    "ne": "Log-loss divided by the entropy of the base rate; below 1 is better than a constant.",
-    "calibration": "Sum of scores divided by sum of labels; 1 is calibrated.",
-    "accuracy": "Share of labels that the score was on the right side of.",
-    "no_change_accuracy": "Accuracy of predicting the label before; what a model has to beat.",
-    "base_rate": "Share of positive labels.",
-    "auc": "Area under the ROC curve; over the whole stream to within auc_bound.",
-    "mae": "Mean absolute error, in the label's unit.",
-    "rmse": "Root mean squared error, in the label's unit.",
-    "baseline_rmse": "Root mean squared error of predicting the mean so far; what a model has to beat.",
-}
-"""Readings that come twice: over the whole stream, and over the recent window under a name that ends in `_window`."""
-PARTS = {
-    "tickets": ("tickets", "Events that wait for their label (count)."),
-    "orphans": ("waiting_labels", "Labels that wait for their event (count)."),
-    "watermark_s": ("watermark_timestamp_seconds", "Event time before which nothing more is expected."),
-    "replay_rows": ("replay_rows", "Examples in the replay memory (count)."),
-    "weights_version": ("weights_version", "Learning steps behind the current weights (count)."),
-    "examples": ("scored_examples", "Labelled examples in the metrics over the whole stream (count)."),
-    "unscored": ("unscored_examples", "Labelled examples whose loss was not finite (count)."),
-    "auc_bound": ("auc_bound", "Largest error of auc over the whole stream."),
-    "suppressed": ("drift_suppressed", "Alarms within the refractory period since the start of the stream (count)."),
-    "improvements": ("drift_improvements", "Falls of the mean loss since the start of the stream (count)."),
-    "restarts": ("drift_restarts", "Detectors begun afresh after a change of River's version (count)."),
-    "sink_inflight_records": ("producer_inflight_records", "Predictions not yet acknowledged (count)."),
-    "sink_inflight_bytes": ("producer_inflight_bytes", "The same in bytes."),
-    "sink_rebuilds": ("producer_rebuilds", "Producers replaced since the shard was built (count)."),
-    "sink_rejections": (
-        "producer_rejections",
-        "Predictions that the broker refused since then (count).",
-    ),
-    "checkpoints_deferred": ("checkpoints_deferred", "Put off, the one before being still written (count)."),
-    "source_retries": ("poll_retries", "Polls that failed, brokers being away (count)."),
-    "source_away": ("brokers_away", "1 while no broker of the inputs is connected, else 0."),
-    "source_commit_failures": ("commit_failures", "Times that progress could not be shown to lag tools (count)."),
-    "mean": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
-}
 CAUSES = ("unavailable", "fenced")
 SAVE_FAULTS = ("disk_full", "denied", "read_only", "io", "other")
 """Why a checkpoint could not be written."""
@@ -105,64 +66,6 @@ prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 class TelemetryError(StreamclError):
     """The address of `[telemetry]` can't be listened on."""
-
-
-class Reported:
-    """What one shard's worker computed, as told last."""
-
-    def __init__(self) -> None:
-        self.position: Mapping[Stream, int] = {}
-        self.lag: Mapping[Stream, int] = {}
-        self.readings: Mapping[str, float] = {}
-
-
-class Shards(Collector):
-    """What others computed, by shard: a scrape sees whole tellings, and no series of a value that is gone.
-
-    Args:
-        labelled: Readings carry a label `shard`: there are several.
-    """
-
-    def __init__(self, labelled: bool) -> None:
-        self.labels = ["shard"] if labelled else []
-        self.by_index: dict[int, Reported] = {}
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        told = dict(self.by_index)
-        yield _by_stream("position", "Offset that is read next.", [each.position for each in told.values()])
-        yield _by_stream("lag_records", "Records that wait (count); at least 0.", [each.lag for each in told.values()])
-        left = {index: dict(each.readings) for index, each in told.items()}
-        for readings in left.values():
-            for told_already in ("lag_records", "alarms"):  # by partition, and as a counter
-                readings.pop(told_already, None)
-        yield from self._quality(left)
-        for key in dict.fromkeys(key for readings in left.values() for key in readings):
-            name, text = PARTS.get(key, (key, "Reported by a part of the worker."))
-            family = GaugeMetricFamily(f"streamcl_{name}", text, labels=self.labels)
-            for index, readings in left.items():
-                if key in readings:
-                    family.add_metric(self.values(index), readings[key])
-            yield family
-
-    def values(self, index: int) -> list[str]:
-        return [str(index)] if self.labels else []
-
-    def _quality(self, left: Mapping[int, dict[str, float]]) -> Iterator[GaugeMetricFamily]:
-        """Takes out of `left` what has a window."""
-        for name, text in QUALITY.items():
-            family = GaugeMetricFamily(f"streamcl_{name}", text, labels=["window", *self.labels])
-            for index, readings in left.items():
-                for window, key in (("whole", name), ("recent", f"{name}_window")):
-                    if key in readings:
-                        family.add_metric([window, *self.values(index)], readings.pop(key))
-            yield family
-
-
-def _by_stream(name: str, text: str, told: Sequence[Mapping[Stream, int]]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"streamcl_{name}", text, labels=["input", "partition"])
-    for stream, value in [item for values in told for item in values.items()]:
-        family.add_metric([stream.input, str(stream.partition)], max(0, value))
-    return family
 
 
 class Telemetry:

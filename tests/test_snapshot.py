@@ -167,5 +167,5 @@ def golden() -> State:
 def test_an_environment_is_equal_to_itself_and_a_difference_is_named() -> None:
     here = environment()
     assert difference(here, environment()) == []
-    assert {"python", "streamcl", "torch", "numpy", "river", "machine", "cpu", "threads"} == here.keys()
+    assert {"python", "streamcl", "torch", "numpy", "numba", "river", "machine", "cpu", "threads"} == here.keys()
     assert difference(here, here | {"threads": 64}) == [f"threads: {here['threads']} -> 64"]

@@ -16,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from streamcl import telemetry
 from streamcl.config import Config
+from streamcl.readings import PARTS, QUALITY, STAGES
 from streamcl.records import DeadLetter, Origin, Record, Signal, Stream, Turn
-from streamcl.telemetry import FATES, PARTS, QUALITY, REASONS, Telemetry, TelemetryError
+from streamcl.telemetry import FATES, REASONS, Telemetry, TelemetryError
 
 EVENTS_0 = Stream("events", 0)
 READINGS = {"log_loss": 0.5, "log_loss_window": 0.25, "auc": 0.75, "tickets": 3.0, "watermark_s": 99.5, "mean": 0.4}
@@ -162,6 +163,7 @@ def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
 ) -> None:
     watcher, client = watching
     readings = dict.fromkeys([*QUALITY, *(f"{name}_window" for name in QUALITY), *PARTS], 0.5)
+    readings |= {f"error_memory_{stage}_{name}": 0.5 for stage in range(2) for name in STAGES}
     watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: 5}, readings=readings)
     series = scrape(client)
     labels = {name for _, pairs in series for name, _ in pairs}
@@ -179,7 +181,10 @@ def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
         "version",
         "python",
         "torch",
+        "stage",
     }
+    assert value(series, "error_memory_lambda", stage="1") == 0.5
+    assert value(series, "base_log_loss", window="recent") == 0.5
 
 
 def test_ready_is_a_503_with_its_reason_until_the_worker_is(watching: tuple[Telemetry, httpx.Client]) -> None:
@@ -233,7 +238,7 @@ def test_close_ends_the_server() -> None:
         httpx.get(f"{url}/livez")
 
 
-def test_only_telemetry_imports_the_client() -> None:
+def test_only_telemetry_and_readings_import_the_client() -> None:
     package = Path(telemetry.__file__).parent
     users = {path.name for path in package.rglob("*.py") if "prometheus_client" in path.read_text()}
     assert users == {"telemetry.py"}

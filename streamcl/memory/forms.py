@@ -52,11 +52,12 @@ class Centre:
         self.mean = np.zeros(dim, np.float32)
 
     def update(self, key: Floats) -> bool:
-        """False for a key that isn't finite: a mean would never recover from it."""
-        moved = self.mean + np.float32(max(CENTRE_RATE, 1.0 / (self.count + 1))) * (key - self.mean)
-        if not math.isfinite(float(moved.sum())):
+        """False for a key of no finite length: a mean would never recover from it."""
+        moved = key - self.mean
+        if not math.isfinite(moved.dot(moved)):
             return False
-        self.mean, self.count = moved, self.count + 1
+        self.count += 1
+        self.mean = self.mean + np.float32(max(CENTRE_RATE, 1.0 / self.count)) * moved
         return True
 
     def state_dict(self) -> State:
