@@ -36,7 +36,7 @@ from connectors.codec import as_line, envelope
 from connectors.rows import Row, kind_of, open_rows
 from streamcl.config import Config
 from streamcl.features import lookup
-from streamcl.protocols import ConnectorError, Fenced
+from streamcl.protocols import NOTHING, ConnectorError, Fenced, Outputs
 from streamcl.records import LABELS, Message, Order, Origin, Position, Record, Stream
 from streamcl.stations import Events, Labels
 
@@ -245,10 +245,10 @@ class FileControlLog:
             raise ConnectorError(f"{self.path}: no offset {start} in the control log: it ends at {end}")
         return self._orders(start, end) if end else iter(())
 
-    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
+    def append(self, order: Order, outputs: Outputs = NOTHING) -> int:
         if self._file is None:
             raise ConnectorError(f"{self.path}: append before open")
-        if outputs:
+        if any(outputs.values()):
             raise ConnectorError(f"{self.path}: files know no transactions; exactly-once delivery needs Kafka")
         with _locked(self._file, self.path):
             if os.fstat(self._file.fileno()).st_size != self._end:

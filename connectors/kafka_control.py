@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 import orjson
@@ -11,7 +11,7 @@ import orjson
 from connectors import kafka_client as client
 from connectors.kafka_client import Fault, Kind, within
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Fenced, Unavailable
+from streamcl.protocols import NOTHING, ConnectorError, Fenced, Outputs, Unavailable
 from streamcl.records import Message, Order, Record, Stream
 
 T = TypeVar("T")
@@ -34,8 +34,6 @@ class KafkaControlLog:
     def __init__(self, url: str, config: Config) -> None:
         self._url, self._config = url, config
         self._servers, self._topic = client.locate(url)
-        outputs = config.predictions or ""  # of a backtest they may be a file's
-        self._outputs = client.locate(outputs)[1] if outputs.startswith("kafka:") else ""
         self._producer: client.Transactions | None = None
 
     def open(self) -> None:
@@ -44,12 +42,12 @@ class KafkaControlLog:
         count = client.ensure_topic(self._servers, self._topic, self._config, 1, {"retention.ms": "-1"})
         if count != 1:
             raise ConnectorError(f"{self._url}: a control log needs 1 partition, this topic has {count}")
-        if self._config.exactly_once and self._config.predictions:
-            client.ensure_outputs(self._config.predictions, self._config)
+        for url in self._config.published if self._config.exactly_once else ():
+            client.ensure_outputs(url, self._config)
         self._producer = client.library(self._config).open_transactions(self._servers, self._config)
         self._guarded(self._producer.init, passing=(Kind.PASSING,))  # nothing is under way yet
 
-    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
+    def append(self, order: Order, outputs: Outputs = NOTHING) -> int:
         """See `ControlLog.append`. About 2.5 ms; gives up after kafka.transaction_timeout_s.
 
         Raises:
@@ -61,8 +59,11 @@ class KafkaControlLog:
         if self._producer is None:
             raise ConnectorError(f"{self._url}: append to a control log that is not open")
         record = Message(orjson.dumps({"shard": self._config.shard.index} | order.to_json()))
-        client.sizes_within([record, *outputs], self._config.kafka.max_request_bytes, self._url)
-        return self._guarded(lambda: self._transaction(record, outputs)) + 1
+        sent = [(client.locate(url)[1], message) for url, messages in outputs.items() for message in messages]
+        client.sizes_within(
+            [record, *(message for _, message in sent)], self._config.kafka.max_request_bytes, self._url
+        )
+        return self._guarded(lambda: self._transaction(record, sent)) + 1
 
     def read(self, start: int) -> Iterator[tuple[int, Order]]:
         """See `ControlLog.read`.
@@ -83,13 +84,13 @@ class KafkaControlLog:
             producer, self._producer = self._producer, None
             producer.discard()
 
-    def _transaction(self, record: Message, outputs: Sequence[Message]) -> int:
+    def _transaction(self, record: Message, outputs: list[tuple[str, Message]]) -> int:
         """The offset of the control record, once its transaction is committed."""
         producer = self._producer
         assert producer is not None  # noqa: S101 - `append` looks first
         producer.begin()
-        for message in outputs:
-            producer.send(self._outputs, message)
+        for topic, message in outputs:
+            producer.send(topic, message)
         sent = producer.send(self._topic, record, 0)
         producer.commit()
         offset = producer.offset(sent)

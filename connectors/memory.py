@@ -18,7 +18,7 @@ import orjson
 
 from connectors.memory_broker import Choice, Crash, MemoryBroker, broker, locate, reset
 from streamcl.config import Config
-from streamcl.protocols import ConnectorError, Fenced, Gap
+from streamcl.protocols import NOTHING, ConnectorError, Fenced, Gap, Outputs
 from streamcl.records import LABELS, Message, Order, Origin, Position, Record, Stream
 from streamcl.stations import Shard
 
@@ -192,13 +192,12 @@ class MemoryControlLog:
     """A control log on partition 0 of a topic; `open` takes the next epoch, and only the newest may append.
 
     Args:
-        outputs: URL that the outputs of `append` go to, on the same broker.
+        published: URLs that outputs of `append` will go to, on the same broker; missing topics are made.
     """
 
-    def __init__(self, url: str, outputs: str | None = None) -> None:
+    def __init__(self, url: str, published: Collection[str] = ()) -> None:
         self._broker, self._topic = locate(url)
-        self._outputs = locate(outputs)[1] if outputs else ""
-        for topic in filter(None, (self._topic, self._outputs)):
+        for topic in (self._topic, *(locate(each)[1] for each in published)):
             if topic not in self._broker.topics():
                 self._broker.create(topic)
         self._life = self._broker.life
@@ -216,16 +215,20 @@ class MemoryControlLog:
         found = self._broker.read(self._topic, 0, start)
         return iter([(at, _order(message)) for at, message in enumerate(found, start + 1)])
 
-    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
+    def append(self, order: Order, outputs: Outputs = NOTHING) -> int:
         with self._broker.changed:
             self._broker.alive(self._life, self._topic)
             if not self._epoch:
                 raise ConnectorError(f"memory://{self._broker.name}/{self._topic}: append before open")
             if self._epoch != self._broker.epochs[self._topic]:
                 raise Fenced(f"memory://{self._broker.name}/{self._topic}: another worker has opened this control log")
-            width = self._broker.topics().get(self._outputs, 1)
-            answers = [(self._outputs, _partition(message, width), message) for message in outputs]
-            return self._broker.append(*answers, (self._topic, 0, Message(orjson.dumps(order.to_json()))))
+            widths = self._broker.topics()
+            sent = [
+                (topic, _partition(message, widths[topic]), message)
+                for topic, messages in ((locate(url)[1], messages) for url, messages in outputs.items())
+                for message in messages
+            ]
+            return self._broker.append(*sent, (self._topic, 0, Message(orjson.dumps(order.to_json()))))
 
     def close(self) -> None:
         pass
@@ -244,7 +247,7 @@ def open_sink(url: str, config: Config) -> MemorySink:  # noqa: ARG001 - the con
 
 
 def open_control(url: str, config: Config) -> MemoryControlLog:
-    return MemoryControlLog(url, config.predictions)
+    return MemoryControlLog(url, config.published if config.exactly_once else ())
 
 
 def check(urls: Collection[str], config: Config) -> Sequence[str]:

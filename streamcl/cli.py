@@ -234,6 +234,7 @@ def _redirected(config: Config, inputs: dict[str, str], predictions: str | None)
         data[name] |= {"url": url} | ({"codec": "json"} if url.startswith("file:") else {})
     # A backtest has no order to commit its answers with, and no business in a schema registry.
     backtest: dict[str, Any] = {"predictions": predictions, "predictions_codec": "json", "delivery": {}}
+    backtest |= {"outcomes": None}
     return Config.parse({**data, **backtest}, "--input")
 
 
@@ -294,7 +295,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
     """Validate a config, connect, and print what `run` would do. Changes nothing but an empty checkpoint folder."""
     settings = Config.load(config)
     urls = [*settings.inputs.values(), settings.dead_letters_url]
-    urls += [settings.predictions] if settings.predictions else []
+    urls += settings.published
     findings: list[str] = []
     for scheme in sorted({url.partition(":")[0] for url in urls}):
         mine = [url for url in urls if url.partition(":")[0] == scheme]
@@ -309,6 +310,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
         "fingerprint": fingerprint(settings),
         "inputs": settings.inputs,
         "predictions": settings.predictions,
+        "outcomes": settings.outcomes_url,
         "dead_letters": settings.dead_letters_url,
         "control": settings.control_url,
         "checkpoints": str(store.folder),

@@ -68,6 +68,9 @@ class Config(Station):
     labels: Labels | None = None
     predictions: str | None = Free(None, description="URL that predictions are sent to")
     predictions_codec: str = Stop("json", description="how predictions are written: json, avro, protobuf")
+    outcomes: str | None = Free(
+        None, description="URL that learned outcomes are sent to, for the error memory of read replicas; -SHARD follows"
+    )
     dead_letters: str | None = Free(
         None, description="URL of bad records; default: NAME-dead-letters beside the events"
     )
@@ -128,13 +131,19 @@ class Config(Station):
             raise ValueError("delivery.mode: exactly_once has nothing to deliver; set predictions")
         if self.exactly_once and _site(self.predictions or "") != _site(self.control_url):
             raise ValueError("delivery.mode: exactly_once needs predictions and control on the same brokers")
+        if self.exactly_once and any(_site(url) != _site(self.control_url) for url in self.published):
+            raise ValueError("delivery.mode: exactly_once needs outcomes and control on the same brokers")
         if self.exactly_once and _site(self.control_url)[0] == "file":
             raise ValueError("delivery.mode: files know no transactions; exactly_once needs Kafka")
-        urls = self.inputs | {name: getattr(self, name) for name in ("predictions", "dead_letters", "control")}
+        names = ("predictions", "outcomes", "dead_letters", "control")
+        urls = self.inputs | {name: getattr(self, name) for name in names}
         urls |= {"registry.url": self.registry.url}
         for name, url in urls.items():
             if "@" in urlsplit(url or "").netloc:
                 raise ValueError(f"{name}: no user or password in a URL; see [kafka] and [registry]")
+        others = {*self.inputs.values(), self.predictions, self.dead_letters_url, self.control_url}
+        if self.outcomes_url in others - {None}:
+            raise ValueError("outcomes: they need a topic of their own")
         return self
 
     @model_validator(mode="after")
@@ -199,14 +208,27 @@ class Config(Station):
         return self.model.classes if self.task == "multiclass" else 1
 
     @property
+    def published(self) -> list[str]:
+        """URLs that a turn's results go to; in exactly-once delivery together with its order."""
+        return [url for url in (self.predictions, self.outcomes_url) if url]
+
+    @property
+    def outcomes_url(self) -> str | None:
+        """Each shard's own, as `control_url` is: outcomes are numbered by shard, and have one order."""
+        return self.outcomes + self._of_shard if self.outcomes else None
+
+    @property
     def dead_letters_url(self) -> str:
         return self.dead_letters or self._beside("dead-letters")
 
     @property
     def control_url(self) -> str:
         """Each shard's own: with several its index is part of the name."""
-        suffix = f"-{self.shard.index}" if self.shard.count > 1 else ""
-        return self.control + suffix if self.control else self._beside(f"control{suffix}")
+        return self.control + self._of_shard if self.control else self._beside(f"control{self._of_shard}")
+
+    @property
+    def _of_shard(self) -> str:
+        return f"-{self.shard.index}" if self.shard.count > 1 else ""
 
     def _beside(self, suffix: str) -> str:
         url = urlsplit(self.events.url)

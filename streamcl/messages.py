@@ -1,4 +1,4 @@
-"""What leaves a worker, as messages: predictions and dead letters. Pure: a second run makes the same bytes."""
+"""What leaves a worker, as messages: predictions, outcomes, dead letters. Pure: a second run makes the same bytes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import orjson
 
 from streamcl import __version__
-from streamcl.protocols import Codec
-from streamcl.records import DeadLetter, Headers, Message, Prediction, Scores
+from streamcl.features import Layout
+from streamcl.protocols import BadInput, Codec
+from streamcl.records import DeadLetter, Encoded, Fate, Headers, Learned, Message, Origin, Prediction, Record, Scores
 
 
 def scores_to_json(scores: Scores) -> dict[str, Any]:
@@ -43,8 +45,74 @@ def prediction_message(prediction: Prediction, codec: Codec, topic: str = "", by
     return Message(codec.encode(body), key.encode("utf-8", "surrogatepass"), headers)
 
 
+NUMBER = "streamcl-number"
+
+
+def outcome_message(learned: Learned, max_bytes: int) -> Message:
+    """What was learned, without a key: its topic has one partition. Readers drop repeats by the header NUMBER.
+
+    Of the slots only the filled ones are told, by their index. Floats are exact; NaN, a missing number, is null. An
+    outcome of more than `max_bytes` has no value: a broker that refused it would stop the worker at every start.
+    """
+    ids, weights, dense = learned.features
+    slots = np.flatnonzero(weights)
+    body = {
+        "number": learned.number,
+        "records": learned.records,
+        "id": learned.id,
+        "input": str(learned.origin),
+        "time": learned.time_s,
+        "delay": learned.delay_s,
+        "fate": learned.fate,
+        "label": learned.label,
+        "slots": slots.tolist(),
+        "ids": ids[slots].tolist(),
+        "weights": weights[slots].tolist(),
+        "dense": dense.tolist(),
+    }
+    value = orjson.dumps(body)
+    return Message(value if len(value) <= max_bytes else None, None, ((NUMBER, str(learned.number).encode()),))
+
+
+def outcome_number(record: Record) -> int | None:
+    """Of an outcome's message, from its header alone; None when it is no such message."""
+    try:
+        return int(dict(record.headers)[NUMBER])
+    except (KeyError, ValueError):
+        return None
+
+
+def outcome_of(value: bytes | None, layout: Layout) -> Learned:
+    """The inverse of `outcome_message`. Raises BadInput: no outcome, or one of other features."""
+    try:
+        body = orjson.loads(value or b"")
+        ids, weights = layout.slot_base.copy(), np.zeros(len(layout.slot_base), np.float32)
+        slots = np.array(body["slots"], np.int64)
+        ids[slots], weights[slots] = body["ids"], body["weights"]
+        dense = np.array(body["dense"], np.float32)  # null becomes NaN
+        name, partition, offset = body["input"].rsplit(":", 2)
+        within = (slots >= 0).all() and ((ids >= 0) & (ids < layout.rows)).all() and np.isfinite(weights).all()
+        if dense.shape != (len(layout.numerics),) or not within:
+            raise BadInput("schema", "an outcome of other features than this model's")
+        return Learned(
+            number=int(body["number"]),
+            records=int(body["records"]),
+            id=str(body["id"]),
+            origin=Origin(name, int(partition), int(offset)),
+            features=Encoded(ids, weights, dense),
+            label=float(body["label"]),
+            fate=Fate(body["fate"]),
+            time_s=float(body["time"]),
+            delay_s=float(body["delay"]),
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise BadInput(
+            "undecodable", f"no outcome: {type(error).__name__}"
+        ) from None  # the cause would carry the payload
+
+
 def rejected_message(message: Message, error: str) -> Message:
-    """A prediction that its destination refuses, as a dead letter: the headers that it had say where it came from."""
+    """What its destination refuses, as a dead letter: the headers that it had say where it came from."""
     ours = {"reason": "rejected_by_broker", "error": error[:ERROR_CHARACTERS], "version": __version__}
     headers = tuple((f"streamcl-{name}", text.encode("utf-8", "replace")) for name, text in ours.items())
     return replace(message, headers=message.headers + headers)

@@ -9,8 +9,10 @@ import xxhash
 from streamcl.protocols import ConnectorError, State
 from streamcl.records import (
     DeadLetter,
+    Learned,
     Origin,
     Outcome,
+    Position,
     Prediction,
     Signal,
     Stream,
@@ -38,6 +40,8 @@ class Progress:
 
     `publish_from`: events that stand before it are history. They are learned from, and nobody is told what was
     predicted (see `bootstrap.Bootstrap`).
+
+    `outcomes`: the number of the outcome last learned from. It names one outcome for ever.
     """
 
     def __init__(self) -> None:
@@ -45,6 +49,7 @@ class Progress:
         self.publish_from: dict[Stream, int] = {}
         self.records = 0
         self.learned = 0
+        self.outcomes = 0
 
     def advance(self, origin: Origin) -> None:
         if origin.offset < self.position.get(origin.stream, 0):
@@ -52,7 +57,13 @@ class Progress:
         self.position[origin.stream] = origin.offset + 1
         self.records += 1
 
+    def leap(self, position: Position) -> None:
+        """Go on at `position`. What had been learned behind the state's own end is void, and so are its numbers."""
+        self.position = dict(position)
+        self.outcomes += LEAP
+
     def learn(self, origin: Origin) -> None:
+        self.outcomes += 1
         self.learned = (self.learned + xxhash.xxh3_128_intdigest(str(origin).encode())) % (1 << 128)
 
     def bootstrapping(self) -> bool:
@@ -68,6 +79,7 @@ class Progress:
             "publish_from": position_to_json(self.publish_from),
             "records": self.records,
             "learned": f"{self.learned:032x}",
+            "outcomes": self.outcomes,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -75,13 +87,20 @@ class Progress:
         self.publish_from = position_from_json(state.get("publish_from", {}))
         self.records = state["records"]
         self.learned = int(state["learned"], 16)
+        self.outcomes = state.get("outcomes", 0)  # a snapshot of before they had numbers
+
+
+LEAP = 1 << 32
+"""More outcomes than can be void."""
 
 
 class Work:
-    """What the turn under way has brought about so far."""
+    """What the turn under way has brought about so far. `history`: nobody is told what the record at hand teaches."""
 
     def __init__(self) -> None:
+        self.history = False
         self.predictions: list[Prediction] = []
         self.outcomes: list[Outcome] = []
+        self.learned: list[Learned] = []
         self.dead_letters: list[DeadLetter] = []
         self.signals: list[Signal] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from streamcl.records import Message, Order, Position, Record, Stream
@@ -82,11 +83,17 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+Outputs = Mapping[str, Sequence[Message]]
+"""What one turn publishes, by URL; in this order within one."""
+
+NOTHING: Outputs = MappingProxyType({})
+
+
 class ControlLog(Protocol):
     """A shard's control topic: the order in which its inputs were taken, by a single, fenced writer.
 
-    In exactly-once delivery it carries the predictions too: an order and what it brought about become visible together
-    or not at all.
+    In exactly-once delivery it carries what is published too: an order and what it brought about become visible
+    together or not at all.
     """
 
     def open(self) -> None:
@@ -97,10 +104,11 @@ class ControlLog(Protocol):
         """(next offset, order) of everything from `start` to the end at the time of the call."""
         ...
 
-    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
+    def append(self, order: Order, outputs: Outputs = NOTHING) -> int:
         """Returns, once durable, the offset after this order. Raises `Fenced` when a successor has opened the log.
 
-        `outputs` go to the predictions' URL in the same transaction: readers of committed records see both or none.
+        `outputs` go out in the same transaction, to brokers that are the log's own: readers of committed records see
+        all of it or nothing.
         """
         ...
 

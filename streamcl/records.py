@@ -164,6 +164,23 @@ class Outcome:
     delay_s: float
 
 
+class Learned(NamedTuple):
+    """An outcome that the weights have learned from, as others are told of it.
+
+    `number` counts them, in a shard, without a hole, from 1 on; `records` is how many records the shard had taken.
+    """
+
+    number: int
+    records: int
+    id: str
+    origin: Origin  # of the event
+    features: Encoded
+    label: float
+    fate: Fate
+    time_s: float  # of the event
+    delay_s: float  # of the label, behind it
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """The answer to one event. Its identity is `origin`; a reader that saw it already may drop it."""
@@ -241,6 +258,8 @@ def position_from_json(data: Mapping[str, Mapping[str, int]]) -> dict[Stream, in
 class Turn:
     """One poll's worth of work, as seen from outside the loop. `position` stands after the turn.
 
+    `learned` are the outcomes that others are told of: not those of a history (see `bootstrap.Bootstrap`).
+
     `counts` holds what happened in this turn by fate (`predicted`, `learned`, `late`, ...); summed over turns it is
     the same however the stream was cut into polls.
     """
@@ -249,6 +268,7 @@ class Turn:
     position: Position
     predictions: tuple[Prediction, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
+    learned: tuple[Learned, ...] = ()
     dead_letters: tuple[DeadLetter, ...] = ()
     signals: tuple[Signal, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)

@@ -18,7 +18,7 @@ P is the position that the control log leads to.
 | exactly-once: anywhere before the commit | before this turn | as above |
 | order or transaction on its way, lost | before this turn | as above |
 | order or transaction durable, nobody was told | behind this turn | re-run; at-least-once sends |
-| at-least-once: answers unsent, half sent, unacknowledged | behind this turn | re-run, sent again |
+| at-least-once: answers, outcomes unsent, half sent, unacknowledged | behind this turn | re-run, sent again |
 | dead letters sent, nothing else | either | sent again, same origin in the headers |
 | a checkpoint: before, in or behind its flush, in its writing | behind it | a longer re-run from the one before |
 | behind a checkpoint, before or behind showing progress | behind it | a shorter re-run; progress is a gauge |
@@ -181,7 +181,7 @@ class Keeper:
                 for _, order in worker.control.read(since):
                     worker.progress.publish_from |= {s: o for s, o in order.position.items() if s.input == EVENTS}
             worker.control_offset = worker.control.append(Order((), position, leap=since))
-        worker.progress.position = dict(worker.source.seek(position))
+        worker.progress.leap(worker.source.seek(position))
         worker.counts["skipped"] += skipped
         self.save()
 

@@ -7,6 +7,7 @@ What belongs to a partition follows it (partition p goes to shard p % M), the re
 | positions, tickets, orphans, closed ids, alarms, newest event times | to the shard that now holds their partition |
 | watermark | the least of those it is made from: no window closes before its labels could come |
 | model, optimiser, replay memory, metrics, drift | from the old shard that held most of the new one's partitions |
+| number of the newest outcome | the highest of all: a topic of outcomes may have had another shard's before |
 | records, counts, learned hash | old shard i's are added to new shard i % M, so that their sums stay what they were |
 
 So no event is lost or learned twice, and the sum of the learned hashes is the hash of all that was ever learned. What
@@ -230,11 +231,11 @@ def _news(config: Config, olds: Sequence[Old], positions: Sequence[dict[Stream, 
     for index, position in enumerate(positions):
         votes = Counter(holder[stream].index for stream in position if stream in holder)
         most = min(votes, key=lambda old: (-votes[old], old)) if votes else index % len(olds)
-        state = {
-            **olds[most].loaded.state,
-            "joiner": joiners[index].state_dict(),
-            **_sums([old for old in olds if old.index % count == index], position, olds),
-        }
+        heirs_of = [old for old in olds if old.index % count == index]
+        sums = _sums(heirs_of, position, olds)
+        numbered = heirs_of if len(olds) == count else olds
+        sums["progress"]["outcomes"] = max(old.progress.outcomes for old in numbered)
+        state = {**olds[most].loaded.state, "joiner": joiners[index].state_dict(), **sums}
         fresh = {stream: offset for stream, offset in position.items() if stream not in holder}
         yield New(config.of_shard(index, count), state, most, fresh)
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from urllib.parse import urlsplit
 
 import orjson
@@ -20,7 +21,7 @@ from streamcl.decode import Decoder
 from streamcl.drift import DriftDetector
 from streamcl.join import Joiner
 from streamcl.learner import Learner
-from streamcl.messages import OUR_BYTES, dead_letter_message, prediction_message, rejected_message
+from streamcl.messages import OUR_BYTES, dead_letter_message, outcome_message, prediction_message, rejected_message
 from streamcl.metrics import Prequential
 from streamcl.progress import Counts, Progress, Work
 from streamcl.protocols import (
@@ -38,6 +39,7 @@ from streamcl.records import (
     DeadLetter,
     Event,
     Fate,
+    Learned,
     Message,
     Order,
     Outcome,
@@ -63,6 +65,7 @@ class Worker:
             open. None: the order that the source gives is repeatable by itself (one stream, or recorded files).
         predictions: None for a backtest that only wants metrics, and in exactly-once delivery, where the control log
             carries them.
+        outcomes: As `predictions`: told what has been learned.
 
     Raises:
         ConnectorError: from `run`; the turn under way is lost, and recovery takes it up again.
@@ -77,6 +80,7 @@ class Worker:
         predictions: Sink | None = None,
         dead_letters: Sink | None = None,
         control: ControlLog | None = None,
+        outcomes: Sink | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -84,10 +88,12 @@ class Worker:
         self.predictions = predictions
         self.dead_letters = dead_letters
         self.control = control
+        self.outcomes = outcomes
         self.control_offset = 0
         self.topic = urlsplit(config.events.url).path.rpartition("/")[2]
-        if predictions:
-            predictions.rejected = self._rejected
+        for sink, url in ((predictions, config.predictions), (outcomes, config.outcomes_url)):
+            if sink:
+                sink.rejected = partial(self._rejected, url or "")
         self.poll_timeout_s = config.worker.poll_timeout_s
         self.stopping = False
         self.caught_up = False
@@ -127,7 +133,7 @@ class Worker:
         order, turn = self._order(records), self.turn(records)
         self._send_dead_letters(turn)
         if records and self.control:
-            self.control_offset = self.control.append(order, self._answers(turn))
+            self.control_offset = self.control.append(order, self._published(turn))
         return turn
 
     def rerun(self, orders: Iterable[tuple[int, Order]]) -> Iterator[Turn]:
@@ -135,7 +141,7 @@ class Worker:
         for next_offset, order in orders:
             # One order is one turn: a snapshot lies between two orders, never inside one.
             if order.leap is not None:
-                self.progress.position = dict(self.source.seek(order.position))
+                self.progress.leap(self.source.seek(order.position))
             records = [record for stream, length in order.runs for record in self._exactly(stream, length)]
             self.control_offset = next_offset
             turn = self.turn(records, recovering=True)
@@ -158,6 +164,7 @@ class Worker:
             position=dict(self.progress.position),
             predictions=tuple(work.predictions),
             outcomes=tuple(work.outcomes),
+            learned=tuple(work.learned),
             dead_letters=tuple(work.dead_letters),
             signals=tuple(work.signals),
             counts=self.counts - before,
@@ -165,6 +172,7 @@ class Worker:
         )
 
     def _take(self, record: Record, work: Work) -> None:
+        work.history = self.progress.bootstrapping()
         self.progress.advance(record.origin)
         try:
             item = self.decoder.decode(record)
@@ -203,12 +211,19 @@ class Worker:
         if self.learner.learn(outcome):
             self.progress.learn(outcome.ticket.origin)
             self.counts["learned"] += 1
+            if not work.history:
+                work.learned.append(self._learned(outcome))
             return
         self.counts["quarantined"] += 1
         stub = orjson.dumps({"id": outcome.ticket.id, "label": outcome.label})
         record = Record(outcome.ticket.origin, outcome.ticket.origin.input, outcome.ticket.time_s, stub)
         error = "learning from this label would have made the weights non-finite or the gradient too large"
         work.dead_letters.append(DeadLetter(record, "quarantined_label", error))
+
+    def _learned(self, outcome: Outcome) -> Learned:
+        ticket, progress = outcome.ticket, self.progress
+        told = (ticket.id, ticket.origin, ticket.features, outcome.label, outcome.fate, ticket.time_s, outcome.delay_s)
+        return Learned(progress.outcomes, progress.records, *told)
 
     def _refuse(self, record: Record, reason: str, error: str, work: Work) -> None:
         self.counts["dead_letter"] += 1
@@ -226,20 +241,32 @@ class Worker:
         self._send_dead_letters(turn)
         if self.predictions and turn.predictions:
             self.predictions.send(self._answers(turn))
+        if self.outcomes and turn.learned:
+            self.outcomes.send(self._outcomes(turn))
 
     def _send_dead_letters(self, turn: Turn) -> None:
         if self.dead_letters and turn.dead_letters:
             most = min(self.config.events.max_bytes, self.config.kafka.max_request_bytes - 3 * OUR_BYTES)
             self.dead_letters.send([dead_letter_message(d, most) for d in turn.dead_letters])
 
+    def _published(self, turn: Turn) -> dict[str, list[Message]]:
+        """What leaves with the order, by URL."""
+        answers, outcomes = self.config.predictions, self.config.outcomes_url
+        found = {answers: self._answers(turn)} if answers else {}
+        return found | ({outcomes: self._outcomes(turn)} if outcomes else {})
+
+    def _outcomes(self, turn: Turn) -> list[Message]:
+        most = self.config.kafka.max_request_bytes - OUR_BYTES
+        return [outcome_message(learned, most) for learned in turn.learned]
+
     def _answers(self, turn: Turn) -> list[Message]:
         answered = [p for p in turn.predictions if self.progress.published(p.origin)]
         codec, by_id = self.codecs.predictions, self.config.kafka.compact_predictions
         return [prediction_message(p, codec, self.topic, by_id) for p in answered]
 
-    def _rejected(self, message: Message, error: str) -> None:
+    def _rejected(self, url: str, message: Message, error: str) -> None:
         if self.dead_letters is None:
-            raise ConnectorError(f"{self.config.predictions}: {error}; and there is no place for dead letters")
+            raise ConnectorError(f"{url}: {error}; and there is no place for dead letters")
         self.dead_letters.send([rejected_message(message, error)])
 
     def _order(self, records: Sequence[Record]) -> Order:
@@ -263,13 +290,13 @@ class Worker:
 
     def flush(self) -> None:
         """Return once everything sent is durable."""
-        for sink in (self.predictions, self.dead_letters):  # what the one rejects goes to the other
+        for sink in (self.predictions, self.outcomes, self.dead_letters):  # what the first reject goes to the last
             if sink:
                 sink.flush()
 
     def close(self) -> None:
         with contextlib.ExitStack() as closing:  # what fails to close keeps none of the others open
-            for part in (self.source, self.control, self.dead_letters, self.predictions):
+            for part in (self.source, self.control, self.dead_letters, self.outcomes, self.predictions):
                 if part:
                     closing.callback(part.close)
 
@@ -294,7 +321,7 @@ class Worker:
         """What the parts say about themselves, for telemetry and people. Never part of the state."""
         readers = (self.metrics, self.drift, self.joiner, self.learner)
         merged = {name: value for part in readers for name, value in part.read().items()}
-        connectors = {"sink": self.predictions, "source": self.source}
+        connectors = {"sink": self.predictions, "outcomes_sink": self.outcomes, "source": self.source}
         told = {  # by those connectors that have it to tell
             f"{kind}_{name}": float(getattr(part, name))
             for kind, part in connectors.items()
@@ -310,7 +337,7 @@ TOLD_BY_CONNECTORS = (
     *("inflight_records", "inflight_bytes", "rebuilds", "rejections"),
     *("retries", "commit_failures", "away"),
 )
-"""Attributes of a source or a sink that are readings too, under `source_` or `sink_`."""
+"""Attributes of a source or a sink that are readings too, under `source_`, `sink_` or `outcomes_sink_`."""
 
 
 def logged(control: ControlLog, start: int) -> Iterator[tuple[int, Order]]:
@@ -332,12 +359,15 @@ def build(config: Config) -> Worker:
     codecs = connect.codecs(config)
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(contextlib.closing(connect.open_source(config)))
-        sink = connect.open_sink(config.predictions, config) if config.predictions and not config.exactly_once else None
-        if sink:
-            opened.enter_context(contextlib.closing(sink))
-        dead_letters = opened.enter_context(contextlib.closing(connect.open_sink(config.dead_letters_url, config)))
+
+        def sink(url: str | None) -> Sink | None:
+            return opened.enter_context(contextlib.closing(connect.open_sink(url, config))) if url else None
+
+        alone = not config.exactly_once  # else the control log carries what is published
+        predictions, outcomes = (sink(url if alone else None) for url in (config.predictions, config.outcomes_url))
+        dead_letters = sink(config.dead_letters_url)
         control = connect.open_control(config) if keeps_order(config, source.streams()) else None
-        worker = Worker(config, source, codecs, sink, dead_letters, control)
+        worker = Worker(config, source, codecs, predictions, dead_letters, control, outcomes)
         opened.pop_all()
         return worker
 

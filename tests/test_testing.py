@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamcl.protocols import ControlLog, Fenced, State
+from streamcl.protocols import NOTHING, ControlLog, Fenced, Outputs, State
 from streamcl.records import Message, Order, Origin, Position, Record, Stream
 from streamcl.state import StateError
 from streamcl.testing import (
@@ -196,7 +196,7 @@ class Logged:
         skipped = 0 if self.breaks == "rereads" else start
         return iter([(at, order) for at, order in enumerate(self.place, 1) if at > skipped])
 
-    def append(self, order: Order, outputs: Sequence[Message] = ()) -> int:
+    def append(self, order: Order, outputs: Outputs = NOTHING) -> int:
         if self.mine != self.epoch[0] and self.breaks != "unfenced":
             if self.breaks == "leaks":
                 self.place.append(order)

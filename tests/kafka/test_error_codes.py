@@ -215,7 +215,7 @@ def _append(scene: Scene) -> str:
             try:
                 if turn == 0 and scene.request in ("InitProducerId", "FindCoordinator"):
                     log.open()
-                log.append(_order(turn), [Message(b"%d" % turn)])
+                log.append(_order(turn), {scene.config.published[0]: [Message(b"%d" % turn)]})
                 confirmed.append(turn)
             except Unavailable as error:
                 assert scene.case.code not in (*FORBIDDEN, *FENCED), f"opens anew what is forbidden or fenced: {error}"

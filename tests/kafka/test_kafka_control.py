@@ -186,7 +186,7 @@ def test_an_order_and_its_outputs_become_visible_together(cluster: Cluster) -> N
     log = kafka.open_control(config.control_url, config)
     log.open()
     for number in range(3):
-        log.append(_order(number), [Message(b"%d-%d" % (number, i), b"k") for i in range(2)])
+        log.append(_order(number), {config.published[0]: [Message(b"%d-%d" % (number, i), b"k") for i in range(2)]})
         assert len(_values(cluster, predictions, "read_committed", 2 * number + 2)) == 2 * number + 2
         assert [order for _, order in log.read(0)] == [_order(each) for each in range(number + 1)]
     log.close()
@@ -228,7 +228,7 @@ def test_what_a_killed_writer_left_half_done_is_never_visible(cluster: Cluster) 
     log = kafka.open_control(config.control_url, config)
     log.open()
     assert list(log.read(0)) == []
-    log.append(_order(1), [Message(b"whole")])
+    log.append(_order(1), {config.published[0]: [Message(b"whole")]})
     assert _values(cluster, predictions, "read_committed", 1) == [b"whole"]
     assert [order for _, order in log.read(0)] == [_order(1)]
     assert _values(cluster, predictions, "read_uncommitted", 2) == [b"half", b"whole"]
@@ -252,8 +252,8 @@ def test_a_writer_that_is_fenced_in_the_middle_of_a_transaction_leaves_nothing(
 
     monkeypatch.setattr(older._producer, "commit", overtaken)
     with pytest.raises(Fenced, match="another worker has opened"):
-        older.append(_order(0), [Message(b"lost")])
-    newer.append(_order(1), [Message(b"kept")])
+        older.append(_order(0), {config.published[0]: [Message(b"lost")]})
+    newer.append(_order(1), {config.published[0]: [Message(b"kept")]})
     assert _values(cluster, predictions, "read_committed", 1) == [b"kept"]
     assert [order for _, order in newer.read(0)] == [_order(1)]
     newer.close()
@@ -264,9 +264,9 @@ def test_an_output_that_is_too_large_is_refused_before_the_transaction(cluster: 
     log = kafka.open_control(config.control_url, config)
     log.open()
     with pytest.raises(BadInput, match=r"kafka\.max_request_bytes is 1048576") as refused:
-        log.append(_order(0), [Message(b"fits"), Message(b"x" * (1 << 20))])
+        log.append(_order(0), {config.published[0]: [Message(b"fits"), Message(b"x" * (1 << 20))]})
     assert refused.value.reason == "too_large"
-    log.append(_order(1), [Message(b"next")])
+    log.append(_order(1), {config.published[0]: [Message(b"next")]})
     assert _values(cluster, predictions, "read_committed", 1) == [b"next"]
     assert [order for _, order in log.read(0)] == [_order(1)]
     log.close()
@@ -279,9 +279,9 @@ def test_an_output_that_its_topic_does_not_take_is_no_outage(cluster: Cluster) -
     log = kafka.open_control(config.control_url, config)
     log.open()
     with pytest.raises(ConnectorError, match="MessageSizeTooLarge") as refused:
-        log.append(_order(0), [Message(os.urandom(5000))])
+        log.append(_order(0), {config.published[0]: [Message(os.urandom(5000))]})
     assert not isinstance(refused.value, Unavailable)  # opening anew, again and again, would cure nothing
     log.open()
-    log.append(_order(1), [Message(b"next")])
+    log.append(_order(1), {config.published[0]: [Message(b"next")]})
     assert [order for _, order in log.read(0)] == [_order(1)]
     log.close()
