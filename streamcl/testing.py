@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import copy
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from streamcl.progress import Progress
-from streamcl.protocols import ControlLog, Fenced, Sink, Source, State, Stateful
+from streamcl.protocols import ControlLog, Fenced, Outputs, Sink, Source, State, Stateful
 from streamcl.records import Message, Order, Origin, Record, Run, Stream
 from streamcl.state import flatten
 
@@ -137,38 +138,54 @@ def check_sink(make: Callable[[], Sink], values: Callable[[], Sequence[bytes | N
     _claim(list(values()) == before + [m.value for m in sent], "a sink that is opened again goes on behind the rest")
 
 
-def check_control_log(make: Callable[[], ControlLog]) -> None:
+def check_control_log(
+    make: Callable[[], ControlLog], published: Mapping[str, Callable[[], Sequence[bytes | None]]] = MappingProxyType({})
+) -> None:
     """A control log gives back what was appended, from any offset, and lets the newest writer alone append.
 
     Args:
         make: Makes an unopened log on the same, empty place each time.
+        published: By URL that outputs may go to, what reads back the values there, in order; none for a log that
+            carries no outputs. The messages have no key, so they share a partition.
     """
     stream, other = Stream("events", 0), Stream("labels", 1)
     orders = [Order((Run(stream, n + 1), Run(other, 1)), {stream: n, other: 7 * n}) for n in range(4)]
     first = make()
     first.open()
     _claim(list(first.read(0)) == [], "an empty log reads as nothing")
-    ends = [first.append(order) for order in orders[:3]]
+    outputs = [{url: [Message(b"%d%d" % (n, i)) for i in range(n)] for url in published} for n in range(4)]
+    ends = [first.append(order, those) for order, those in zip(orders[:3], outputs, strict=False)]
     _claim(all(a < b for a, b in pairwise(ends)), "the offsets that `append` returns ascend")
     _claim([order for _, order in first.read(0)] == orders[:3], "orders read back as they were appended")
     for start, rest in zip([0, *ends], [orders[:3], orders[1:3], orders[2:3], []], strict=True):
         _claim([order for _, order in first.read(start)] == rest, "a returned offset leads to what is behind it")
     for (after, _), rest in zip(first.read(0), [orders[1:3], orders[2:3], []], strict=True):
         _claim([order for _, order in first.read(after)] == rest, "the offset beside an order leads behind it")
-    _check_fence(first, make(), orders, ends)
+    _check_published(published, outputs[:3], "outputs are there once their order is, at every URL and in order")
+    _check_fence(first, make(), orders, ends, outputs[3])
+    _check_published(published, outputs, "a fenced order leaves no outputs, its successor's are there once")
 
 
-def _check_fence(first: ControlLog, second: ControlLog, orders: Sequence[Order], ends: Sequence[int]) -> None:
+def _check_published(
+    published: Mapping[str, Callable[[], Sequence[bytes | None]]], outputs: Sequence[Outputs], promise: str
+) -> None:
+    for url, values in published.items():
+        _claim(list(values()) == [m.value for those in outputs for m in those[url]], promise)
+
+
+def _check_fence(
+    first: ControlLog, second: ControlLog, orders: Sequence[Order], ends: Sequence[int], outputs: Outputs
+) -> None:
     second.open()
     for _ in range(2):
         try:
-            first.append(orders[3])
+            first.append(orders[3], outputs)
         except Fenced:
             continue
         _claim(False, "a successor's `open` fences: `append` raises Fenced, and goes on doing so")
     first.close()
     _claim([order for _, order in second.read(0)] == list(orders[:3]), "a fenced order is not in the log")
-    _claim(second.append(orders[3]) > ends[-1], "the successor appends behind its predecessor")
+    _claim(second.append(orders[3], outputs) > ends[-1], "the successor appends behind its predecessor")
     _claim([order for _, order in second.read(ends[-1])] == [orders[3]], "old offsets hold across writers")
     second.close()
 

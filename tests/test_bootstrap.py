@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from connectors import memory
 from streamcl.bootstrap import Bootstrap, Past
+from streamcl.messages import NUMBER
 from streamcl.protocols import StreamclError
 from streamcl.records import Stream
 from streamcl.recovery import Keeper, store_of
@@ -48,7 +49,8 @@ def state_but_the_handover(worker: Any) -> Any:
 def test_what_the_topics_held_is_learned_from_and_not_answered(
     tmp_path_factory: pytest.TempPathFactory, mode: str, fuses: list[tuple[int, bool]]
 ) -> None:
-    config = settings(tmp_path_factory.mktemp("a"), delivery={"mode": mode})
+    outcomes = f"memory://{BROKER}/outcomes"
+    config = settings(tmp_path_factory.mktemp("a"), delivery={"mode": mode}, outcomes=outcomes)
     broker = fill(traffic(0, 20))
     worker = build(config)
     Keeper(worker, store_of(config), bootstrap=Bootstrap()).restore()  # and dies at once
@@ -64,6 +66,9 @@ def test_what_the_topics_held_is_learned_from_and_not_answered(
     broker._fuse = None
     done = finish(config)
     assert set(answered(done.scores)) == set(range(20, 40))
+    told = {int(dict(message.headers)[NUMBER]) for message in broker.messages("outcomes")}
+    assert told == set(range(min(told), done.worker.progress.outcomes + 1))  # of the live part, without a hole
+    assert min(told) > 1
     assert done.worker.counts["predicted"] == 40
     assert not done.worker.progress.bootstrapping()
     undisturbed = repeat(config).worker
@@ -76,7 +81,7 @@ def test_a_recording_is_learned_before_the_live_inputs_and_published_is_the_live
     broker = memory.broker(BROKER)
     for item in traffic(0, 20):
         broker.produce(f"old-{item.topic}", item.value, time_s=item.time_s)
-    config = settings(tmp_path)
+    config = settings(tmp_path, outcomes=f"memory://{BROKER}/outcomes")
 
     def history() -> memory.MemorySource:
         return memory.MemorySource({n: f"memory://{BROKER}/old-{t}" for n, t in HISTORY})
@@ -85,6 +90,10 @@ def test_a_recording_is_learned_before_the_live_inputs_and_published_is_the_live
     assert answered(done.scores) == list(range(20, 40))
     assert done.worker.counts["predicted"] == 40
     assert done.worker.progress.position == {Stream("events", 0): 20, Stream("labels", 0): 7}
+
+    told = [int(dict(message.headers)[NUMBER]) for message in broker.messages("outcomes")]
+    assert told == list(range(told[0], done.worker.progress.outcomes + 1))
+    assert told[0] > 1
 
     fill(traffic(0, 40))
     whole = finish(settings(tmp_path / "whole"))

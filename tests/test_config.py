@@ -74,6 +74,9 @@ def test_a_value_out_of_bounds_names_its_path(more: Any, path: str) -> None:
     assert f"config: {path}: " in fault(**more)
 
 
+ONCE = {"delivery": {"mode": "exactly_once"}, "predictions": "memory://site/p"}
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -89,6 +92,12 @@ def test_a_value_out_of_bounds_names_its_path(more: Any, path: str) -> None:
         ({"registry": {"url": "http://user:hunter2@host"}}, "registry.url: no user or password"),
         ({"river": "river.dummy:NoChangeClassifier"}, "river: is saved as a pickle"),
         ({"predictions": "kafka://user:hunter2@host/topic"}, "predictions: no user or password"),
+        ({"outcomes": "kafka://user:hunter2@host/topic"}, "outcomes: no user or password"),
+        ({"outcomes": "memory://site/p", "predictions": "memory://site/p"}, "outcomes: they need a topic of their own"),
+        (
+            {**ONCE, "outcomes": "memory://else/where"},
+            "delivery.mode: exactly_once needs outcomes and control on the same",
+        ),
         ({"events": {"url": "kafka://user:hunter2@host/topic", "label": "y"}}, "events: no user or password"),
     ],
 )
@@ -186,6 +195,8 @@ def test_defaults_beside_the_events_follow_their_url() -> None:
     assert make().control_url == "memory://site/app-control"
     assert make(shard={"index": 1, "count": 2}).control_url == "memory://site/app-control-1"
     assert make(control="memory://x/y").control_url == "memory://x/y"
+    assert make(outcomes="memory://x/y").outcomes_url == "memory://x/y"
+    assert make(outcomes="memory://x/y", shard={"index": 1, "count": 2}).outcomes_url == "memory://x/y-1"
     file = make(events={"url": "file:///data/e.jsonl", "label": "y"}, checkpoint={"folder": "here"})
     assert file.dead_letters_url == (Path("here").resolve() / "app-dead-letters.jsonl").as_uri()
 

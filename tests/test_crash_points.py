@@ -17,6 +17,7 @@ import pytest
 
 from connectors import memory
 from streamcl.config import Config
+from streamcl.messages import NUMBER
 from streamcl.protocols import Fenced
 from streamcl.recovery import Keeper, store_of
 from streamcl.worker import build
@@ -56,6 +57,9 @@ POINTS = [
     Point("before the predictions", "predictions.send", "before", nth=2),
     Point("predictions sent, not acknowledged, lost", "predictions.send", "behind", nth=2),
     Point("predictions sent, not acknowledged, arrived", "predictions.send", "kept", nth=2),
+    Point("predictions sent, not the outcomes", "outcomes.send", "before", nth=2),
+    Point("outcomes sent, not acknowledged, lost", "outcomes.send", "behind", nth=2),
+    Point("outcomes sent, not acknowledged, arrived", "outcomes.send", "kept", nth=2),
     Point("before the flush of a checkpoint", "worker.flush", "before", nth=1),
     Point("behind the flush of a checkpoint", "worker.flush", "behind", nth=1),
     Point("before a checkpoint", "store.save", "before", nth=1),
@@ -91,7 +95,8 @@ class Life:
         worker = build(self.config)
         keeper = Keeper(worker, store_of(self.config), beside=False)
         owners: dict[str, Any] = {"worker": worker, "store": keeper.store}
-        owners |= {name: getattr(worker, name) for name in ("control", "source", "predictions", "dead_letters")}
+        boundary = ("control", "source", "predictions", "outcomes", "dead_letters")
+        owners |= {name: getattr(worker, name) for name in boundary}
         for call in sorted(CALLS):
             owner, name = call.split(".")
             if owners[owner] is not None:
@@ -118,7 +123,8 @@ CALLS = {point.call for point in POINTS}
 
 
 def config_of(folder: Path, mode: str) -> Config:
-    return settings(folder, delivery={"mode": mode}, checkpoint={"folder": str(folder), "every_events": 11})
+    checkpoint = {"folder": str(folder), "every_events": 11}
+    return settings(folder, delivery={"mode": mode}, checkpoint=checkpoint, outcomes=f"memory://{BROKER}/outcomes")
 
 
 def verify(config: Config, mode: str) -> None:
@@ -134,6 +140,14 @@ def verify(config: Config, mode: str) -> None:
     assert all(len(set(values)) == 1 for values in answers.values())
     if mode == "exactly_once":
         assert all(len(values) == 1 for values in answers.values())
+    told = [(int(dict(m.headers)[NUMBER]), m.value) for m in memory.broker(BROKER).messages("outcomes")]
+    first = list(dict(told))  # in the order in which a number came first
+    assert (
+        first == list(range(1, done.worker.counts["learned"] + 1)) == list(range(1, done.worker.progress.outcomes + 1))
+    )
+    assert len(set(told)) == len(first)
+    if mode == "exactly_once":
+        assert len(told) == len(first)
     letters = memory.broker(BROKER).messages("shop-dead-letters")
     origins = {
         dict(letter.headers)["streamcl-offset"] + dict(letter.headers)["streamcl-partition"] for letter in letters
@@ -142,8 +156,8 @@ def verify(config: Config, mode: str) -> None:
 
 
 def happens(point: Point, mode: str) -> bool:
-    """Exactly once, predictions travel with the order: no call of theirs can be died at."""
-    return mode != "exactly_once" or not point.call.startswith("predictions")
+    """Exactly once, predictions and outcomes travel with the order: no call of theirs can be died at."""
+    return mode != "exactly_once" or not point.call.startswith(("predictions", "outcomes"))
 
 
 @pytest.mark.parametrize(("point", "mode"), [(p, m) for p in POINTS for m in MODES if happens(p, m)], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,8 +68,13 @@ def test_a_sink_keeps_the_contract(broker: memory.MemoryBroker) -> None:
     check_sink(lambda: memory.MemorySink("memory://test/out"), lambda: [m.value for m in broker.messages("out")])
 
 
-def test_a_control_log_keeps_the_contract() -> None:
-    check_control_log(lambda: memory.MemoryControlLog("memory://test/control"))
+def test_a_control_log_keeps_the_contract(broker: memory.MemoryBroker) -> None:
+    urls = {f"memory://test/{topic}": partial(values, broker, topic) for topic in ("scores", "outcomes")}
+    check_control_log(lambda: memory.MemoryControlLog("memory://test/control", urls), urls)
+
+
+def values(broker: memory.MemoryBroker, topic: str) -> list[bytes | None]:
+    return [message.value for message in broker.messages(topic)]
 
 
 def test_a_record_is_the_message_that_was_produced(broker: memory.MemoryBroker) -> None:
