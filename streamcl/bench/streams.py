@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from streamcl.bench.quality import Floats
 from streamcl.protocols import StreamclError
+from streamcl.random import below, key_of
 
 ML_100K = "ml-100k/ml-100k.inter.gz"
 ELEC = "elec.csv.gz"
+YOOCHOOSE = "yoochoose/period_0.txt.gz"
 ELEC_STEP_S = 1800.0  # one row for each half hour
 
 LABEL, TIME = "label", "time"
@@ -34,20 +36,22 @@ class Dataset:
 
     `payloads` hold the features, `time` (seconds, never falling) and `label` (0 or 1). `features` is the
     configuration's table of that name. `best_losses` (N,) is the expected log-loss, in nats, of the true
-    probabilities, where they are known: nobody can do better on average.
+    probabilities, where they are known: nobody can do better on average. `impression` events in a row are shown
+    together, and their labels come together.
     """
 
     name: str
     features: Mapping[str, Any]
     payloads: Sequence[Mapping[str, Any]]
     best_losses: Floats | None = field(default=None, repr=False)
+    impression: int = 1
 
     def labels(self) -> Floats:
         return np.array([payload[LABEL] for payload in self.payloads], dtype=np.float64)
 
     def first(self, count: int) -> Dataset:
         best = None if self.best_losses is None else self.best_losses[:count]
-        return Dataset(self.name, self.features, self.payloads[:count], best)
+        return Dataset(self.name, self.features, self.payloads[:count], best, self.impression)
 
     def messages(self) -> Iterator[bytes]:
         return (orjson.dumps(payload) for payload in self.payloads)
@@ -55,7 +59,8 @@ class Dataset:
 
 def recorded(name: str, folder: Path | None) -> Dataset:
     """The recorded stream `name`. Raises DataError naming the file that is missing."""
-    path, read = {"ml-100k": (ML_100K, ml_100k), "elec": (ELEC, elec)}[name]
+    known = {"ml-100k": (ML_100K, ml_100k), "elec": (ELEC, elec), "yoochoose": (YOOCHOOSE, yoochoose)}
+    path, read = known[name]
     if folder is None:
         raise DataError(f"stream {name} is recorded: --data DIR must name the folder that holds {path}")
     if not (folder / path).is_file():
@@ -89,6 +94,49 @@ def elec(path: Path) -> Dataset:
         for i, row in enumerate(rows)
     ]
     return Dataset("elec", dict.fromkeys(names, "numeric"), payloads)
+
+
+HISTORY, CLICKS = 1000, 20_000
+NEGATIVES = 4
+
+
+def yoochoose(path: Path) -> Dataset:
+    """YOOCHOOSE's next clicks, each among four items that were not clicked: which of the five is it?
+
+    Rows `session item`, in click order; sessions interleave. After 1,000 clicks of history, each of 20,000 becomes
+    five events in a row, in random order: the item clicked (label 1) and four others. Two are items of random earlier
+    clicks, so that popularity does not tell all; two are any of the items seen so far. `prev` is the session's last
+    item, null at its first click. The draws are counter-based: always the same.
+    """
+    clicks = [tuple(line.split()) for line in _lines(path)[: HISTORY + CLICKS]]
+    items = list(dict.fromkeys(item for _, item in clicks[:HISTORY]))  # distinct, as they appear
+    seen, last = set(items), dict(clicks[:HISTORY])
+    payloads: list[dict[str, Any]] = []
+    for step, (session, item) in enumerate(clicks[HISTORY:], HISTORY):
+        if item not in seen:
+            seen.add(item)
+            items.append(item)
+        for candidate in _shown(item, clicks, items, step):
+            event = {"session": session, "prev": last.get(session), "item": candidate}
+            payloads.append({**event, TIME: float(step), LABEL: int(candidate == item)})
+        last[session] = item
+    features = dict.fromkeys(("session", "prev", "item"), "categorical")
+    return Dataset("yoochoose", features, payloads, impression=1 + NEGATIVES)
+
+
+def _shown(item: str, clicks: Sequence[tuple[str, str]], items: Sequence[str], step: int) -> list[str]:
+    """The item clicked and `NEGATIVES` others, all different, in random order."""
+    key, draw = key_of(0, "bench.yoochoose"), 0
+    shown = [item]
+    while len(shown) < 1 + NEGATIVES:
+        popular = len(shown) <= NEGATIVES // 2
+        place = below(step if popular else len(items), key, step, draw)
+        other, draw = clicks[place][1] if popular else items[place], draw + 1
+        if other not in shown:
+            shown.append(other)
+    place = below(len(shown), key, step, draw)
+    shown[0], shown[place] = shown[place], shown[0]
+    return shown
 
 
 def _lines(path: Path) -> list[str]:
