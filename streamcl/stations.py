@@ -184,8 +184,8 @@ class Compensation(Station):
 class VectorMemory(Compensation):
     key: str = Stop(
         "embedding",
-        description="embedding: what enters the hidden layers; hidden: the last of them; ids: fixed random numbers of"
-        " each category; or module:function(features, embedding, hidden)",
+        description="embedding: what enters the hidden layers, each field at unit length; hidden: the last of them;"
+        " ids: fixed random numbers of each category; or module:function(features, embedding, hidden)",
     )
     gamma: Literal[0, 1, "auto"] = Stop(0, description="0: the mean residual nearby; 1: towards the mean label nearby")
 

@@ -19,6 +19,9 @@ from streamcl.stations import KeyMemory, KNNMemory, SketchMemory
 ID_NUMBERS = 16
 """Fixed random numbers of each field under `key = "ids"`."""
 
+LEAST_LENGTH = np.float32(1e-30)
+"""A shorter embedding has no direction."""
+
 _NO_KEY = np.array([NO_KEY], np.int64)
 
 Keys = Callable[[Encoded, Floats, Floats], NDArray[Any]]
@@ -32,12 +35,30 @@ def keys_of(config: KNNMemory | SketchMemory | KeyMemory, main: Config, layout: 
         missing = int(layout.slot_base[slot])
         return lambda features, _e, _h: features.ids[slot : slot + 1] if features.ids[slot] != missing else _NO_KEY
     if config.key == "embedding":
-        return lambda _features, embedding, _hidden: embedding
+        return directions(layout)
     if config.key == "hidden":
         return lambda _features, _embedding, hidden: hidden
     if config.key == "ids":
         return fixed_numbers(main.seed, layout)
     return _function(config.key, where)
+
+
+def directions(layout: Layout) -> Keys:
+    """What enters the hidden layers, each field's embedding scaled to unit length (0 stays 0); numerics as they are.
+
+    An embedding grows with what was learned of it, but its direction tells one category from another from the start.
+    Unscaled, the well known item outweighs the new user, whose errors are the ones to be remembered: on MovieLens-100k
+    synced every 2,000 events kNN then gains a third of the AUC (`streamcl bench error-memory`).
+    """
+    fields, end = len(layout.fields), -len(layout.numerics) or None
+
+    def unit(_features: Encoded, embedding: Floats, _hidden: Floats) -> Floats:
+        parts = embedding[:end].reshape(fields, -1)
+        lengths = np.sqrt(np.einsum("fd,fd->f", parts, parts))
+        scaled = (parts / np.maximum(lengths, LEAST_LENGTH)[:, None]).ravel()
+        return scaled if end is None else np.concatenate((scaled, embedding[end:]))
+
+    return unit
 
 
 def fixed_numbers(seed: int, layout: Layout) -> Keys:
