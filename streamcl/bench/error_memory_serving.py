@@ -52,7 +52,7 @@ class Stream:
         return cls(data, [encode(payload) for payload in data.payloads], data.labels(), len(data.payloads) // 2)
 
     def known(self, event: int, delay: int) -> int:
-        """How many labels stand before an event in the stream: those of the impressions before it, and `delay` fewer."""
+        """How many labels stand before an event: those of the impressions before it, less the last `delay`."""
         shown = (event - self.start) // self.data.impression * self.data.impression
         return self.start + max(shown - delay, 0)
 

@@ -108,7 +108,7 @@ def yoochoose(path: Path) -> Dataset:
     clicks, so that popularity does not tell all; two are any of the items seen so far. `prev` is the session's last
     item, null at its first click. The draws are counter-based: always the same.
     """
-    clicks = [tuple(line.split()) for line in _lines(path)[: HISTORY + CLICKS]]
+    clicks = [(session, item) for session, item in map(str.split, _lines(path)[: HISTORY + CLICKS])]
     items = list(dict.fromkeys(item for _, item in clicks[:HISTORY]))  # distinct, as they appear
     seen, last = set(items), dict(clicks[:HISTORY])
     payloads: list[dict[str, Any]] = []

@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamcl.bench.quality import Trace, auc, blocks, entropy, losses, quality
+from streamcl.bench.quality import (
+    Trace,
+    auc,
+    blocks,
+    calibration,
+    calibration_error,
+    entropy,
+    grouped_auc,
+    losses,
+    paired_p,
+    quality,
+)
 
 pairs = st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.1, 0.2, 0.5, 0.9])), min_size=1, max_size=30)
 
@@ -63,3 +74,40 @@ def test_blocks_leave_out_a_rest() -> None:
 def test_a_rate_needs_a_time() -> None:
     assert Trace("x", np.zeros(10), 2.0).events_per_s == 5.0
     assert math.isnan(Trace("x", np.zeros(10)).events_per_s)
+
+
+def test_a_group_of_both_classes_counts_by_its_events_and_one_of_a_single_class_not_at_all() -> None:
+    labels = np.array([1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0])
+    scores = np.array([0.9, 0.1, 0.2, 0.8, 0.1, 0.5, 0.5])
+    groups = np.array([7, 7, 3, 3, 3, 5, 5])  # AUC 1 of two events; AUC 1/2 of three; none of two
+    assert grouped_auc(labels, scores, groups) == pytest.approx((2 * 1.0 + 3 * 0.5) / 5)
+    assert math.isnan(grouped_auc(np.ones(2), np.array([0.1, 0.2]), np.array([0, 0])))
+
+
+def test_who_is_in_which_group_is_all_that_is_read_of_a_group() -> None:
+    rng = np.random.default_rng(0)
+    labels, scores, groups = rng.integers(0, 2, 200).astype(float), rng.random(200), rng.integers(0, 9, 200)
+    order = rng.permutation(200)
+    renamed = grouped_auc(labels[order], scores[order], 100 - groups[order])
+    assert renamed == pytest.approx(grouped_auc(labels, scores, groups))
+
+
+def test_calibration_compares_promise_and_fact() -> None:
+    labels = np.array([1.0, 0.0, 0.0, 0.0])
+    assert calibration(labels, np.full(4, 0.25)) == 1.0
+    assert calibration(labels, np.full(4, 0.5)) == 2.0
+    assert math.isnan(calibration(np.zeros(4), np.full(4, 0.5)))
+
+
+def test_errors_of_calibration_that_cancel_out_are_seen() -> None:
+    labels, scores = np.array([0.0, 0.0, 1.0, 1.0]), np.array([0.25, 0.25, 0.75, 0.75])
+    assert calibration(labels, scores) == 1.0
+    assert calibration_error(labels, scores, bins=2) == pytest.approx(0.25)
+
+
+def test_a_difference_that_every_seed_shows_is_no_chance() -> None:
+    base = np.array([0.70, 0.72, 0.74, 0.71, 0.73])
+    assert paired_p(base + np.array([0.010, 0.011, 0.009, 0.010, 0.0105]), base) < 1e-4
+    assert paired_p(base + np.array([0.01, -0.01, 0.01, -0.01, 0.0]), base) > 0.5
+    assert paired_p(base, base) == 1.0
+    assert math.isnan(paired_p(base[:1], base[:1]))

@@ -15,6 +15,7 @@ from streamcl.bench.streams import (
     ml_100k,
     recorded,
     synthetic,
+    yoochoose,
 )
 from tests.bench.recorded import DATA, needs_recorded
 
@@ -70,6 +71,31 @@ def test_elec_is_what_it_is_known_to_be() -> None:
     assert len(labels) == 45_312
     assert np.mean(labels[1:] == labels[:-1]) == pytest.approx(0.8533, abs=5e-5)
     assert data.payloads[0]["nswprice"] == pytest.approx(0.056443)
+
+
+def test_each_click_stands_among_items_that_were_not_clicked(tmp_path: Path) -> None:
+    rows = [f"s{i % 7} {i % 50}" for i in range(1010)]
+    data = yoochoose(zipped(tmp_path / "y.gz", "\n".join(rows)))
+    assert len(data.payloads) == 50
+    assert data.impression == 5
+    for click, place in enumerate(range(0, 50, 5), 1000):
+        shown = data.payloads[place : place + 5]
+        assert len({payload["item"] for payload in shown}) == 5
+        assert [payload["item"] for payload in shown if payload[LABEL]] == [str(click % 50)]
+        assert {payload["session"] for payload in shown} == {f"s{click % 7}"}
+        assert {payload["prev"] for payload in shown} == {str((click - 7) % 50)}
+
+
+def test_a_session_s_first_click_has_none_before_it(tmp_path: Path) -> None:
+    rows = [*(f"s{i % 7} {i % 50}" for i in range(1000)), "new 3", "new 4"]
+    data = yoochoose(zipped(tmp_path / "y.gz", "\n".join(rows)))
+    assert [payload["prev"] for payload in data.payloads] == [None] * 5 + ["3"] * 5
+
+
+def test_the_place_of_a_click_tells_nothing(tmp_path: Path) -> None:
+    rows = [f"s{i % 7} {i % 50}" for i in range(3000)]
+    labels = yoochoose(zipped(tmp_path / "y.gz", "\n".join(rows))).labels().reshape(-1, 5)
+    assert np.all(np.abs(labels.mean(axis=0) - 0.2) < 0.03)
 
 
 @pytest.mark.parametrize("kind", SYNTHETIC)
