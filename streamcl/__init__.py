@@ -34,6 +34,7 @@ Table of contents, in the order of the journey (start with `worker`):
     checkpoint     the snapshots of a shard: atomic, retained, mended
     readings       what parts say about themselves, as Prometheus families
     telemetry      turns to Prometheus
+    outcomes       what was learned after a snapshot: the error memory of a replica
     replica        the newest snapshot of a worker, followed
     serve          predictions over HTTP
     random         counter-based random numbers

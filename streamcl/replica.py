@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamcl.checkpoint import Store
@@ -13,6 +14,7 @@ from streamcl.config import Config
 from streamcl.decode import Decoder
 from streamcl.learner import Learner
 from streamcl.messages import scores_to_json
+from streamcl.outcomes import Memory, Outcomes
 from streamcl.protocols import BadInput, Codec, StreamclError
 from streamcl.river_learner import RiverLearner
 from streamcl.snapshot import Loaded, Snapshot
@@ -32,6 +34,10 @@ class Model:
     decoder: Decoder
     learner: Learner | RiverLearner
     about: Mapping[str, Any]
+    outcomes: int = 0
+    """The number of the last one that it has learned from."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the error memory is read or written; see `outcomes.Memory`."""
 
     @classmethod
     def of(cls, loaded: Loaded, codec: Codec) -> Model:
@@ -42,9 +48,16 @@ class Model:
             learner = RiverLearner(config) if config.river else Learner(config)
             learner.load_state_dict(loaded.state["learner"])
             about = {name: loaded.manifest[name] for name in ("records", "position")}
+            outcomes = int(loaded.state["progress"].get("outcomes", 0))
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise StreamclError(f"{where}: not a snapshot of such a worker: {error!r}") from error
-        return cls(loaded.snapshot, Decoder(config, codec), learner, about)
+        return cls(loaded.snapshot, Decoder(config, codec), learner, about, outcomes)
+
+    def memory(self) -> Memory | None:
+        """Of its errors, if it has one."""
+        if isinstance(self.learner, RiverLearner) or not self.learner.recall.stages:
+            return None
+        return Memory(self.decoder.config, self.learner, self.outcomes, self.lock)
 
     def predict(self, payload: Any) -> dict[str, Any]:
         """Raises BadInput as the worker would for an event with these features."""
@@ -53,7 +66,9 @@ class Model:
         if self.decoder.config.events.unknown_fields == "dead_letter":
             for name in sorted(self.decoder.unknown_fields(payload)):
                 raise BadInput("unknown_feature", f"unknown field {name!r}")
-        return scores_to_json(self.learner.predict(self.decoder.featurizer.encode(payload)))
+        encoded = self.decoder.featurizer.encode(payload)
+        with self.lock:
+            return scores_to_json(self.learner.predict(encoded))
 
     def brief(self) -> dict[str, Any]:
         return {
@@ -79,11 +94,14 @@ class Predictor:
 
     Args:
         codec: How requests are written.
+        outcomes: What the error memory is made of after a snapshot. None: scores are not compensated by anything that
+            was learned after it.
     """
 
-    def __init__(self, store: Store, codec: Codec) -> None:
+    def __init__(self, store: Store, codec: Codec, outcomes: Outcomes | None = None) -> None:
         self.store = store
         self.codec = codec
+        self.outcomes = outcomes
         self.model: Model | None = None
         self.reason = f"no checkpoint in {store.folder} yet"
         self._tried: str | None = None
@@ -103,7 +121,10 @@ class Predictor:
         loaded = self.store.newest()
         if loaded is None or loaded.snapshot.name == self._name():
             return False
-        self.model = Model.of(loaded, self.codec)
+        model = Model.of(loaded, self.codec)
+        if self.outcomes:
+            self.outcomes.adopt(model.memory())
+        self.model = model
         log.info("serving %s", loaded.snapshot.path)
         return True
 
@@ -111,12 +132,21 @@ class Predictor:
         return self.model.snapshot.name if self.model else None
 
     def follow(self, every_s: float = 1.0) -> None:
-        """Refresh until `close`; a fault is logged, and what was served before is served on."""
-        while not self._stop.wait(every_s):
+        """Refresh, and read outcomes, until `close`; a fault is logged, and what was served before is served on."""
+        due = time.monotonic() + every_s
+        while not self._stop.is_set():
+            left_s = min(max(due - time.monotonic(), 0.0), 0.1)
+            if left_s:
+                if not (self.outcomes and self.outcomes.step(left_s)):
+                    self._stop.wait(left_s)
+                continue
             try:
                 self.refresh()
             except StreamclError as error:
                 self._tell(str(error))
+            due = time.monotonic() + every_s
+        if self.outcomes:
+            self.outcomes.close()
 
     def _tell(self, reason: str) -> None:
         if reason != self.reason:

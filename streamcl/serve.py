@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from streamcl import connect
 from streamcl.config import Config
+from streamcl.outcomes import Outcomes
 from streamcl.protocols import BadInput, Codec
 from streamcl.recovery import store_of
 from streamcl.replica import Model, Predictor, Unready
@@ -119,7 +120,8 @@ def serve(config: Config, host: str = "127.0.0.1", port: int = 8080) -> None:
     torch.set_num_threads(config.worker.threads)
     here = config.checkpoint.model_copy(update={"remote": None})  # fetching copies would be writing
     store = store_of(config.model_copy(update={"checkpoint": here}))
-    predictor = Predictor(store, connect.codec("json", config, "requests"))
+    outcomes = Outcomes(config.outcomes_url, config) if config.outcomes_url else None
+    predictor = Predictor(store, connect.codec("json", config, "requests"), outcomes)
     predictor.refresh()
     threading.Thread(target=predictor.follow, name="follow", daemon=True).start()
     try:
