@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -90,9 +91,10 @@ def outcome_of(value: bytes | None, layout: Layout) -> Learned:
         slots = np.array(body["slots"], np.int64)
         ids[slots], weights[slots] = body["ids"], body["weights"]
         dense = np.array(body["dense"], np.float32)  # null becomes NaN
+        label = float(body["label"])
         name, partition, offset = body["input"].rsplit(":", 2)
         within = (slots >= 0).all() and ((ids >= 0) & (ids < layout.rows)).all() and np.isfinite(weights).all()
-        if dense.shape != (len(layout.numerics),) or not within:
+        if dense.shape != (len(layout.numerics),) or not (within and math.isfinite(label)):
             raise BadInput("schema", "an outcome of other features than this model's")
         return Learned(
             number=int(body["number"]),
@@ -100,7 +102,7 @@ def outcome_of(value: bytes | None, layout: Layout) -> Learned:
             id=str(body["id"]),
             origin=Origin(name, int(partition), int(offset)),
             features=Encoded(ids, weights, dense),
-            label=float(body["label"]),
+            label=label,
             fate=Fate(body["fate"]),
             time_s=float(body["time"]),
             delay_s=float(body["delay"]),

@@ -192,9 +192,10 @@ class Outcomes:
         if number <= self._newest:
             self.repeats += 1
             return
-        if number > self._newest + 1:
+        known = max(self._newest, memory.number)
+        if number > known + 1:
             self.gaps += 1
-            log.warning("%s, %s: outcomes %d to %d are missing", self.url, record.origin, self._newest + 1, number - 1)
+            log.warning("%s, %s: outcomes %d to %d are missing", self.url, record.origin, known + 1, number - 1)
         self._newest = number
         try:
             learned = memory.decode(record)
