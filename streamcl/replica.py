@@ -94,8 +94,8 @@ class Predictor:
 
     Args:
         codec: How requests are written.
-        outcomes: What the error memory is made of after a snapshot. None: scores are not compensated by anything that
-            was learned after it.
+        outcomes: What the error memory is made of, after a snapshot. None: scores are compensated by what the worker
+            remembered when it cut the snapshot.
     """
 
     def __init__(self, store: Store, codec: Codec, outcomes: Outcomes | None = None) -> None:

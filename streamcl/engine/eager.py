@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Eager:
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.model = build_model(config, layout)
+        self._last_hidden: dict[int, Tensor] = {}  # by thread: a replica predicts for requests and for its memory
         if self.model.tower is not None:
             self.model.tower.head.register_forward_pre_hook(self._note_hidden)
         self.first = self.outputs if self.model.first_order else 0
@@ -90,11 +92,11 @@ class Eager:
             output = self.model(first, vectors, dense)
             if self.model.tower is None:
                 return output, output[:, :0], output[:, :0]
-            return output, torch.cat((vectors.flatten(1), dense), 1), self._last_hidden
+            return output, torch.cat((vectors.flatten(1), dense), 1), self._last_hidden.pop(get_ident())
 
     def _note_hidden(self, _head: nn.Module, inputs: tuple[Tensor]) -> None:
         if torch.is_inference_mode_enabled():  # a step's would hold its graph
-            self._last_hidden = inputs[0]
+            self._last_hidden[get_ident()] = inputs[0]
 
     def _pooled(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """First-order weights (B, F, O) and embeddings (B, F, D)."""
