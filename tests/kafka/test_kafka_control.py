@@ -183,11 +183,15 @@ def _values(cluster: Cluster, topic: str, isolation: str, count: int) -> list[by
 @apache_only
 def test_an_order_and_its_outputs_become_visible_together(cluster: Cluster) -> None:
     config, predictions = _exactly_once(cluster)
+    outcomes = cluster.topic()
+    config = config.model_copy(update={"outcomes": f"{cluster.url}/{outcomes}"})
     log = kafka.open_control(config.control_url, config)
     log.open()
     for number in range(3):
-        log.append(_order(number), {config.published[0]: [Message(b"%d-%d" % (number, i), b"k") for i in range(2)]})
-        assert len(_values(cluster, predictions, "read_committed", 2 * number + 2)) == 2 * number + 2
+        messages = [Message(b"%d-%d" % (number, i), b"k") for i in range(2)]
+        log.append(_order(number), dict.fromkeys(config.published, messages))
+        for topic in (predictions, outcomes):
+            assert len(_values(cluster, topic, "read_committed", 2 * number + 2)) == 2 * number + 2
         assert [order for _, order in log.read(0)] == [_order(each) for each in range(number + 1)]
     log.close()
 
