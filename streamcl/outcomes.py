@@ -108,7 +108,7 @@ class Outcomes:
         self._tail: deque[Learned] = deque()
         self._longest = tail
         self._since = self._newest = -1  # the tail holds what there is behind `_since`, up to `_newest`
-        self._lag = 0
+        self._lag, self._away = 0, False
         self._row, self._retry_at = 0, 0.0  # failures in a row
 
     def adopt(self, memory: Memory | None) -> None:
@@ -128,7 +128,7 @@ class Outcomes:
         self._restart(memory.number)
         deadline = time.monotonic() + self.patience_s
         while self.step(0.1) and not self._row and time.monotonic() < deadline:
-            if not self._lag or self._away():
+            if not self._lag or self._away:
                 break
 
     def step(self, timeout_s: float) -> bool:
@@ -140,6 +140,7 @@ class Outcomes:
             for record in self._source.poll(BATCH, timeout_s):
                 self._take(record)
             self._lag = sum(self._source.lag().values())
+            self._away = bool(getattr(self._source, "away", False))
         except ConnectorError as error:
             self._failed(error)
             return False
@@ -162,12 +163,9 @@ class Outcomes:
             "outcomes_repeats": float(self.repeats),
             "outcomes_undecodable": float(self.undecodable),
             "outcomes_failures": float(self.failures),
-            "outcomes_away": float(bool(self._row) or self._away()),
+            "outcomes_away": float(self._away or self._row > 0),
             "memory_age_outcomes": float(memory.taken if memory else 0),
         }
-
-    def _away(self) -> bool:
-        return bool(getattr(self._source, "away", False))
 
     def _open(self) -> Source:
         source = connect.connector(self.url).open_source({INPUT: self.url}, self.config)
@@ -231,7 +229,7 @@ class Outcomes:
         self._shut()
         self._tail.clear()
         self._since = self._newest = number
-        self._row, self._retry_at, self._lag = 0, 0.0, 0
+        self._row, self._retry_at, self._lag, self._away = 0, 0.0, 0, False
 
     def _shut(self) -> None:
         if self._source:
