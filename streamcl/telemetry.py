@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -104,6 +105,8 @@ class Telemetry:
         )
         self._rebalances = self._gauge("group_rebalances", "Times that the group gave or took shards (count).")
         self._ready = self._gauge("ready", "1 when every shard here has caught up and hears its brokers, else 0.")
+        blocks = self._gauge("python_blocks", "Objects and parts of them that Python's allocator holds (count).")
+        blocks.set_function(lambda: sys.getallocatedblocks())
         build = self._gauge("build_info", "Versions; always 1.", "version", "python", "torch")
         build.labels(__version__, platform.python_version(), torch.__version__).set(1)
 

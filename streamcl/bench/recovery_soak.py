@@ -42,6 +42,8 @@ DAY_S = 86_400.0
 MIB = 1 << 20
 CONSUMED = "streamcl_events_consumed_total"
 PREDICTED = 'streamcl_events_total{fate="predicted"}'
+BLOCKS = "streamcl_python_blocks"
+"""Python's own allocations: flat while memory creeps, it is the C library's heap that does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Sample:
     series: int
     records: float
     events: float
+    blocks: float
 
 
 def run(options: Options) -> Report:
@@ -139,10 +142,11 @@ def _samples(life: Life, feed: Feed, port: int, seconds: float, every_s: float) 
             due += every_s
             with process.oneshot():
                 rss, threads, handles = process.memory_info().rss, process.num_threads(), process.num_fds()
-            yield Sample(at_s, rss, threads, handles, len(metrics), records, metrics.get(PREDICTED, 0.0))
+            yield Sample(at_s, rss, threads, handles, len(metrics), records, metrics[PREDICTED], metrics[BLOCKS])
         if at_s >= told:
             told += 60.0
-            progress(f"{at_s / 60:.0f} of {seconds / 60:.1f} min, {records:.0f} records")
+            now = f"{process.memory_info().rss / MIB:.2f} MiB, {metrics[BLOCKS]:.0f} blocks"
+            progress(f"{at_s / 60:.0f} of {seconds / 60:.1f} min, {records:.0f} records, {now}")
         room = BACKLOG - (feed.sent - int(records))
         if room > 0:
             feed.send(min(room, BACKLOG // 4))
@@ -167,6 +171,8 @@ def _row(samples: Sequence[Sample]) -> Row:
             "slope_mib_per_h": slope,
             "slope_low": low,
             "slope_high": high,
+            "python_blocks_half": samples[len(samples) // 2].blocks,
+            "python_blocks_last": last.blocks,
             "threads": last.threads,
             "handles": last.handles,
             "series": last.series,

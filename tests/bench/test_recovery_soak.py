@@ -17,7 +17,7 @@ from streamcl.records import EVENTS
 
 def samples(mib: list[float], handles: int = 20) -> list[Sample]:
     """One every ten seconds."""
-    return [Sample(10.0 * i, round(MIB * each), 10, handles, 100, 0.0, 0.0) for i, each in enumerate(mib)]
+    return [Sample(10.0 * i, round(MIB * each), 10, handles, 100, 0.0, 0.0, 0.0) for i, each in enumerate(mib)]
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
@@ -57,7 +57,9 @@ def test_a_leak_of_memory_and_one_of_handles_each_miss_a_bar_of_their_own() -> N
         "soak: growth of memory, least in its interval (MiB/h)",
         "soak: growth of memory over half, most in its interval (share)",
     ]
-    handles = samples(flat)[:300] + [Sample(s.at_s, s.rss_bytes, 10, 21, 100, 0.0, 0.0) for s in samples(flat)[300:]]
+    handles = samples(flat)[:300] + [
+        Sample(s.at_s, s.rss_bytes, 10, 21, 100, 0.0, 0.0, 0.0) for s in samples(flat)[300:]
+    ]
     assert [bar.name for bar in _bars(handles, FULL) if not bar.ok] == ["soak: growth of handles over half"]
 
 
