@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,14 @@ from connectors.codec import JSON
 from streamcl.checkpoint import Store
 from streamcl.config import Config
 from streamcl.features import Featurizer
-from streamcl.messages import NUMBER, outcome_of
+from streamcl.messages import NUMBER, outcome_message, outcome_of
 from streamcl.outcomes import Outcomes
 from streamcl.protocols import ConnectorError
 from streamcl.recovery import store_of
 from streamcl.replica import Predictor
-from tests.kafka.conftest import Cluster
+from tests.kafka.conftest import CLIENTS, Cluster
 from tests.kafka.test_journey import EVENTS, answer, kill_once_saved, published, streamcl, write
-from tests.test_outcomes import oracle, remembered, same
+from tests.test_outcomes import begun, oracle, remembered, same, told
 
 CASES = {
     "exactly once, kafka-python": ("apache_kafka", "kafka-python", "exactly_once"),
@@ -76,3 +78,39 @@ def test_a_topic_of_outcomes_with_several_partitions_is_refused_and_a_missing_on
     config = broker.config(broker.topic(), outcomes=f"{broker.url}/{missing}")
     kafka.open_sink(f"{broker.url}/{missing}", config).close()
     assert kafka.check(config.published, config)[1].endswith(f"{missing}: 1 partition(s), offsets 0: 0 to 0")
+
+
+@pytest.mark.parametrize("cluster", [("broker", client) for client in CLIENTS], indirect=True)
+def test_while_its_broker_hangs_a_replica_answers_and_then_reads_on(cluster: Cluster, tmp_path: Path) -> None:
+    recorded, [first, _] = begun(tmp_path, 20, 60)
+    learned = [outcome_message(each, 1 << 20) for each in told(recorded)[20:]]
+    url = f"{cluster.url}/{cluster.name()}"
+    config = cluster.config(cluster.topic(), outcomes=url, kafka={"request_timeout_s": 3.0})
+    sink = kafka.open_sink(url, config)
+    sink.send(learned[:25])
+    sink.flush()
+    outcomes = Outcomes(url, config)
+    predictor = Predictor(Store(first), JSON(), outcomes)
+    predictor.refresh()
+    assert outcomes.applied == 25
+    following = threading.Thread(target=predictor.follow, args=(0.2,))
+    following.start()
+    try:
+        with cluster.frozen():
+            until = time.monotonic() + 8.0
+            while time.monotonic() < until:
+                began = time.monotonic()
+                assert predictor.current().predict({"user": 1})["score"]
+                assert time.monotonic() - began < 0.5
+                time.sleep(0.05)
+        sink.send(learned[25:])
+        sink.flush()
+        until = time.monotonic() + 30.0
+        while outcomes.applied < 40 and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        predictor.close()
+        following.join()
+        sink.close()
+    assert (outcomes.applied, outcomes.gaps) == (40, 0)
+    same(remembered(predictor.model), oracle(first, told(recorded)))
