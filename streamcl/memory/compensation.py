@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.memory.forms import Floats
+from streamcl.memory.kernels import follow_losses, put_right
 from streamcl.records import Recalled
 from streamcl.stations import Task
 
@@ -32,6 +34,17 @@ class Choice:
         self.losses = np.zeros(len(self.pairs))
         self.chosen = 0
 
+    def serve(self, recalled: Recalled) -> Floats:
+        """(P,) the score put right as chosen; the one given, bit for bit, where nothing is to be put right."""
+        gamma, strength = self.pairs[self.chosen].tolist()
+        if recalled.support == 0.0 or strength == 0.0:
+            return recalled.given
+        if len(recalled.given) > 1:
+            return np.asarray(compensated(recalled, self.pair, self.task)[0], np.float32)
+        low, high = (-math.inf, math.inf) if self.task == "regression" else (LEAST, 1.0 - LEAST)
+        given, label, score = float(recalled.given[0]), float(recalled.label_mean[0]), float(recalled.given_mean[0])
+        return np.array([put_right(given, label, score, gamma, strength, low, high)], np.float32)
+
     @property
     def pair(self) -> NDArray[np.float64]:
         """(1, 2): gamma and lambda."""
@@ -40,8 +53,14 @@ class Choice:
     def observe(self, recalled: Recalled, target: Floats) -> None:
         if len(self.pairs) == 1:
             return
-        now = losses(compensated(recalled, self.pairs, self.task), target, self.task)
-        self.losses += self.rate * (now - self.losses)
+        if len(target) == 1:
+            means = (recalled.label_mean[0], recalled.given_mean[0]) if recalled.support else (math.nan, math.nan)
+            scores = np.array((recalled.given[0], *means), np.float64)
+            binary = self.task != "regression"
+            follow_losses(scores, self.pairs, float(target[0]), binary, LEAST, self.rate, self.losses)
+        else:
+            now = losses(compensated(recalled, self.pairs, self.task), target, self.task)
+            self.losses += self.rate * (now - self.losses)
         gain = self.losses[self.chosen] - self.losses
         best = int(gain.argmax())
         unit = self.losses[0] if self.task == "regression" else 1.0

@@ -8,13 +8,14 @@ from every example: see `streamcl bench error-memory`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamcl.config import Config
 from streamcl.features import Layout
-from streamcl.memory.compensation import GRID, Choice, compensated
+from streamcl.memory.compensation import GRID, Choice
 from streamcl.memory.forms import FORMS, Floats, Form
 from streamcl.memory.keys import Keys, keys_of
 from streamcl.protocols import State
@@ -54,7 +55,7 @@ class Stage:
 
     def recall(self, batch: Sequence[Encoded], given: Floats, vectors: Vectors) -> list[Recalled]:
         """What is known near each of a batch, given its scores (B, P)."""
-        keys = np.stack([self.keys(f, e, h) for f, e, h in zip(batch, *vectors, strict=True)])
+        keys = _rows([self.keys(f, e, h) for f, e, h in zip(batch, *vectors, strict=True)])
         found = self.form.read(keys)
         means, half = found[:, 1:].astype(np.float32), given.shape[1]
         return [
@@ -62,19 +63,13 @@ class Stage:
             for b in range(len(batch))
         ]
 
-    def serve(self, recalled: Recalled) -> Floats:
-        """(P,) the score after this stage; the one given, bit for bit, where nothing is to be put right."""
-        if recalled.support == 0.0 or self.choice.pair[0, 1] == 0.0:
-            return recalled.given
-        return np.asarray(compensated(recalled, self.choice.pair, self.task)[0], np.float32)
-
     def observe(self, recalled: Recalled, target: Floats) -> None:
         counts = self.counts
         counts["reads"] += 1
         if recalled.support > 0.0:
             counts["hits"] += 1
             counts["support"] += recalled.support
-            counts["moved"] += float(np.abs(self.serve(recalled) - recalled.given).max())
+            counts["moved"] += float(abs(self.choice.serve(recalled) - recalled.given).max())
         self.choice.observe(recalled, target)
         if recalled.version != self.version:
             counts["stale"] += 1
@@ -151,7 +146,7 @@ class ErrorMemory:
         found: list[list[Recalled]] = []
         for stage in self.stages:
             found.append(stage.recall(batch, given, vectors))
-            given = np.stack([stage.serve(recalled) for recalled in found[-1]])
+            given = _rows([stage.choice.serve(recalled) for recalled in found[-1]])
         return given, [tuple(of_event) for of_event in zip(*found, strict=True)] if found else [()] * len(batch)
 
     def observe(self, scores: Scores, label: float) -> None:
@@ -199,6 +194,11 @@ class ErrorMemory:
                 stage.load_state_dict(saved)
             else:
                 stage.version = 1 + int(saved.get("version", 0))
+
+
+def _rows(rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """(B, ...): `np.stack`, but for one row, which most batches are, without its cost."""
+    return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
 
 def _zeros(width: int) -> Floats:

@@ -156,3 +156,28 @@ def write_sketch(
             sums[a, codes[a], 1 + v] = sums[a, codes[a], 1 + v] * factor + values[v]
         touched[a, codes[a]] = writes
     return True
+
+
+@numba.njit(cache=True)
+def put_right(
+    given: float, label_mean: float, given_mean: float, gamma: float, strength: float, low: float, high: float
+) -> float:
+    """One number of `compensation.compensated`, bit for bit."""
+    score = given + strength * (gamma * (label_mean - given) + (1.0 - gamma) * (label_mean - given_mean))
+    return min(max(score, low), high)
+
+
+@numba.njit(cache=True)
+def follow_losses(scores: Any, pairs: Any, label: float, binary: bool, least: float, rate: float, losses: Any) -> None:
+    """Move each pair's running loss (n,) by what it would have lost, where one number is served.
+
+    scores: given, label mean, given mean; NaN for the means where nothing was found. pairs (n, 2): gamma, lambda.
+    """
+    given, label_mean, given_mean = scores
+    low, high = (least, 1.0 - least) if binary else (-np.inf, np.inf)
+    for n in range(len(pairs)):
+        score = given
+        if not np.isnan(label_mean):
+            score = put_right(given, label_mean, given_mean, pairs[n, 0], pairs[n, 1], low, high)
+        loss = -math.log(max(score if label > 0.5 else 1.0 - score, least)) if binary else (score - label) ** 2
+        losses[n] += rate * (loss - losses[n])

@@ -12,6 +12,7 @@ from streamcl.records import Recalled
 from streamcl.stations import Task
 
 unit = st.floats(0.0, 1.0, width=32)
+ONE_NUMBER: tuple[Task, ...] = ("binary", "regression")
 
 
 def recalled(given: list[float], labels: list[float], scores: list[float], support: float = 3.0) -> Recalled:
@@ -107,3 +108,29 @@ def test_a_fixed_pair_is_never_moved() -> None:
     choice = Choice([1.0], [0.4], 10.0, "binary")
     follow(choice, np.random.default_rng(0), 50, useful=False)
     assert choice.pair.tolist() == [[1.0, 0.4]]
+
+
+@given(score=unit, label=unit, mean=unit, support=st.sampled_from([0.0, 3.0]), task=st.sampled_from(ONE_NUMBER))
+def test_one_number_is_put_right_as_several_are(
+    score: float, label: float, mean: float, support: float, task: Task
+) -> None:
+    found = recalled([score], [label], [mean], support)
+    choice = Choice((0.0, 1.0), GRID, 100.0, task)
+    for place in range(len(choice.pairs)):
+        choice.chosen = place
+        # A score that is not moved is not brought within the bounds either.
+        moved = support > 0.0 and choice.pair[0, 1] > 0.0
+        expected = compensated(found, choice.pair, task)[0].astype(np.float32) if moved else found.given
+        assert choice.serve(found).tobytes() == expected.tobytes()
+
+
+@given(score=unit, label=st.sampled_from([0.0, 1.0]), mean=unit, support=st.sampled_from([0.0, 3.0]))
+@pytest.mark.parametrize("task", ONE_NUMBER)
+def test_one_number_s_losses_are_what_several_are_judged_by(
+    task: Task, score: float, label: float, mean: float, support: float
+) -> None:
+    found, target = recalled([score], [mean], [mean / 2], support), np.array([label], np.float32)
+    choice = Choice((0.0, 1.0), GRID, 100.0, task)
+    choice.observe(found, target)
+    expected = choice.rate * losses(compensated(found, choice.pairs, task), target, task)
+    np.testing.assert_allclose(choice.losses, expected, rtol=1e-12)

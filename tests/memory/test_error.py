@@ -118,7 +118,7 @@ def test_each_stage_is_given_what_the_one_before_served(task: str) -> None:
     scores = learner.predict(events(made, 1, seed=5)[0][0])
     after = [each.given for each in scores.recalled[1:]] + [scores.served]
     for stage, recalled, next_given in zip(learner.recall.stages, scores.recalled, after, strict=True):
-        assert stage.serve(recalled).tobytes() == next_given.tobytes()
+        assert stage.choice.serve(recalled).tobytes() == next_given.tobytes()
 
 
 def test_what_is_written_is_key_and_score_of_prediction_time() -> None:
