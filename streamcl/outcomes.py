@@ -11,17 +11,19 @@ Where reading begins. A worker numbers outcomes without a hole, and at-least-onc
 the topic's numbers climb by one, and now and then fall back. Let N be the number that S says. Any offset whose
 predecessor has a number <= N (or that has none) is a valid start: behind it the numbers can only pass from N to N + 1,
 N + 2, ... one by one, and what was seen before is a repeat and dropped. So a binary search finds a start although the
-numbers are not sorted: it keeps "what stands before `low` is <= N". What retention has removed is a gap: counted, and
-memory goes on behind it.
+numbers are not sorted: it keeps "what stands before `low` is <= N". What retention has removed, or was not told, is a
+gap: counted, and memory goes on behind it.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 from streamcl import connect
@@ -36,8 +38,11 @@ log = logging.getLogger(__name__)
 
 INPUT = "outcomes"
 BATCH = 500  # records a poll
+NEAR = 1000  # reading so many again costs less than another look: kafka-python decodes a whole fetch for one record
 LONGEST_BACKOFF_S = 10.0
 LOOK_S = 2.0  # what one look of the search waits for an answer
+
+Numbering = Callable[[Record], int | None]
 
 
 class Memory:
@@ -107,6 +112,7 @@ class Outcomes:
         self._source: Source | None = None
         self._tail: deque[Learned] = deque()
         self._longest = tail
+        self._first = -1  # what comes up to it is no repeat: reading began there
         self._since = self._newest = -1  # the tail holds what there is behind `_since`, up to `_newest`
         self._lag, self._away = 0, False
         self._row, self._retry_at = 0, 0.0  # failures in a row
@@ -174,6 +180,7 @@ class Outcomes:
                 raise ConnectorError(f"{self.url}: outcomes have one order: 1 partition, not {len(source.streams())}")
             [stream] = source.streams()
             start = first_after(source, stream, self._newest)
+            self._first = self._newest
             source.seek({stream: start})
         except BaseException:
             source.close()
@@ -188,7 +195,7 @@ class Outcomes:
             self._undecodable(record, "no number in its headers")
             return
         if number <= self._newest:
-            self.repeats += 1
+            self.repeats += number > self._first
             return
         known = max(self._newest, memory.number)
         if number > known + 1:
@@ -238,24 +245,32 @@ class Outcomes:
         self._source = None
 
 
-def first_after(source: Source, stream: Stream, number: int) -> int:
-    """The offset of an outcome with a higher number whose predecessor has none; the end, if there is no such one yet.
+def first_after(
+    source: Source, stream: Stream, number: int, number_of: Numbering = outcome_number, near: int = NEAR
+) -> int:
+    """An offset from which on every outcome behind `number` can be read; fewer than `near`, and repeats, come before.
 
-    It is a valid start, see the module. About log2(n) looks; `source` stands anywhere afterwards.
+    See the module. Numbers mostly climb with the offsets, so two looks in three are where the number would stand if all
+    did: two or three are usual, 3 log2(n) the most. `source` stands anywhere afterwards.
     """
-    low = source.seek({})[stream]
+    low = guess = source.seek({})[stream]
     high = low + source.lag()[stream]
-    while low < high:
-        middle = (low + high) // 2
-        found = _numbered(source, stream, middle)
-        if found is not None and found[0] < high and found[1] <= number:
-            low = found[0] + 1
-        else:
+    for look in itertools.count():
+        if low >= high:
+            break
+        middle = guess if look % 3 < 2 and low <= guess < high else (low + high) // 2
+        found = _numbered(source, stream, middle, number_of)
+        if found is None or found[0] >= high or found[1] > number:
             high = middle
+            continue
+        at, told = found
+        low, guess = at + 1, at + number - told
+        if number - told < near:
+            break
     return low
 
 
-def _numbered(source: Source, stream: Stream, offset: int) -> tuple[int, int] | None:
+def _numbered(source: Source, stream: Stream, offset: int, number_of: Numbering) -> tuple[int, int] | None:
     """(offset, number) of the first outcome from `offset` on; None when none can be seen yet.
 
     Offsets may be empty, of markers and of transactions that were aborted. Raises Unavailable.
@@ -265,7 +280,7 @@ def _numbered(source: Source, stream: Stream, offset: int) -> tuple[int, int] | 
     while time.monotonic() < deadline:
         records = source.poll(1, 0.1)
         for record in records:
-            number = outcome_number(record)
+            number = number_of(record)
             if number is not None:
                 return record.origin.offset, number
         if not records and not source.lag()[stream]:

@@ -217,9 +217,10 @@ def numbered(numbers: list[int | None]) -> memory.MemorySource:
     st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), max_size=6),
     st.integers(0, 40),
     st.lists(st.integers(0, 60), max_size=4),
+    st.sampled_from([1, 4, 1000]),
 )
 def test_whatever_was_repeated_a_start_is_found_behind_which_every_number_comes_in_order(
-    start: int, lives: list[tuple[int, int]], number: int, holes: list[int]
+    start: int, lives: list[tuple[int, int]], number: int, holes: list[int], near: int
 ) -> None:
     numbers: list[int | None] = []
     newest = start
@@ -231,7 +232,7 @@ def test_whatever_was_repeated_a_start_is_found_behind_which_every_number_comes_
     for hole in holes:
         numbers.insert(min(hole, len(numbers)), None)
     source = numbered(numbers)
-    offset = first_after(source, SOURCE, number)
+    offset = first_after(source, SOURCE, number, near=near)
     highest = max(highest, number) + 3
     numbers += range(newest + 1, highest + 1)  # who has fallen back climbs again
     first = [each for each in dict.fromkeys(numbers[offset:]) if each is not None and each > number]
@@ -239,17 +240,20 @@ def test_whatever_was_repeated_a_start_is_found_behind_which_every_number_comes_
 
 
 def test_a_start_is_found_with_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = numbered([*range(1, 3000), *range(2500, 5000)])
+    source = numbered([*range(1, 30_000), *range(2500, 50_000)])
     looks: list[int] = []
     looked = module._numbered
 
-    def look(source: Any, stream: Stream, offset: int) -> Any:
+    def look(source: Any, stream: Stream, offset: int, number_of: Any) -> Any:
         looks.append(offset)
-        return looked(source, stream, offset)
+        return looked(source, stream, offset, number_of)
 
     monkeypatch.setattr(module, "_numbered", look)
-    assert first_after(source, SOURCE, 17) == 17
-    assert len(looks) <= 14
+    for number, most in ((17, 1), (29_000, 2), (2_000_000, 20), (45_000, 20)):
+        looks.clear()
+        offset = first_after(source, SOURCE, number)
+        assert len(looks) <= most
+        assert offset >= {17: 1, 29_000: 28_000, 2_000_000: 77_499, 45_000: 71_000}[number]
 
 
 @effort(max_examples=15, deadline=None)
