@@ -207,7 +207,7 @@ class SketchMemory(VectorMemory):
 
     kind: Literal["sketch"] = "sketch"
     bits: int = Stop(12, ge=1, le=20, description="of a bucket's number: 2^bits buckets an array")
-    arrays: int = Stop(20, ge=1, le=1024, description="independent arrays (count)")
+    arrays: int = Stop(40, ge=1, le=1024, description="independent arrays (count)")
     half_life_events: float | None = Stop(2000.0, gt=0, description="age at which a record weighs half (records)")
     min_support: float = Stop(0.0, ge=0, description="a bucket with a lower decayed count is left out")
 

@@ -291,9 +291,11 @@ class Findings:
         return Bar(name, float(np.mean(shares)), error_memory_agreement.SAME_SIGN)
 
     def curves(self, stream: str) -> list[Curve]:
+        """Only of forms that were run in every mode."""
         modes = [mode for mode in MODES if Variant(Setting(mode)) in self.variants]
         x = [float(MODES[mode] or 50_000) for mode in modes]
         return [
             Curve(form, x, [self.gain(mode, form, "log_loss", "auto") for mode in modes], panel=stream)
             for form in self.forms
+            if all(Variant(Setting(mode), form, 0, "auto") in self.variants for mode in modes)
         ]

@@ -52,7 +52,7 @@ def cases(sizes: Sequence[int]) -> list[Case]:
         Case("kNN, 5,000 rows, d 24", {"kind": "knn"}, 24, 5000),
         Case(KEY, {"kind": "key", "key": "user"}, 1, 5000),
         *(Case(f"kNN, d 64: {n:,} rows", {"kind": "knn", "capacity": n}, 64, n) for n in sizes),
-        *(Case(f"sketch, 20 arrays of 12 bits, d 64: {n:,} records", {"kind": "sketch"}, 64, n) for n in sizes),
+        *(Case(f"sketch, 40 arrays of 12 bits, d 64: {n:,} records", {"kind": "sketch"}, 64, n) for n in sizes),
     ]
 
 

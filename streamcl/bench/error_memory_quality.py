@@ -53,7 +53,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which memories are run on which settings: all gammas of `forms` on labels at once, the main ones on late ones."""
+    """Which memories are run on which settings: all with labels at once, the main ones with late labels too.
+
+    Without `stacks` single forms only. All stacks are run where copies are renewed, elsewhere only key + kNN.
+    """
 
     modes: tuple[str, ...]
     late_modes: tuple[str, ...] = ()
@@ -99,14 +102,15 @@ def forms(bed: Bed) -> dict[str, Memories]:
 def measure(stream: Stream, bed: Bed, plan: Plan, seed: int) -> Judged:
     """A live run, and every memory of the plan on what it served."""
     run = Run(stream, bed, plan.settings, seed)
+    first = f"{key_form(bed.keys[0])} + {KNN}"
     for setting in plan.settings:
         run.keep(Variant(setting), run.base(setting), 0.0, 0.0)
     for mode in plan.modes:
         for form, memories in forms(bed).items():
-            if len(memories) > 1 and not plan.stacks:
+            if len(memories) > 1 and not (plan.stacks and (form == first or Setting(mode).every > 1)):
                 continue
             # Sums by key have no mean label of their own; of the stacks, one shows what gamma does.
-            both = form in (KNN, SKETCH, f"{key_form(bed.keys[0])} + {KNN}")
+            both = form in (KNN, SKETCH, first)
             for gamma in (0, 1) if both else (0,):
                 run.add(Setting(mode), form, gamma=gamma)
     for setting in plan.late:
@@ -131,6 +135,7 @@ class Run:
         self.groups: NDArray[np.int64] = np.unique(groups, return_inverse=True)[1]
         self.figures: dict[Variant, dict[str, float]] = {}
         self.known: dict[Variant, Compensated] = {}
+        self.behind: dict[tuple[Setting, str, bool], Compensated] = {}
 
     def base(self, setting: Setting) -> Floats:
         return self.served[setting].base[:, 0].astype(np.float64)
@@ -142,7 +147,11 @@ class Run:
         variant = Variant(setting, form, gamma, "auto", kept)
         self.known[variant] = auto
         self.keep(variant, auto.served, float(auto.strength[self.judged].mean()), float((auto.support > 0).mean()))
-        last = self._behind_fixed(setting, memories, kept) if len(memories) > 1 else auto
+        last = auto
+        if len(memories) > 1:  # what the second stage knows does not depend on its own gamma
+            place = setting, form, kept
+            last = self.behind.get(place) or self._behind_fixed(setting, memories, kept)
+            self.behind[place] = last
         own = int(memories[-1].get("gamma", 0))
         best = self._best(last, own)
         scores = put_right(last, own, best)

@@ -157,7 +157,7 @@ def compensate(
 ) -> Compensated:
     """The same stream again, read and written by an error memory on the serving copy, as a Learner does it.
 
-    Read with every event; written with every label, of what was served; renewed when other weights serve.
+    Read with every impression; written with every label, of what was served; renewed when other weights serve.
     """
     config = config_of(stream.data, {"error_memory": memories, "seed": seed})
     widths = served.embedding.shape[1], served.hidden.shape[1]
@@ -166,17 +166,19 @@ def compensate(
     tickets: list[Scores] = []
     strengths = np.zeros(len(served.base))
     written = 0
-    for n in range(len(served.base)):
-        for event in range(written, stream.known(stream.start + n, setting.delay) - stream.start):
+    for first in range(0, len(served.base), stream.data.impression):
+        for event in range(written, stream.known(stream.start + first, setting.delay) - stream.start):
             memory.observe(tickets[event], float(stream.labels[stream.start + event]))
             written = event + 1
-        if setting.every > 1 and n and served.version[n] != served.version[n - 1]:
-            memory.renew(int(served.version[n]))
-        one = slice(n, n + 1)
-        vectors = Vectors(served.embedding[one], served.hidden[one])
-        score, [recalled] = memory.recall([stream.features[stream.start + n]], served.base[one], vectors)
-        tickets.append(Scores(served.base[n], score[0], int(served.version[n]), recalled))
-        strengths[n] = memory.stages[-1].choice.pair[0, 1]
+        if setting.every > 1 and first and served.version[first] != served.version[first - 1]:
+            memory.renew(int(served.version[first]))
+        shown = slice(first, first + stream.data.impression)
+        batch = stream.features[stream.start + first : stream.start + shown.stop]
+        vectors = Vectors(served.embedding[shown], served.hidden[shown])
+        scores, recalled = memory.recall(batch, served.base[shown], vectors)
+        strengths[shown] = memory.stages[-1].choice.pair[0, 1]
+        for n, (score, each) in enumerate(zip(scores, recalled, strict=True), first):
+            tickets.append(Scores(served.base[n], score, int(served.version[n]), each))
     return _columns(tickets, strengths, memory.read())
 
 
