@@ -127,7 +127,7 @@ def test_what_is_judged_has_no_say_in_lambda() -> None:
         measure(Stream.of(each), BEDS["ml-100k"], plan, 0).figures for each in (data, replace(data, payloads=flipped))
     )
     chosen = [variant for variant in one if variant.strength == "chosen"]
-    assert len(chosen) == 10
+    assert len(chosen) == 8
     assert [one[variant]["lambda"] for variant in chosen] == [two[variant]["lambda"] for variant in chosen]
     assert [one[variant]["auc"] for variant in chosen] != [two[variant]["auc"] for variant in chosen]
 
@@ -159,7 +159,7 @@ def test_the_report_has_every_form_beside_none_and_the_same_bars_quick_and_full(
     knn = next(row for row in quick.rows if row.name == f"ml-100k: sync every 2,000, {KNN}, gamma 1, lambda chosen")
     assert knn.values["d_auc"] == pytest.approx(float(str(knn.values["auc"])) - float(str(none.values["auc"])))
     assert math.isnan(float(str(knn.values["p_auc"])))  # one seed tells nothing of chance
-    assert {curve.name for curve in quick.curves} == set(forms(BEDS["ml-100k"]))
+    assert [curve.name for curve in quick.curves] == ["key user", "key item", KNN, SKETCH, "key user + kNN"]
 
 
 @pytest.mark.usefixtures("tiny", "often")
