@@ -63,7 +63,8 @@ DEFINITIONS = (
     " users (ml-100k) or sessions (yoochoose), weighted by events; calibration: sum of scores by sum of labels; ece:"
     " 20 bins of equal count; support: share of the events of which the last stage knew something",
     "labels N late: learned from, and written, N events late; a memory does not take what was served by weights that"
-    " serve no more. A replica (streamcl serve) asks the new weights about such an event instead and writes that",
+    " serve no more, unless it is never reset. Replica: the weights that serve when the label comes are asked about the"
+    " event then, and what they say is written, as streamcl serve does it",
 )
 SEEN = (
     "keys at unit length of each field were introduced after kNN had gained .012 AUC instead of .042 with this base on"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,13 @@ class Variant:
     gamma: int = 0
     strength: str = ""
     kept: bool = False  # not reset when other weights serve
+    asked: bool = False  # as in a replica: see `Setting.asked`
 
     def __str__(self) -> str:
         parts = [self.setting.mode, self.form]
         parts += [] if self.form == NONE else [f"gamma {self.gamma}", f"lambda {self.strength}"]
         parts += ["never reset"] if self.kept else []
+        parts += ["replica"] if self.asked else []
         return ", ".join([*parts, f"labels {self.setting.delay:,} late"] if self.setting.delay else parts)
 
 
@@ -68,8 +70,12 @@ class Plan:
         return [Setting(mode, delay) for delay in self.delays for mode in self.late_modes]
 
     @property
-    def settings(self) -> list[Setting]:
+    def served(self) -> list[Setting]:
         return [*(Setting(mode) for mode in self.modes), *self.late]
+
+    @property
+    def recorded(self) -> list[Setting]:
+        return [*self.served, *(replace(setting, asked=True) for setting in self.late)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +107,9 @@ def forms(bed: Bed) -> dict[str, Memories]:
 
 def measure(stream: Stream, bed: Bed, plan: Plan, seed: int) -> Judged:
     """A live run, and every memory of the plan on what it served."""
-    run = Run(stream, bed, plan.settings, seed)
+    run = Run(stream, bed, plan.recorded, seed)
     first = f"{key_form(bed.keys[0])} + {KNN}"
-    for setting in plan.settings:
+    for setting in plan.served:
         run.keep(Variant(setting), run.base(setting), 0.0, 0.0)
     for mode in plan.modes:
         for form, memories in forms(bed).items():
@@ -115,8 +121,9 @@ def measure(stream: Stream, bed: Bed, plan: Plan, seed: int) -> Judged:
                 run.add(Setting(mode), form, gamma=gamma)
     for setting in plan.late:
         for form in (key_form(bed.keys[0]), KNN, SKETCH):
-            for kept in (False, True) if setting.every > 1 and form != SKETCH else (False,):
-                run.add(setting, form, gamma=0, kept=kept)
+            run.add(setting, form, gamma=0)
+            run.add(setting, form, gamma=0, kept=True)
+            run.add(setting, form, gamma=0, asked=True)
     settings = [Setting(mode) for mode in plan.modes]
     return Judged(run.figures, {setting: run.same_sign(setting) for setting in settings})
 
@@ -135,44 +142,42 @@ class Run:
         self.groups: NDArray[np.int64] = np.unique(groups, return_inverse=True)[1]
         self.figures: dict[Variant, dict[str, float]] = {}
         self.known: dict[Variant, Compensated] = {}
-        self.behind: dict[tuple[Setting, str, bool], Compensated] = {}
+        self.behind: dict[tuple[Setting, str], Compensated] = {}
 
     def base(self, setting: Setting) -> Floats:
         return self.served[setting].base[:, 0].astype(np.float64)
 
-    def add(self, setting: Setting, form: str, *, gamma: int, kept: bool = False) -> None:
+    def add(self, setting: Setting, form: str, *, gamma: int, kept: bool = False, asked: bool = False) -> None:
         """Run one form, with lambda by itself and with lambda as chosen on the tuning slice."""
         memories = [self._settled(memory, setting, gamma, kept) for memory in self.forms[form]]
-        auto = compensate(self.stream, setting, self.served[setting], memories, self.seed)
-        variant = Variant(setting, form, gamma, "auto", kept)
+        others = self.served[replace(setting, asked=True)] if asked else None
+        auto = compensate(self.stream, setting, self.served[setting], memories, self.seed, others)
+        variant = Variant(setting, form, gamma, "auto", kept, asked)
         self.known[variant] = auto
         self.keep(variant, auto.served, float(auto.strength[self.judged].mean()), float((auto.support > 0).mean()))
-        last = auto
-        if len(memories) > 1:  # what the second stage knows does not depend on its own gamma
-            place = setting, form, kept
-            last = self.behind.get(place) or self._behind_fixed(setting, memories, kept)
-            self.behind[place] = last
+        last = auto if len(memories) == 1 else self._behind_fixed(setting, form, memories)
         own = int(memories[-1].get("gamma", 0))
         best = self._best(last, own)
-        scores = put_right(last, own, best)
-        self.keep(Variant(setting, form, gamma, "chosen", kept), scores, best, float((last.support > 0).mean()))
+        support = float((last.support > 0).mean())
+        self.keep(replace(variant, strength="chosen"), put_right(last, own, best), best, support)
 
     def _settled(self, memory: Mapping[str, Any], setting: Setting, gamma: int, kept: bool) -> dict[str, Any]:
         more: dict[str, Any] = {} if memory["kind"] == "key" else {"gamma": gamma}
         return {**memory, **more, **({"on_new_weights": "keep"} if kept or setting.every == 1 else {})}
 
-    def _behind_fixed(self, setting: Setting, memories: Memories, kept: bool) -> Compensated:
-        """What the second stage knows when the first one's lambda is the one that was best for it alone."""
-        first, second = memories
-        gamma = int(first.get("gamma", 0))
-        alone = next(
-            found
-            for variant, found in self.known.items()
-            if variant.setting == setting and variant.kept == kept and variant.gamma == gamma
-            if len(self.forms[variant.form]) == 1 and self.forms[variant.form][0].items() <= first.items()
-        )
-        stages = [{**first, "lambda": self._best(alone, gamma)}, {**second, "lambda": 0.0}]
-        return compensate(self.stream, setting, self.served[setting], stages, self.seed)
+    def _behind_fixed(self, setting: Setting, form: str, memories: Memories) -> Compensated:
+        """What the second stage knows when the first one's lambda is the one that was best for it alone.
+
+        That does not depend on the second one's gamma, so it is run once.
+        """
+        if (setting, form) not in self.behind:
+            first, second = memories
+            gamma = int(first.get("gamma", 0))
+            single = next(name for name, of in self.forms.items() if len(of) == 1 and of[0].items() <= first.items())
+            best = self._best(self.known[Variant(setting, single, gamma, "auto")], gamma)
+            stages = [{**first, "lambda": best}, {**second, "lambda": 0.0}]
+            self.behind[setting, form] = compensate(self.stream, setting, self.served[setting], stages, self.seed)
+        return self.behind[setting, form]
 
     def _best(self, of: Compensated, gamma: int) -> float:
         """Lambda of the lowest log-loss on the tuning slice; a tie goes to the lower."""

@@ -27,10 +27,15 @@ NOTHING_SERVED = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32), 0)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One way to serve: refreshed every `every` events (see MODES), labels `delay` events late."""
+    """One way to serve: refreshed every `every` events (see MODES), labels `delay` events late.
+
+    `asked` stands for the same, but for what the weights say of an event when its label has come: a replica asks its
+    own weights then, whichever served the event.
+    """
 
     mode: str
     delay: int = 0
+    asked: bool = False
 
     @property
     def every(self) -> int:
@@ -108,13 +113,16 @@ def record(stream: Stream, settings: Mapping[str, Any], wanted: Sequence[Setting
 
 
 def spans(stream: Stream, setting: Setting) -> Iterator[tuple[int, int, int]]:
-    """(labels behind the weights, first event, last + 1) of every set of weights that serves."""
+    """(labels behind the weights, first event, last + 1) of every set of weights, and the events it is asked about."""
     count = len(stream.features)
     step = setting.every or count
     begins = ((stream.known(first, setting.delay), first) for first in range(stream.start, count, step))
     for weights, group in groupby(begins, key=lambda begin: begin[0]):
         first, *_, last = [first for _, first in group] * 2
-        yield (weights if setting.every else stream.start), first, min(last + step, count)
+        end = min(last + step, count)
+        if setting.asked:
+            first, end = stream.known(first, setting.delay), stream.known(end, setting.delay)
+        yield (weights if setting.every else stream.start), first, end
 
 
 def _write_down(
@@ -153,11 +161,17 @@ class Compensated:
 
 
 def compensate(
-    stream: Stream, setting: Setting, served: Served, memories: Sequence[Mapping[str, Any]], seed: int
+    stream: Stream,
+    setting: Setting,
+    served: Served,
+    memories: Sequence[Mapping[str, Any]],
+    seed: int,
+    asked: Served | None = None,
 ) -> Compensated:
     """The same stream again, read and written by an error memory on the serving copy, as a Learner does it.
 
-    Read with every impression; written with every label, of what was served; renewed when other weights serve.
+    Read with every impression; written with every label, of what was served; renewed when other weights serve. With
+    `asked`, as a replica does it: written is what the weights say of the event when its label has come.
     """
     config = config_of(stream.data, {"error_memory": memories, "seed": seed})
     widths = served.embedding.shape[1], served.hidden.shape[1]
@@ -168,18 +182,22 @@ def compensate(
     written = 0
     for first in range(0, len(served.base), stream.data.impression):
         for event in range(written, stream.known(stream.start + first, setting.delay) - stream.start):
-            memory.observe(tickets[event], float(stream.labels[stream.start + event]))
+            [scores] = [tickets[event]] if asked is None else _read(memory, stream, asked, slice(event, event + 1))
+            memory.observe(scores, float(stream.labels[stream.start + event]))
             written = event + 1
         if setting.every > 1 and first and served.version[first] != served.version[first - 1]:
             memory.renew(int(served.version[first]))
         shown = slice(first, first + stream.data.impression)
-        batch = stream.features[stream.start + first : stream.start + shown.stop]
-        vectors = Vectors(served.embedding[shown], served.hidden[shown])
-        scores, recalled = memory.recall(batch, served.base[shown], vectors)
         strengths[shown] = memory.stages[-1].choice.pair[0, 1]
-        for n, (score, each) in enumerate(zip(scores, recalled, strict=True), first):
-            tickets.append(Scores(served.base[n], score, int(served.version[n]), each))
+        tickets += _read(memory, stream, served, shown)
     return _columns(tickets, strengths, memory.read())
+
+
+def _read(memory: ErrorMemory, stream: Stream, served: Served, events: slice) -> list[Scores]:
+    batch = stream.features[stream.start + events.start : stream.start + events.stop]
+    base, versions = served.base[events], served.version[events].tolist()
+    scores, recalled = memory.recall(batch, base, Vectors(served.embedding[events], served.hidden[events]))
+    return [Scores(*each) for each in zip(base, scores, versions, recalled, strict=True)]
 
 
 def _columns(tickets: Sequence[Scores], strengths: NDArray[np.float64], read: Mapping[str, float]) -> Compensated:

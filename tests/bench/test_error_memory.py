@@ -82,6 +82,33 @@ def test_what_is_recorded_and_compensated_is_what_learners_serve(delay: int, imp
     assert (found.support > 0).any() or delay == 40  # labels later than the next refresh are not taken
 
 
+@pytest.mark.usefixtures("often")
+def test_a_replica_s_memory_is_of_its_own_weights_however_late_the_labels_come() -> None:
+    stream, setting = Stream.of(clicks()), Setting(SYNC.mode, 20)  # later than the next refresh
+    memories: list[dict[str, object]] = [{"kind": "knn", "lambda": 0.5}]
+    asked = replace(setting, asked=True)
+    served = record(stream, BASE, [setting, asked])
+    found = compensate(stream, setting, served[setting], memories, 0, served[asked])
+    live = Learner(config_of(stream.data, BASE))
+    copy = Learner(config_of(stream.data, {**BASE, "error_memory": memories}))
+    for event in range(stream.start):
+        live.learn(stream.outcome(event))
+    learned, said = stream.start, []
+    for event in range(stream.start, len(stream.features)):
+        for known in range(learned, stream.known(event, setting.delay)):
+            copy.recall.observe(copy.predict(stream.features[known]), float(stream.labels[known]))
+            live.learn(stream.outcome(known))
+            learned = known + 1
+        if (event - stream.start) % setting.every == 0 and copy.version != live.version:
+            copy.engine.load_state_dict(live.engine.state_dict())
+            copy.version = live.version
+            copy.recall.renew(live.version)
+        said.append(float(copy.predict(stream.features[event]).served[0]))
+    np.testing.assert_allclose(found.served, said, atol=1e-6)
+    stale = compensate(stream, setting, served[setting], memories, 0)
+    assert (found.support > 0).sum() > (stale.support > 0).sum()
+
+
 @pytest.mark.parametrize("memory", [{"kind": "knn", "gamma": 1}, {"kind": "sketch", "bits": 3}])
 def test_a_fixed_lambda_needs_no_run_of_its_own(memory: dict[str, object]) -> None:
     stream = Stream.of(clicks())
