@@ -144,11 +144,23 @@ def test_a_replica_remembers_what_a_loop_over_the_outcomes_after_its_snapshot_wo
     }
 
 
+@pytest.mark.parametrize("task", ["multiclass", "regression"])
+def test_it_does_so_for_every_task(tmp_path: Path, task: str) -> None:
+    model = {"kind": "mlp", "hidden": [4], **({"classes": 3} if task == "multiclass" else {})}
+    config, [first, _] = begun(tmp_path, 20, 45, task=task, model=model)
+    predictor, outcomes = replica(config, first)
+    exhaust(outcomes)
+    assert (outcomes.applied, outcomes.undecodable) == (25, 0)
+    same(remembered(predictor.model), oracle(first, told(config)))
+
+
+@pytest.mark.parametrize("kept", ["reset", "keep"])
 @pytest.mark.parametrize("tail", [20_000, 3], ids=["from the tail", "read again"])
 def test_two_replicas_at_the_same_snapshot_and_number_are_the_same_whatever_they_served_before(
-    tmp_path: Path, tail: int
+    tmp_path: Path, tail: int, kept: str
 ) -> None:
-    config, [first, second, third] = begun(tmp_path, 10, 25, 40)
+    stack = [{**stage, "on_new_weights": kept} for stage in STACK]
+    config, [first, second, third] = begun(tmp_path, 10, 25, 40, error_memory=stack)
     old, of_old = replica(config, first, tail=tail)
     exhaust(of_old)
     move(old, second)
