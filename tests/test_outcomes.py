@@ -24,6 +24,7 @@ from streamcl.config import Config
 from streamcl.learner import Learner
 from streamcl.messages import NUMBER, outcome_of
 from streamcl.outcomes import Memory, Outcomes, first_after
+from streamcl.readings import PARTS
 from streamcl.records import Learned, Stream
 from streamcl.recovery import Keeper, store_of
 from streamcl.replica import Model, Predictor
@@ -132,6 +133,7 @@ def test_a_replica_remembers_what_a_loop_over_the_outcomes_after_its_snapshot_wo
     assert predictor.current().outcomes == 20
     exhaust(outcomes)
     same(remembered(predictor.model), oracle(first, told(config)))
+    assert outcomes.read().keys() <= PARTS.keys()  # every one has a text for people
     assert outcomes.read() == {
         "outcomes_applied": 25.0,
         "outcomes_lag": 0.0,
