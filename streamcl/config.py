@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from streamcl.protocols import StreamclError
 from streamcl.records import EVENTS, LABELS
-from streamcl.services import Kafka, Registry
+from streamcl.services import Kafka, Registry, Serve
 from streamcl.stations import (
     KINDS,
     MEMORIES,
@@ -93,6 +93,7 @@ class Config(Station):
     telemetry: Telemetry = Telemetry()
     kafka: Kafka = Kafka()
     registry: Registry = Registry()
+    serve: Serve = Serve()
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from streamcl.learner import Learner
 from streamcl.messages import scores_to_json
 from streamcl.outcomes import Memory, Outcomes
 from streamcl.protocols import BadInput, Codec, StreamclError
+from streamcl.records import Encoded, Scores
 from streamcl.river_learner import RiverLearner
 from streamcl.snapshot import Loaded, Snapshot
 
@@ -59,16 +60,23 @@ class Model:
             return None
         return Memory(self.decoder.config, self.learner, self.outcomes, self.lock)
 
-    def predict(self, payload: Any) -> dict[str, Any]:
+    def encode(self, payload: Any) -> Encoded:
         """Raises BadInput as the worker would for an event with these features."""
-        if not isinstance(payload, dict):
-            raise BadInput("schema", "an instance must be an object")
-        if self.decoder.config.events.unknown_fields == "dead_letter":
-            for name in sorted(self.decoder.unknown_fields(payload)):
-                raise BadInput("unknown_feature", f"unknown field {name!r}")
-        encoded = self.decoder.featurizer.encode(payload)
+        return encoded(self.decoder, payload)
+
+    def answers(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
+        """In one pass of the model, if it knows how to."""
         with self.lock:
-            return scores_to_json(self.learner.predict(encoded))
+            scores = scored(self.learner, batch)
+        return [scores_to_json(each) for each in scores]
+
+    def predict(self, payload: Any) -> dict[str, Any]:
+        [answer] = self.answers([self.encode(payload)])
+        return answer
+
+    def read(self) -> dict[str, float]:
+        with self.lock:
+            return self.learner.read()
 
     def brief(self) -> dict[str, Any]:
         return {
@@ -87,6 +95,22 @@ class Model:
             "position": self.about["position"],
             "features": {name: feature.kind for name, feature in sorted(config.features.items())},
         }
+
+
+def encoded(decoder: Decoder, payload: Any) -> Encoded:
+    if not isinstance(payload, dict):
+        raise BadInput("schema", "an instance must be an object")
+    if decoder.config.events.unknown_fields == "dead_letter":
+        for name in sorted(decoder.unknown_fields(payload)):
+            raise BadInput("unknown_feature", f"unknown field {name!r}")
+    return decoder.featurizer.encode(payload)
+
+
+def scored(learner: Learner | RiverLearner, batch: Sequence[Encoded]) -> list[Scores]:
+    """One alone is scored exactly as the worker does it."""
+    if len(batch) == 1 or isinstance(learner, RiverLearner):
+        return [learner.predict(each) for each in batch]
+    return learner.predict_many(batch)
 
 
 class Predictor:

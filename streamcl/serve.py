@@ -1,121 +1,126 @@
-"""A read replica: predictions over HTTP."""
+"""Predictions over HTTP: the endpoint on its socket, its key and its certificate."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-import orjson
 import torch
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+import uvloop
 
 from streamcl import connect
 from streamcl.config import Config
+from streamcl.endpoint import Endpoint, Models
+from streamcl.listen import Server
 from streamcl.outcomes import Outcomes
-from streamcl.protocols import BadInput, Codec
+from streamcl.protocols import StreamclError
 from streamcl.recovery import store_of
-from streamcl.replica import Model, Predictor, Unready
+from streamcl.replica import Predictor
+from streamcl.services import Serve
 
-MAX_INSTANCES = 1000
-"""Of one request; more would keep the others waiting."""
+log = logging.getLogger(__name__)
 
-
-class Refused(Exception):
-    """A request that can't be answered: an HTTP status, a reason, and a text for its sender."""
-
-    def __init__(self, status: int, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-        self.reason = reason
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def app(predictor: Predictor, max_bytes: int = 1 << 20) -> Starlette:
-    """The endpoints: `POST /v1/predict`, `GET /v1/model`, `/readyz`, `/livez` (also `/healthz`).
+class ServeError(StreamclError):
+    """The endpoint can't listen, or its key or certificate can't be read."""
 
-    A request is one event's payload, or `{"instances": [payload, ...]}`; the answer holds `predictions` in that order
-    and the `model` that made all of them. An event is scored as the worker would score it, labels and id not needed.
 
-    Errors are `{"error": {"reason", "message"}}`: 400 for content (names the field, and never shows its value), 413 for
-    too much of it, 415 for anything but JSON, 503 before the first snapshot.
+class Listening:
+    """An endpoint on its socket; `run` it on any thread, `stop` it from another.
+
+    Raises:
+        ServeError: from the start, when the place is taken or the key or certificate can't be used.
     """
 
-    # All of it on the loop's own thread: a prediction takes less time than handing it to another one.
-    async def predict(request: Request) -> Response:
-        body = _decoded(await _body(request, max_bytes), predictor.codec)
-        model = predictor.current()
-        single = not (body.keys() == {"instances"} and isinstance(body["instances"], list))
-        instances = [body] if single else body["instances"]
-        if len(instances) > MAX_INSTANCES:
-            raise Refused(413, "too_large", f"{len(instances)} instances; at most {MAX_INSTANCES}")
-        return _json({"predictions": _predictions(model, instances), "model": model.brief()})
-
-    async def describe(_: Request) -> Response:
-        return _json(predictor.current().describe())
-
-    async def ready(_: Request) -> Response:
-        predictor.current()
-        return _json({"ok": True, "reason": ""})
-
-    async def live(_: Request) -> Response:
-        return _json({"ok": True, "reason": ""})
-
-    routes = [Route("/v1/predict", predict, methods=["POST"]), Route("/v1/model", describe)]
-    routes += [Route("/readyz", ready), Route("/livez", live), Route("/healthz", live)]
-    return Starlette(routes=routes, exception_handlers={Refused: _refusal, Unready: _unready})
-
-
-def _predictions(model: Model, instances: list[Any]) -> list[dict[str, Any]]:
-    predictions = []
-    for index, payload in enumerate(instances):
+    def __init__(self, models: Models, config: Config) -> None:
+        place = config.serve
+        key, self._tls = _key(place), _tls(place)
+        endpoint = Endpoint(models, config, connect.codec("json", config, "requests"), key)
+        self.endpoint = endpoint
+        self._server = Server(endpoint, place)
+        family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
         try:
-            predictions.append(model.predict(payload))
-        except BadInput as error:
-            where = f"instances[{index}]: " if len(instances) > 1 else ""
-            raise Refused(400, error.reason, f"{where}{error}") from error
-    return predictions
+            self._listener = socket.create_server((place.host, place.port), family=family, backlog=2048)
+        except OSError as error:
+            raise ServeError(f"serve: can't listen on {place.host}:{place.port}: {error.strerror or error}") from error
+        self.port: int = self._listener.getsockname()[1]
+        host = f"[{place.host}]" if ":" in place.host else place.host
+        self.url = f"{'https' if self._tls else 'http'}://{host}:{self.port}"
+        self._stopped: asyncio.Event | None = None
+        self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        log.info("serving on %s%s", self.url, "" if key else ", without a key")
+        if place.host not in LOOPBACK and not (key and self._tls):
+            log.warning("serve: %s may be reached from outside, without %s", place.host, "TLS" if key else "a key")
+
+    def run(self, *signals: signal.Signals) -> None:
+        """Answer until `stop`, or one of these signals."""
+        uvloop.run(self._run(signals))
+
+    async def _run(self, signals: Sequence[signal.Signals]) -> None:
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        for each in signals:
+            self._loop.add_signal_handler(each, self._stopped.set)
+        if self._stopping.is_set():
+            self._stopped.set()
+        self.endpoint.tick()
+        await self._server.run(self._listener, self._tls, self._stopped.wait())
+
+    def stop(self) -> None:
+        """Answer what has come, and leave."""
+        self._stopping.set()
+        if self._loop and self._stopped:
+            with contextlib.suppress(RuntimeError):  # it has left already
+                self._loop.call_soon_threadsafe(self._stopped.set)
 
 
-async def _body(request: Request, max_bytes: int) -> bytes:
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "media_type", "send JSON, with Content-Type: application/json")
-    body = bytearray()
-    async for chunk in request.stream():  # a length that the sender states is not to be relied on
-        body += chunk
-        if len(body) > max_bytes:
-            raise Refused(413, "too_large", f"a body may have {max_bytes} bytes")
-    return bytes(body)
+def _key(place: Serve) -> bytes | None:
+    """From the environment variable or the file that the config names."""
+    if place.api_key_env is not None:
+        found = os.environ.get(place.api_key_env, "")
+        where = f"serve.api_key_env: {place.api_key_env}"
+    elif place.api_key_file is not None:
+        where = f"serve.api_key_file: {place.api_key_file}"
+        try:
+            found = place.api_key_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServeError(f"{where}: {type(error).__name__}") from None
+    else:
+        return None
+    if not found.strip():
+        raise ServeError(f"{where}: is not set, or empty")
+    return found.strip().encode()
 
 
-def _decoded(body: bytes, codec: Codec) -> Mapping[str, Any]:
+def _tls(place: Serve) -> ssl.SSLContext | None:
+    if place.ssl_certfile is None or place.ssl_keyfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        return codec.decode(body)
-    except BadInput as error:
-        raise Refused(400, error.reason, str(error)) from error
+        # An empty password instead of none: a key that has one is an error, not a question at the terminal.
+        context.load_cert_chain(place.ssl_certfile, place.ssl_keyfile, password="")  # noqa: S106 - there is none
+    except (OSError, ValueError) as error:
+        text = f"{place.ssl_certfile}, {place.ssl_keyfile}: {type(error).__name__}: {error}"
+        raise ServeError(f"serve.ssl_certfile, serve.ssl_keyfile: {text}") from None
+    return context
 
 
-def _refusal(_: Request, error: Exception) -> Response:
-    reason = getattr(error, "reason", "")
-    return _json({"error": {"reason": reason, "message": str(error)}}, getattr(error, "status", 500))
-
-
-def _unready(request: Request, error: Exception) -> Response:
-    return _refusal(request, Refused(503, "unready", str(error)))
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(value), status, media_type="application/json")
-
-
-def serve(config: Config, host: str = "127.0.0.1", port: int = 8080) -> None:
+def serve(config: Config) -> None:
     """Answer until told to stop (SIGTERM, Ctrl-C), from the snapshots of `config`'s shard.
 
     Raises:
         CheckpointError: the folder, or a snapshot in it, can't be used.
+        ServeError: see `Listening`.
     """
     torch.set_num_threads(config.worker.threads)
     here = config.checkpoint.model_copy(update={"remote": None})  # fetching copies would be writing
@@ -123,15 +128,9 @@ def serve(config: Config, host: str = "127.0.0.1", port: int = 8080) -> None:
     outcomes = Outcomes(config.outcomes_url, config) if config.outcomes_url else None
     predictor = Predictor(store, connect.codec("json", config, "requests"), outcomes)
     predictor.refresh()
+    listening = Listening(predictor, config)
     threading.Thread(target=predictor.follow, name="follow", daemon=True).start()
     try:
-        uvicorn.run(
-            app(predictor, config.events.max_bytes),
-            host=host,
-            port=port,
-            log_level="info",
-            access_log=False,
-            lifespan="off",
-        )
+        listening.run(signal.SIGTERM, signal.SIGINT)
     finally:
         predictor.close()

@@ -1,4 +1,4 @@
-"""The stations that stand outside: how brokers and the schema registry are reached, trusted and logged in to."""
+"""The stations that face outside: how brokers and the schema registry are reached and logged in to; how we are."""
 
 from __future__ import annotations
 
@@ -153,3 +153,37 @@ class Registry(Station):
     unknown_id_s: float = Free(60.0, ge=0, description="how long a schema id that it does not know is not asked again")
     subject: str | None = Stop(None, description="of the predictions' schema; default: TOPIC-value")
     register_schema: bool = Free(True, description="register the predictions' schema; else it must be there already")
+
+
+class Serve(Station):
+    """Predictions over HTTP: `streamcl serve`, and the worker's own endpoint.
+
+    Secrets are named, never written: an environment variable or a file.
+    """
+
+    host: str = Free("127.0.0.1", description="where to listen; loopback unless told")
+    port: int = Free(8080, ge=0, le=65535, description="0: any that is free, which the log then names")
+    in_worker: bool = Free(False, description="`run` answers too, from the live model; needs one shard in the process")
+    api_key_env: str | None = Free(None, description="environment variable that holds the key clients must show")
+    api_key_file: Path | None = Free(None, description="file that holds it")
+    ssl_certfile: Path | None = Free(None, description="PEM file of our certificate and its chain: HTTPS only")
+    ssl_keyfile: Path | None = Free(None, description="PEM file of its key")
+    max_body_bytes: int = Free(1 << 20, ge=1, description="a larger body is refused (413)")
+    max_header_bytes: int = Free(16_384, ge=256, description="a longer head is refused (431)")
+    max_instances: int = Free(1000, ge=1, description="of one request (413)")
+    max_queued_instances: int = Free(4000, ge=1, description="of all requests under way; beyond it: 503, Retry-After")
+    max_connections: int = Free(1000, ge=1, description="at once; further ones are refused (503)")
+    request_timeout_s: float = Free(
+        10.0, gt=0, description="from its first byte a request must be whole within this (408); an answer be read"
+    )
+    keep_alive_s: float = Free(60.0, gt=0, description="an idle connection is closed after this")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("api_key_env and api_key_file: one of them")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile: one is of no use without the other")
+        if self.max_queued_instances < self.max_instances:
+            raise ValueError("max_queued_instances: below max_instances, which no request could then have")
+        return self
