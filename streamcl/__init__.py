@@ -11,7 +11,7 @@ Table of contents, in the order of the journey (start with `worker`):
     records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec
     stations       one pydantic model per station of the journey
-    services       the stations for brokers and the schema registry
+    services       the stations that face outside: brokers, the schema registry, HTTP
     config         all stations together: read, checked, compared with a checkpoint's
     connect        URL to connector, name to codec: through entry points
     decode         record to event or label
@@ -36,7 +36,11 @@ Table of contents, in the order of the journey (start with `worker`):
     telemetry      turns to Prometheus
     outcomes       what was learned after a snapshot: the error memory of a replica
     replica        the newest snapshot of a worker, followed
-    serve          predictions over HTTP
+    openapi        the endpoint's description, for programs and for people
+    listen         HTTP connections: limits, deadlines, order
+    traffic        what an endpoint tells Prometheus
+    endpoint       what is asked over HTTP, and its answers
+    serve          the endpoint on its socket, its key and its certificate
     random         counter-based random numbers
     testing        contract checks for connectors and parts
     bench          `streamcl bench NAME`

@@ -283,11 +283,20 @@ def reshard(
 @app.command()
 def serve(
     config: ConfigFile,
-    host: Annotated[str, typer.Option(help="Where to listen; loopback unless told.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    host: Annotated[str | None, typer.Option(help="Where to listen. Default: serve.host, loopback.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: any. Default: serve.port.")] = None,
 ) -> None:
-    """Answer `POST /v1/predict` from the worker's newest snapshot, following new ones."""
-    serve_forever(Config.load(config), host, port)
+    """Answer `POST /v1/predict` from the worker's newest snapshot, following new ones; `/docs` describes it.
+
+    Key, certificate and limits stand in the config's [serve].
+    """
+    serve_forever(_with_serve(Config.load(config), host=host, port=port))
+
+
+def _with_serve(config: Config, **given: Any) -> Config:
+    """The config with what the command line says about `[serve]`."""
+    data, given = config.model_dump(mode="json"), {name: value for name, value in given.items() if value is not None}
+    return Config.parse({**data, "serve": {**data["serve"], **given}}, "command line")
 
 
 @app.command()

@@ -62,7 +62,7 @@ class Models(Protocol):
 class Asked(NamedTuple):
     """A request whose instances wait to be scored."""
 
-    count: int
+    instances: int
     request: Request
     reply: Reply
 

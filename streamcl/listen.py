@@ -30,6 +30,8 @@ LINGER_S = 2.0
 """How long what a refused client still sends is read and dropped: closed at once, it would not see why."""
 DRAIN_S = 5.0
 """How long a stop waits for answers under way."""
+BACKLOG = 2048
+"""Connections that wait to be accepted (count)."""
 JSON = b"application/json"
 
 
@@ -320,9 +322,9 @@ class Server:
     async def run(self, listener: socket.socket, tls: ssl.SSLContext | None, stopped: Awaitable[object]) -> None:
         self.loop = asyncio.get_running_loop()
         self.date = formatdate(usegmt=True).encode()
-        patience = {"ssl_handshake_timeout": self.limits.request_timeout_s, "ssl_shutdown_timeout": LINGER_S}
+        patience_s = self.limits.request_timeout_s if tls else None
         listening = await self.loop.create_server(
-            lambda: Connection(self), sock=listener, ssl=tls, backlog=2048, **(patience if tls else {})
+            lambda: Connection(self), sock=listener, ssl=tls, backlog=BACKLOG, ssl_handshake_timeout=patience_s
         )
         sweeping = asyncio.create_task(self._sweep())
         try:

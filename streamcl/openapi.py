@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -160,7 +160,8 @@ def _errors(*statuses: int) -> Schema:
     return {str(status): _content(ERRORS[status], {"$ref": "#/components/schemas/Error"}) for status in statuses}
 
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h2{margin-top:2.5rem;border-top:1px solid #ccc;padding-top:1rem}code,pre{font:14px/1.4 ui-monospace,monospace}
 pre{background:#f4f4f4;padding:1rem;overflow:auto}table{border-collapse:collapse}
 td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}
@@ -175,7 +176,7 @@ def page(described: Schema) -> str:
 def _html(described: Schema) -> Iterator[str]:
     title, schemas = escape(described["info"]["title"]), described["components"]["schemas"]
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    yield f'<h1>{title}</h1><p>{escape(described["info"]["description"])}</p><p>The same for programs: '
+    yield f"<h1>{title}</h1><p>{escape(described['info']['description'])}</p><p>The same for programs: "
     yield '<a href="openapi.json"><code>openapi.json</code></a>, OpenAPI 3.1.</p>'
     example = orjson.dumps(_example(schemas["Instance"])).decode()
     key = " -H 'Authorization: Bearer KEY'" if described["security"] else ""
@@ -193,7 +194,7 @@ def _html(described: Schema) -> Iterator[str]:
     yield "</html>"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
@@ -207,7 +208,7 @@ def _fields(schema: Schema, prefix: str) -> Iterator[tuple[str, ...]]:
 
 def _example(schema: Schema) -> Schema:
     """A payload that the schema allows."""
-    given = {}
+    given: Schema = {}
     for name, field in schema["properties"].items():
         kinds = field.get("type", [])
         if "properties" in field and not kinds:

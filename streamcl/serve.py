@@ -18,7 +18,7 @@ import uvloop
 from streamcl import connect
 from streamcl.config import Config
 from streamcl.endpoint import Endpoint, Models
-from streamcl.listen import Server
+from streamcl.listen import BACKLOG, Server
 from streamcl.outcomes import Outcomes
 from streamcl.protocols import StreamclError
 from streamcl.recovery import store_of
@@ -49,7 +49,7 @@ class Listening:
         self._server = Server(endpoint, place)
         family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
         try:
-            self._listener = socket.create_server((place.host, place.port), family=family, backlog=2048)
+            self._listener = socket.create_server((place.host, place.port), family=family, backlog=BACKLOG)
         except OSError as error:
             raise ServeError(f"serve: can't listen on {place.host}:{place.port}: {error.strerror or error}") from error
         self.port: int = self._listener.getsockname()[1]
@@ -108,7 +108,7 @@ def _tls(place: Serve) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         # An empty password instead of none: a key that has one is an error, not a question at the terminal.
-        context.load_cert_chain(place.ssl_certfile, place.ssl_keyfile, password="")  # noqa: S106 - there is none
+        context.load_cert_chain(place.ssl_certfile, place.ssl_keyfile, password="")
     except (OSError, ValueError) as error:
         text = f"{place.ssl_certfile}, {place.ssl_keyfile}: {type(error).__name__}: {error}"
         raise ServeError(f"serve.ssl_certfile, serve.ssl_keyfile: {text}") from None

@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from streamcl import __version__
-from streamcl.telemetry import PARTS
+from streamcl.readings import Reported, Shards
 
 BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
@@ -30,7 +30,7 @@ class Traffic(Collector):
     """Of one endpoint; its methods are called on one thread, scrapes may come from another.
 
     Args:
-        readings: What the present model says about itself, by key (see `telemetry.PARTS`); empty without a model.
+        readings: What the present model says about itself, by key (see `readings`); empty without a model.
     """
 
     def __init__(self, readings: Callable[[], Mapping[str, float]]) -> None:
@@ -73,7 +73,7 @@ class Traffic(Collector):
         yield CounterMetricFamily("streamcl_serve_instances", "Instances scored (count).", value=self.instances)
         yield CounterMetricFamily("streamcl_serve_passes", "Passes of the model that scored them.", value=self.passes)
         yield CounterMetricFamily("streamcl_serve_swaps", "Models taken in place of others.", value=self.swaps)
-        gauges = {
+        gauges: dict[str, tuple[str, float]] = {
             "in_flight": ("Requests taken in and not yet answered (count).", self.in_flight),
             "queued_instances": ("Instances that wait to be scored (count).", self.queued),
             "ready": ("1 when there is a model, else 0.", int(self.swapped_s > 0)),
@@ -84,12 +84,11 @@ class Traffic(Collector):
             gauges["sync_records"] = ("Records between this model and the one before (count).", self.synced_records)
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"streamcl_serve_{name}", text, value=value)
-        for key, value in self.readings().items():
-            name, text = PARTS.get(key, (key, "Reported by a part of the model."))
-            yield GaugeMetricFamily(f"streamcl_{name}", text, value=value)
-        build = GaugeMetricFamily(
-            "streamcl_build_info", "Versions; always 1.", labels=["version", "python", "torch"]
-        )
+        told = Shards(labelled=False)
+        told.by_index[0] = Reported()
+        told.by_index[0].readings = self.readings()
+        yield from (family for family in told.collect() if family.samples)
+        build = GaugeMetricFamily("streamcl_build_info", "Versions; always 1.", labels=["version", "python", "torch"])
         build.add_metric([__version__, platform.python_version(), torch.__version__], 1)
         yield build
 
