@@ -99,10 +99,9 @@ class Endpoint:
             b"/livez": lambda: _json({"ok": True, "reason": ""}),
         }
         self.routes[b"/healthz"] = self.routes[b"/livez"]
-        self._model: Scorer | None = None  # of what waits
+        self._model: Scorer | None = None  # the present one, which what waits was read for
         self._asked: list[Asked] = []
         self._waiting: list[Encoded] = []
-        self._seen: Scorer | None = None
         self._records = 0
 
     def handle(self, request: Request, reply: Reply) -> None:
@@ -131,11 +130,7 @@ class Endpoint:
     def tick(self) -> None:
         """See whether another model answers now."""
         with contextlib.suppress(Unready):
-            model = self.models.current()
-            if model is not self._seen:
-                records = int(model.brief()["records"])
-                self.traffic.swapped(records - self._records if self._seen else 0)
-                self._seen, self._records = model, records
+            self._take(self.models.current())
 
     def _allow(self, request: Request) -> None:
         if self.key is None:
@@ -166,9 +161,7 @@ class Endpoint:
         if request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != JSON:
             raise Refused(refusal(415, "media_type", "send JSON, with Content-Type: application/json"))
         model = self.models.current()
-        if model is not self._model:
-            self._score()
-            self._model = model
+        self._take(model)
         encoded = self._encoded(model, request.body)
         if len(self._waiting) + len(encoded) > self.limits.max_queued_instances:
             self._shed()
@@ -177,6 +170,14 @@ class Endpoint:
         self._asked.append(Asked(len(encoded), request, reply))
         self._waiting += encoded
         self.traffic.queued = len(self._waiting)
+
+    def _take(self, model: Scorer) -> None:
+        """Score what waits with the model that it was read for, then go over to this one."""
+        if model is not self._model:
+            self._score()
+            records = int(model.brief()["records"])
+            self.traffic.swapped(records - self._records if self._model else 0)
+            self._model, self._records = model, records
 
     def _shed(self) -> None:
         self.traffic.shed["queue"] += 1

@@ -130,11 +130,8 @@ class Connection(asyncio.Protocol):
         self.seen_bytes += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:  # asked for, and not done: HTTP/1.1 goes on
-            self.parser = httptools.HttpRequestParser(self)
-            if rest := data[upgrade.args[0] :]:
-                self.data_received(rest)
-            return
+        except httptools.HttpParserUpgrade as upgrade:
+            self._stay(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError:
             log.exception("while taking a request in")
             self._refuse(BROKEN)
@@ -200,9 +197,9 @@ class Connection(asyncio.Protocol):
             self._body_too_large()
 
     def on_message_complete(self) -> None:
-        self.seen_bytes, self.reading = 0, False
-        if self.ended:
+        if self.ended or self.parser.should_upgrade():
             return
+        self.seen_bytes, self.reading = 0, False
         self.deadline = float("inf")
         method, keep = self.parser.get_method(), self.parser.should_keep_alive() and not self.server.stopping
         slot = Slot(keep, method != b"HEAD")
@@ -217,6 +214,20 @@ class Connection(asyncio.Protocol):
             self._answered(slot, BROKEN)
 
     # ours
+
+    def _stay(self, rest: bytes) -> None:
+        """A client asks for another protocol, and may be answered in this one: as if it had not asked.
+
+        The parser has left the body alone, so it reads the head again, without the wish.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(refusal(405, "method", "no proxy"))
+            return
+        fields = b"".join(b"%b: %b\r\n" % each for each in self.headers.items() if each[0] != b"upgrade")
+        version = self.parser.get_http_version().encode()
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"%b %b HTTP/%b\r\n%b\r\n%b" % (method, self.url, version, fields, rest))
 
     def _head_too_large(self) -> None:
         most = self.limits.max_header_bytes

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from streamcl.endpoint import Models
 from streamcl.protocols import StreamclError
 from streamcl.recovery import store_of
 from streamcl.replica import Predictor
-from streamcl.serve import Listening
 from streamcl.snapshot import CheckpointError
 from tests.journey import Result, click, fill, finish, settings, view
+from tests.serving import listening
 
 PAYLOAD = {"id": "77", "ts": 1.0, "user": 3, "price": 1.5}
 
@@ -47,22 +47,6 @@ def replica(config: Config) -> Predictor:
     predictor = Predictor(Store(store_of(config).folder), JSON())
     predictor.refresh()
     return predictor
-
-
-@contextmanager
-def listening(models: Models, config: Config | None = None, **limits: Any) -> Iterator[Listening]:
-    """The endpoint on a real socket, on a thread of its own."""
-    config = config or models.current().decoder.config
-    place = config.serve.model_copy(update={"port": 0, **limits})
-    endpoint = Listening(models, config.model_copy(update={"serve": place}))
-    thread = threading.Thread(target=endpoint.run)
-    thread.start()
-    try:
-        yield endpoint
-    finally:
-        endpoint.stop()
-        thread.join(timeout=20)
-        assert not thread.is_alive()
 
 
 def ask(models: Models, path: str = "/v1/predict", config: Config | None = None, **request: Any) -> httpx.Response:
