@@ -58,6 +58,9 @@ class Models(Protocol):
     def current(self) -> Scorer:
         """Raises Unready."""
 
+    def read(self) -> dict[str, float]:
+        """How they are followed."""
+
 
 class Asked(NamedTuple):
     """A request whose instances wait to be scored."""
@@ -247,9 +250,9 @@ class Endpoint:
 
     def _readings(self) -> Mapping[str, float]:
         try:
-            return self.models.current().read()
+            return self.models.current().read() | self.models.read()
         except Unready:
-            return {}
+            return self.models.read()
 
 
 def _json(value: Any) -> Answer:

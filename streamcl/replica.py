@@ -177,6 +177,10 @@ class Predictor:
             self.reason = reason
             log.warning("snapshot not taken: %s", reason)
 
+    def read(self) -> dict[str, float]:
+        """What the reader of outcomes says about itself; see `Model.read` for the model."""
+        return self.outcomes.read() if self.outcomes else {}
+
     def close(self) -> None:
         self._stop.set()
 
