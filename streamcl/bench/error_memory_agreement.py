@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcl.bench.error_memory_serving import Compensated
+from streamcl.bench.error_memory_serving import Known
 from streamcl.bench.quality import Floats
 from streamcl.bench.report import Bar, Row, progress
 from streamcl.memory.forms import Sketch
@@ -81,7 +81,7 @@ def kernel_mean(queries: NDArray[Any], rows: NDArray[Any], values: NDArray[Any],
     return np.asarray(weights @ values / weights.sum(axis=1))
 
 
-def same_sign(sketch: Compensated, knn: Compensated) -> float:
+def same_sign(sketch: Known, knn: Known) -> float:
     """The share of events that both would move, and move the same way."""
     both = (sketch.support > 0) & (knn.support > 0)
     errors = [np.sign(each.label_mean - each.given_mean)[both] for each in (sketch, knn)]

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.bench.error_memory_agreement import same_sign
-from streamcl.bench.error_memory_serving import Compensated, Setting, Stream, compensate, record
+from streamcl.bench.error_memory_serving import Known, Setting, Stream, know, put_right, put_right_by_choice, record
 from streamcl.bench.quality import Floats, auc, calibration, calibration_error, grouped_auc, losses
-from streamcl.memory.compensation import GRID, LEAST
+from streamcl.memory.compensation import GRID
 
 NONE = "none"
 KNN, SKETCH = "kNN", "sketch"
@@ -110,22 +110,23 @@ def measure(stream: Stream, bed: Bed, plan: Plan, seed: int) -> Judged:
     run = Run(stream, bed, plan.recorded, seed)
     first = f"{key_form(bed.keys[0])} + {KNN}"
     for setting in plan.served:
-        run.keep(Variant(setting), run.base(setting), 0.0, 0.0)
+        run.keep(Variant(setting), run.base(setting), 0.0, np.zeros(len(run.labels)))
+    signs: dict[Setting, float] = {}
     for mode in plan.modes:
         for form, memories in forms(bed).items():
-            if len(memories) > 1 and not (plan.stacks and (form == first or Setting(mode).every > 1)):
-                continue
             # Sums by key have no mean label of their own; of the stacks, one shows what gamma does.
-            both = form in (KNN, SKETCH, first)
-            for gamma in (0, 1) if both else (0,):
-                run.add(Setting(mode), form, gamma=gamma)
+            gammas = (0, 1) if form in (KNN, SKETCH, first) else (0,)
+            if len(memories) == 1 or (plan.stacks and (form == first or Setting(mode).every > 1)):
+                run.add(Setting(mode), form, gammas)
+        signs[Setting(mode)] = run.same_sign(Setting(mode))
+        run.known.clear()  # some hundred megabytes
     for setting in plan.late:
         for form in (key_form(bed.keys[0]), KNN, SKETCH):
-            run.add(setting, form, gamma=0)
-            run.add(setting, form, gamma=0, kept=True)
-            run.add(setting, form, gamma=0, asked=True)
-    settings = [Setting(mode) for mode in plan.modes]
-    return Judged(run.figures, {setting: run.same_sign(setting) for setting in settings})
+            run.add(setting, form)
+            run.add(setting, form, kept=True)
+            run.add(setting, form, asked=True)
+        run.known.clear()
+    return Judged(run.figures, signs)
 
 
 class Run:
@@ -141,50 +142,57 @@ class Run:
         groups = [str(payload[bed.group]) for payload in stream.data.payloads[stream.start :]]
         self.groups: NDArray[np.int64] = np.unique(groups, return_inverse=True)[1]
         self.figures: dict[Variant, dict[str, float]] = {}
-        self.known: dict[Variant, Compensated] = {}
-        self.behind: dict[tuple[Setting, str], Compensated] = {}
+        self.known: dict[tuple[Setting, str, bool], Known] = {}
 
     def base(self, setting: Setting) -> Floats:
         return self.served[setting].base[:, 0].astype(np.float64)
 
-    def add(self, setting: Setting, form: str, *, gamma: int, kept: bool = False, asked: bool = False) -> None:
+    def add(
+        self, setting: Setting, form: str, gammas: Sequence[int] = (0,), *, kept: bool = False, asked: bool = False
+    ) -> None:
         """Run one form, with lambda by itself and with lambda as chosen on the tuning slice."""
-        memories = [self._settled(memory, setting, gamma, kept) for memory in self.forms[form]]
-        others = self.served[replace(setting, asked=True)] if asked else None
-        auto = compensate(self.stream, setting, self.served[setting], memories, self.seed, others)
-        variant = Variant(setting, form, gamma, "auto", kept, asked)
-        self.known[variant] = auto
-        self.keep(variant, auto.served, float(auto.strength[self.judged].mean()), float((auto.support > 0).mean()))
-        last = auto if len(memories) == 1 else self._behind_fixed(setting, form, memories)
-        own = int(memories[-1].get("gamma", 0))
-        best = self._best(last, own)
-        support = float((last.support > 0).mean())
-        self.keep(replace(variant, strength="chosen"), put_right(last, own, best), best, support)
+        first, *more = [self._settled(memory, setting, kept) for memory in self.forms[form]]
+        alone = self._known(setting, first, asked=asked)
+        if not more:
+            for gamma in gammas:
+                scores, strengths = put_right_by_choice(self.stream, setting, alone, first, gamma)
+                variant = Variant(setting, form, gamma, "auto", kept, asked)
+                self.keep(variant, scores, float(strengths[self.judged].mean()), alone.support)
+                best = self._best(alone, gamma)
+                self.keep(replace(variant, strength="chosen"), put_right(alone, gamma, best), best, alone.support)
+            return
+        # Each stage is given what the one before has served: with lambda by itself, or as was best for it alone.
+        [second], served = more, self.served[setting]
+        auto, _ = put_right_by_choice(self.stream, setting, alone, first, 0)
+        fixed = put_right(alone, 0, self._best(alone, 0))
+        behind_auto, behind_best = (
+            know(self.stream, setting, served.behind(scores), second, self.seed) for scores in (auto, fixed)
+        )
+        for gamma in gammas:
+            variant = Variant(setting, form, gamma, "auto")
+            scores, strengths = put_right_by_choice(self.stream, setting, behind_auto, second, gamma)
+            self.keep(variant, scores, float(strengths[self.judged].mean()), behind_auto.support)
+            strength = self._best(behind_best, gamma)
+            scores = put_right(behind_best, gamma, strength)
+            self.keep(replace(variant, strength="chosen"), scores, strength, behind_best.support)
 
-    def _settled(self, memory: Mapping[str, Any], setting: Setting, gamma: int, kept: bool) -> dict[str, Any]:
-        more: dict[str, Any] = {} if memory["kind"] == "key" else {"gamma": gamma}
-        return {**memory, **more, **({"on_new_weights": "keep"} if kept or setting.every == 1 else {})}
+    def _settled(self, memory: Mapping[str, Any], setting: Setting, kept: bool) -> dict[str, Any]:
+        return {**memory, **({"on_new_weights": "keep"} if kept or setting.every == 1 else {})}
 
-    def _behind_fixed(self, setting: Setting, form: str, memories: Memories) -> Compensated:
-        """What the second stage knows when the first one's lambda is the one that was best for it alone.
+    def _known(self, setting: Setting, memory: Mapping[str, Any], *, asked: bool) -> Known:
+        """What a form alone knows; run once."""
+        place = setting, str(sorted(memory.items())), asked
+        if place not in self.known:
+            others = self.served[replace(setting, asked=True)] if asked else None
+            self.known[place] = know(self.stream, setting, self.served[setting], memory, self.seed, others)
+        return self.known[place]
 
-        That does not depend on the second one's gamma, so it is run once.
-        """
-        if (setting, form) not in self.behind:
-            first, second = memories
-            gamma = int(first.get("gamma", 0))
-            single = next(name for name, of in self.forms.items() if len(of) == 1 and of[0].items() <= first.items())
-            best = self._best(self.known[Variant(setting, single, gamma, "auto")], gamma)
-            stages = [{**first, "lambda": best}, {**second, "lambda": 0.0}]
-            self.behind[setting, form] = compensate(self.stream, setting, self.served[setting], stages, self.seed)
-        return self.behind[setting, form]
-
-    def _best(self, of: Compensated, gamma: int) -> float:
+    def _best(self, of: Known, gamma: int) -> float:
         """Lambda of the lowest log-loss on the tuning slice; a tie goes to the lower."""
         labels = self.labels[self.tuning]
         return min(GRID, key=lambda each: float(losses(labels, put_right(of, gamma, each)[self.tuning]).mean()))
 
-    def keep(self, variant: Variant, scores: Floats, strength: float, support: float) -> None:
+    def keep(self, variant: Variant, scores: Floats, strength: float, support: Floats) -> None:
         """Judge scores (n,); only of the slice that chose nothing."""
         labels, scores = self.labels[self.judged], scores[self.judged]
         self.figures[variant] = {
@@ -194,15 +202,9 @@ class Run:
             "calibration": calibration(labels, scores),
             "ece": calibration_error(labels, scores),
             "lambda": strength,
-            "support": support,
+            "support": float((support[self.judged] > 0).mean()),
         }
 
     def same_sign(self, setting: Setting) -> float:
-        return same_sign(*(self.known[Variant(setting, form, 0, "auto")] for form in (SKETCH, KNN)))
-
-
-def put_right(of: Compensated, gamma: int, strength: float) -> Floats:
-    """(n,) what the last stage would have served with a fixed lambda: what it knew does not depend on it."""
-    error = of.label_mean - (of.given if gamma else of.given_mean)
-    moved = np.clip(of.given + strength * error, LEAST, 1.0 - LEAST)
-    return np.where((of.support > 0) & (strength > 0), moved, of.given)
+        singles = (self._settled(self.forms[form][0], setting, kept=False) for form in (SKETCH, KNN))
+        return same_sign(*(self._known(setting, single, asked=False) for single in singles))

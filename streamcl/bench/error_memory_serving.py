@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from streamcl.config import Config
 from streamcl.features import Featurizer
 from streamcl.learner import Learner
 from streamcl.memory import ErrorMemory, Vectors
+from streamcl.memory.compensation import GRID, LEAST, Choice
 from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Recalled, Scores, Ticket
 
 MODES = {"per event": 1, "sync every 200": 200, "sync every 2,000": 2000, "frozen": 0}
@@ -78,6 +79,10 @@ class Served:
     embedding: NDArray[np.float32]
     hidden: NDArray[np.float32]
     version: NDArray[np.int64]
+
+    def behind(self, scores: NDArray[np.float64]) -> Served:
+        """The same, as the next stage sees it: given what the one before has served (n,)."""
+        return replace(self, base=scores.astype(np.float32)[:, None])
 
     @classmethod
     def empty(cls, events: int, widths: tuple[int, int]) -> Served:
@@ -148,66 +153,94 @@ def _write_down(
 
 
 @dataclass(frozen=True, slots=True)
-class Compensated:
-    """What an error memory made of one setting's scores: served (n,), and of its last stage what it knew (n,)."""
+class Known:
+    """What one form knew of each event of a setting when it was served, and when its label had come (None: never).
 
-    served: NDArray[np.float64]
+    given, label_mean, given_mean, support: (n,) of the former.
+    """
+
+    recalled: Sequence[Recalled]
+    observed: Sequence[Recalled | None]
     given: NDArray[np.float64]
     label_mean: NDArray[np.float64]
     given_mean: NDArray[np.float64]
     support: NDArray[np.float64]
-    strength: NDArray[np.float64]  # lambda of the last stage
-    read: Mapping[str, float]
+
+    @classmethod
+    def of(cls, recalled: Sequence[Recalled], observed: Sequence[Recalled | None]) -> Known:
+        given, label_mean, given_mean = (
+            np.array([float(one[0]) for one in column], np.float64)
+            for column in zip(*((each.given, each.label_mean, each.given_mean) for each in recalled), strict=True)
+        )
+        return cls(recalled, observed, given, label_mean, given_mean, np.array([each.support for each in recalled]))
 
 
-def compensate(
+def know(
     stream: Stream,
     setting: Setting,
     served: Served,
-    memories: Sequence[Mapping[str, Any]],
+    memory: Mapping[str, Any],
     seed: int,
     asked: Served | None = None,
-) -> Compensated:
-    """The same stream again, read and written by an error memory on the serving copy, as a Learner does it.
+) -> Known:
+    """The same stream again, read and written by a form on the serving copy, as a Learner does it.
 
     Read with every impression; written with every label, of what was served; renewed when other weights serve. With
-    `asked`, as a replica does it: written is what the weights say of the event when its label has come.
+    `asked`, as a replica does it: written is what the weights say of the event when its label has come. Gamma and
+    lambda change nothing of it.
     """
-    config = config_of(stream.data, {"error_memory": memories, "seed": seed})
-    widths = served.embedding.shape[1], served.hidden.shape[1]
-    memory = ErrorMemory(config, Featurizer(config).layout, widths)
-    memory.renew(int(served.version[0]))
-    tickets: list[Scores] = []
-    strengths = np.zeros(len(served.base))
-    written = 0
-    for first in range(0, len(served.base), stream.data.impression):
-        for event in range(written, stream.known(stream.start + first, setting.delay) - stream.start):
-            [scores] = [tickets[event]] if asked is None else _read(memory, stream, asked, slice(event, event + 1))
-            memory.observe(scores, float(stream.labels[stream.start + event]))
-            written = event + 1
+    config = config_of(stream.data, {"error_memory": [{**memory, "lambda": 0.0}], "seed": seed})
+    form = ErrorMemory(config, Featurizer(config).layout, (served.embedding.shape[1], served.hidden.shape[1]))
+    form.renew(int(served.version[0]))
+    recalled: list[Recalled] = []
+    observed: list[Recalled | None] = [None] * len(served.base)
+    for events, labels in turns(stream, setting):
+        for event in labels:
+            [now] = [recalled[event]] if asked is None else _read(form, stream, asked, slice(event, event + 1))
+            observed[event] = now
+            scores = Scores(served.base[event], served.base[event], int(served.version[event]), (now,))
+            form.observe(scores, float(stream.labels[stream.start + event]))
+        first = events.start
         if setting.every > 1 and first and served.version[first] != served.version[first - 1]:
-            memory.renew(int(served.version[first]))
-        shown = slice(first, first + stream.data.impression)
-        strengths[shown] = memory.stages[-1].choice.pair[0, 1]
-        tickets += _read(memory, stream, served, shown)
-    return _columns(tickets, strengths, memory.read())
+            form.renew(int(served.version[first]))
+        recalled += _read(form, stream, served, slice(events.start, events.stop))
+    return Known.of(recalled, observed)
 
 
-def _read(memory: ErrorMemory, stream: Stream, served: Served, events: slice) -> list[Scores]:
+def turns(stream: Stream, setting: Setting) -> Iterator[tuple[range, range]]:
+    """(events shown together, whose labels have come since the ones before were shown), counted from `start`."""
+    written = 0
+    for first in range(0, len(stream.labels) - stream.start, stream.data.impression):
+        known = stream.known(stream.start + first, setting.delay) - stream.start
+        yield range(first, first + stream.data.impression), range(written, known)
+        written = known
+
+
+def _read(form: ErrorMemory, stream: Stream, served: Served, events: slice) -> list[Recalled]:
     batch = stream.features[stream.start + events.start : stream.start + events.stop]
-    base, versions = served.base[events], served.version[events].tolist()
-    scores, recalled = memory.recall(batch, base, Vectors(served.embedding[events], served.hidden[events]))
-    return [Scores(*each) for each in zip(base, scores, versions, recalled, strict=True)]
+    vectors = Vectors(served.embedding[events], served.hidden[events])
+    _, recalled = form.recall(batch, served.base[events], vectors)
+    return [each for [each] in recalled]
 
 
-def _columns(tickets: Sequence[Scores], strengths: NDArray[np.float64], read: Mapping[str, float]) -> Compensated:
-    last: list[Recalled] = [scores.recalled[-1] for scores in tickets]
-    return Compensated(
-        np.array([scores.served[0] for scores in tickets], np.float64),
-        np.array([recalled.given[0] for recalled in last], np.float64),
-        np.array([recalled.label_mean[0] for recalled in last], np.float64),
-        np.array([recalled.given_mean[0] for recalled in last], np.float64),
-        np.array([recalled.support for recalled in last], np.float64),
-        strengths,
-        read,
-    )
+def put_right(known: Known, gamma: int, strength: float) -> NDArray[np.float64]:
+    """(n,) what would have been served with a fixed lambda."""
+    error = known.label_mean - (known.given if gamma else known.given_mean)
+    moved = np.clip(known.given + strength * error, LEAST, 1.0 - LEAST)
+    return np.where((known.support > 0) & (strength > 0), moved, known.given)
+
+
+def put_right_by_choice(
+    stream: Stream, setting: Setting, known: Known, memory: Mapping[str, Any], gamma: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(n,) what would have been served with lambda by itself, and (n,) that lambda, event by event."""
+    half_life = config_of(stream.data, {"error_memory": [memory]}).error_memory[0].lambda_half_life_events
+    choice = Choice((float(gamma),), GRID, half_life, "binary")
+    scores, strengths = np.zeros(len(known.given)), np.zeros(len(known.given))
+    for events, labels in turns(stream, setting):
+        for event in labels:
+            if (observed := known.observed[event]) is not None:
+                choice.observe(observed, np.array([stream.labels[stream.start + event]], np.float32))
+        for event in events:
+            scores[event], strengths[event] = choice.serve(known.recalled[event])[0], choice.pair[0, 1]
+    return scores, strengths

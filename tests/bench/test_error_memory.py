@@ -8,19 +8,22 @@ from streamcl.bench import error_memory, error_memory_cost, run
 from streamcl.bench.error_memory import BEDS, FULL, QUICK, Findings
 from streamcl.bench.error_memory_agreement import kernel_mean, rmse_and_correlation
 from streamcl.bench.error_memory_cost import LIMITS_US, Case, cases, microseconds
-from streamcl.bench.error_memory_quality import KNN, SKETCH, Plan, Variant, forms, measure, put_right
+from streamcl.bench.error_memory_quality import KNN, SKETCH, Plan, Variant, forms, measure
 from streamcl.bench.error_memory_serving import (
     MODES,
     Setting,
     Stream,
-    compensate,
     config_of,
+    know,
+    put_right,
+    put_right_by_choice,
     record,
     spans,
 )
 from streamcl.bench.options import OptionError, Options
 from streamcl.bench.streams import LABEL, TIME, DataError, Dataset
 from streamcl.learner import Learner
+from streamcl.memory.compensation import Choice
 from streamcl.records import Scores
 from tests.bench.test_report import assert_contract
 
@@ -71,13 +74,16 @@ def through_learners(stream: Stream, setting: Setting, memories: list[dict[str, 
 @pytest.mark.parametrize("impression", [1, 5])
 def test_what_is_recorded_and_compensated_is_what_learners_serve(delay: int, impression: int) -> None:
     stream, setting = Stream.of(clicks(impression=impression)), Setting(SYNC.mode, delay)
-    memories: list[dict[str, object]] = [{"kind": "key", "key": "user", "lambda": 0.5}, {"kind": "knn", "gamma": 1}]
-    said = through_learners(stream, setting, memories)
+    key, knn = {"kind": "key", "key": "user"}, {"kind": "knn", "gamma": 1}
+    said = through_learners(stream, setting, [{**key, "lambda": 0.5}, knn])
     served = record(stream, BASE, [setting])[setting]
-    found = compensate(stream, setting, served, memories, 0)
-    np.testing.assert_allclose(found.served, [scores.served[0] for scores in said], atol=1e-6)
-    np.testing.assert_allclose(found.label_mean, [scores.recalled[1].label_mean[0] for scores in said], atol=1e-5)
-    assert served.version.tolist() == [scores.version for scores in said]
+    first = put_right(know(stream, setting, served, key, 0), 0, 0.5)
+    found = know(stream, setting, served.behind(first), knn, 0)
+    scores, strengths = put_right_by_choice(stream, setting, found, knn, 1)
+    np.testing.assert_allclose(scores, [each.served[0] for each in said], atol=1e-6)
+    np.testing.assert_allclose(found.label_mean, [each.recalled[1].label_mean[0] for each in said], atol=1e-5)
+    assert delay or strengths.max() > 0.0
+    assert served.version.tolist() == [each.version for each in said]
     assert len(set(served.version.tolist())) > 1 or delay == 40
     assert (found.support > 0).any() or delay == 40  # labels later than the next refresh are not taken
 
@@ -85,12 +91,11 @@ def test_what_is_recorded_and_compensated_is_what_learners_serve(delay: int, imp
 @pytest.mark.usefixtures("often")
 def test_a_replica_s_memory_is_of_its_own_weights_however_late_the_labels_come() -> None:
     stream, setting = Stream.of(clicks()), Setting(SYNC.mode, 20)  # later than the next refresh
-    memories: list[dict[str, object]] = [{"kind": "knn", "lambda": 0.5}]
     asked = replace(setting, asked=True)
     served = record(stream, BASE, [setting, asked])
-    found = compensate(stream, setting, served[setting], memories, 0, served[asked])
+    found = know(stream, setting, served[setting], {"kind": "knn"}, 0, served[asked])
     live = Learner(config_of(stream.data, BASE))
-    copy = Learner(config_of(stream.data, {**BASE, "error_memory": memories}))
+    copy = Learner(config_of(stream.data, {**BASE, "error_memory": [{"kind": "knn", "lambda": 0.5}]}))
     for event in range(stream.start):
         live.learn(stream.outcome(event))
     learned, said = stream.start, []
@@ -104,19 +109,18 @@ def test_a_replica_s_memory_is_of_its_own_weights_however_late_the_labels_come()
             copy.version = live.version
             copy.recall.renew(live.version)
         said.append(float(copy.predict(stream.features[event]).served[0]))
-    np.testing.assert_allclose(found.served, said, atol=1e-6)
-    stale = compensate(stream, setting, served[setting], memories, 0)
+    np.testing.assert_allclose(put_right(found, 0, 0.5), said, atol=1e-6)
+    stale = know(stream, setting, served[setting], {"kind": "knn"}, 0)
     assert (found.support > 0).sum() > (stale.support > 0).sum()
 
 
-@pytest.mark.parametrize("memory", [{"kind": "knn", "gamma": 1}, {"kind": "sketch", "bits": 3}])
-def test_a_fixed_lambda_needs_no_run_of_its_own(memory: dict[str, object]) -> None:
+@pytest.mark.parametrize("gamma", [0, 1])
+def test_a_fixed_lambda_puts_right_as_the_product_does(gamma: int) -> None:
     stream = Stream.of(clicks())
-    served = record(stream, BASE, [SYNC])[SYNC]
-    known = compensate(stream, SYNC, served, [memory], 0)
-    fixed = compensate(stream, SYNC, served, [{**memory, "lambda": 0.3}], 0)
-    np.testing.assert_allclose(put_right(known, int(memory.get("gamma") == 1), 0.3), fixed.served, atol=1e-6)
-    assert put_right(known, 0, 0.0).tolist() == served.base[:, 0].tolist()
+    known = know(stream, SYNC, record(stream, BASE, [SYNC])[SYNC], {"kind": "sketch", "bits": 3}, 0)
+    choice = Choice((float(gamma),), (0.3,), 1.0, "binary")
+    assert put_right(known, gamma, 0.3).astype(np.float32).tolist() == [choice.serve(r)[0] for r in known.recalled]
+    assert put_right(known, gamma, 0.0).tolist() == known.given.tolist()
 
 
 @pytest.mark.usefixtures("often")
