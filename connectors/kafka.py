@@ -289,8 +289,8 @@ def _look(url: str, required: bool, config: Config) -> list[str]:
         if required:
             raise ConnectorError(f"{url}: no such topic, or no right to see it")
         return [f"{url}: will be made"]
-    if url == config.outcomes_url and count != 1:
-        raise ConnectorError(f"{url}: outcomes have one order: they need 1 partition, this topic has {count}")
+    if url in (config.outcomes_url, config.deltas_url) and count != 1:
+        raise ConnectorError(f"{url}: has one order: it needs 1 partition, this topic has {count}")
     streams = [Stream("topic", number) for number in range(count)]
     limits = client.bounds(servers, {"topic": topic}, streams, config)
     ranges = ", ".join(f"{each.partition}: {limit.start} to {limit.end}" for each, limit in limits.items())

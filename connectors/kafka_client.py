@@ -288,15 +288,15 @@ def ensure_outputs(url: str, config: Config) -> str:
     """Make the topic of an output when it is missing; its name.
 
     Raises:
-        ConnectorError: it can't be made, or outcomes have a topic of several partitions.
+        ConnectorError: it can't be made, or outcomes or deltas have a topic of several partitions.
     """
     servers, topic = locate(url)
     compact = config.kafka.compact_predictions and url == config.predictions
-    ordered = url == config.outcomes_url
+    ordered = url in (config.outcomes_url, config.deltas_url)
     configs = {"cleanup.policy": "compact"} if compact else {}
     count = ensure_topic(servers, topic, config, 1 if ordered else -1, configs)
     if ordered and count != 1:
-        raise ConnectorError(f"{url}: outcomes have one order: they need 1 partition, this topic has {count}")
+        raise ConnectorError(f"{url}: has one order: it needs 1 partition, this topic has {count}")
     return topic
 
 

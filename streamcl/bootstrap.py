@@ -50,8 +50,9 @@ class Bootstrap:
 
 
 def _learn(worker: Worker, history: Source) -> None:
-    live = worker.source, worker.control, worker.predictions, worker.outcomes
-    worker.source, worker.control, worker.predictions, worker.outcomes = Past(history), None, None, None
+    live = worker.source, worker.control, worker.predictions, worker.outcomes, worker.publisher
+    worker.source, worker.control = Past(history), None
+    worker.predictions = worker.outcomes = worker.publisher = None
     told = time.monotonic()
     try:
         for _ in worker.run():
@@ -63,7 +64,7 @@ def _learn(worker: Worker, history: Source) -> None:
             raise StreamclError("stopped while learning from history: nothing was kept, the next start begins again")
     finally:
         history.close()
-        worker.source, worker.control, worker.predictions, worker.outcomes = live
+        worker.source, worker.control, worker.predictions, worker.outcomes, worker.publisher = live
         worker.caught_up = False
 
 

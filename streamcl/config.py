@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -26,6 +26,7 @@ from streamcl.stations import (
     Change,
     Checkpoint,
     Delivery,
+    Deltas,
     Drift,
     Events,
     Feature,
@@ -87,6 +88,7 @@ class Config(Station):
     metrics: Metrics = Metrics()
     drift: Drift = Drift()
     checkpoint: Checkpoint = Checkpoint()
+    deltas: Deltas = Deltas()
     shard: Shard = Shard()
     worker: Worker = Worker()
     delivery: Delivery = Delivery()
@@ -136,8 +138,10 @@ class Config(Station):
             raise ValueError("delivery.mode: exactly_once needs outcomes and control on the same brokers")
         if self.exactly_once and _site(self.control_url)[0] == "file":
             raise ValueError("delivery.mode: files know no transactions; exactly_once needs Kafka")
+        if self.deltas.url and self.river is not None:
+            raise ValueError("deltas.url: a River model has no rows to send; its replicas follow snapshots alone")
         names = ("predictions", "outcomes", "dead_letters", "control")
-        urls = self.inputs | {name: getattr(self, name) for name in names}
+        urls = self.inputs | {name: getattr(self, name) for name in names} | {"deltas.url": self.deltas.url}
         urls |= {"registry.url": self.registry.url}
         for name, url in urls.items():
             if "@" in urlsplit(url or "").netloc:
@@ -145,6 +149,8 @@ class Config(Station):
         others = {*self.inputs.values(), self.predictions, self.dead_letters_url, self.control_url}
         if self.outcomes_url in others - {None}:
             raise ValueError("outcomes: they need a topic of their own")
+        if self.deltas_url in (others | {self.outcomes_url}) - {None}:
+            raise ValueError("deltas.url: they need a place of their own")
         return self
 
     @model_validator(mode="after")
@@ -219,6 +225,11 @@ class Config(Station):
         return self.outcomes + self._of_shard if self.outcomes else None
 
     @property
+    def deltas_url(self) -> str | None:
+        """Each shard's own, as `outcomes_url` is."""
+        return self.deltas.url.rstrip("/") + self._of_shard if self.deltas.url else None
+
+    @property
     def dead_letters_url(self) -> str:
         return self.dead_letters or self._beside("dead-letters")
 
@@ -272,9 +283,9 @@ def changes(old: Mapping[str, Any], config: Config) -> list[tuple[str, Change]]:
     return sorted(set(found))
 
 
-def fingerprint(config: Config) -> str:
-    """A hash of every setting that state depends on."""
-    state = {path: value for path, change, value in config.settings() if change != "free"}
+def fingerprint(config: Config, kinds: Collection[Change] = ("new", "stop")) -> str:
+    """A hash of every setting that state depends on, or of those of some kinds."""
+    state = {path: value for path, change, value in config.settings() if change in kinds}
     return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 

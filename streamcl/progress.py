@@ -9,6 +9,7 @@ import xxhash
 from streamcl.protocols import ConnectorError, State
 from streamcl.records import (
     DeadLetter,
+    Delta,
     Learned,
     Origin,
     Outcome,
@@ -104,3 +105,4 @@ class Work:
         self.learned: list[Learned] = []
         self.dead_letters: list[DeadLetter] = []
         self.signals: list[Signal] = []
+        self.deltas: list[Delta] = []

@@ -181,6 +181,13 @@ class Learned(NamedTuple):
     delay_s: float  # of the label, behind it
 
 
+class Delta(NamedTuple):
+    """What changed up to the shard's `records`th record, sealed; see `streamcl.delta`."""
+
+    records: int
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """The answer to one event. Its identity is `origin`; a reader that saw it already may drop it."""
@@ -271,5 +278,6 @@ class Turn:
     learned: tuple[Learned, ...] = ()
     dead_letters: tuple[DeadLetter, ...] = ()
     signals: tuple[Signal, ...] = ()
+    deltas: tuple[Delta, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     recovering: bool = False

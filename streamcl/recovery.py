@@ -267,6 +267,8 @@ class Keeper:
         self._outage, self.last, self.seconds = 0, written.snapshot, written.seconds
         if written.position:
             self.worker.source.commit(written.position)
+        if self.worker.publisher:
+            self.worker.publisher.retain(min(int(each.manifest["records"]) for each in self.store.ls()))
         return written.snapshot
 
     def _failed(self, error: CheckpointError) -> None:
@@ -286,6 +288,7 @@ class Keeper:
             "position": self.worker.progress.state_dict()["position"],
             "control_offset": self.worker.control_offset,
             "clean": clean,
+            "delta": self.worker.deltas.last if self.worker.deltas else "",
             "epoch": self.lease.epoch,
             "config": self.worker.config.model_dump(mode="json"),
             "environment": environment(),

@@ -6,12 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamcl.checkpoint import Store
 from streamcl.config import Config
 from streamcl.decode import Decoder
+from streamcl.follow import Follower, Place
 from streamcl.learner import Learner
 from streamcl.messages import scores_to_json
 from streamcl.outcomes import Memory, Outcomes
@@ -19,6 +20,7 @@ from streamcl.protocols import BadInput, Codec, StreamclError
 from streamcl.records import Encoded, Scores
 from streamcl.river_learner import RiverLearner
 from streamcl.snapshot import Loaded, Snapshot
+from streamcl.state import private
 
 log = logging.getLogger(__name__)
 
@@ -120,28 +122,40 @@ class Predictor:
         codec: How requests are written.
         outcomes: What the error memory is made of, after a snapshot. None: scores are compensated by what the worker
             remembered when it cut the snapshot.
+        follower: Of the deltas after a snapshot. None: it stands until the next one.
     """
 
-    def __init__(self, store: Store, codec: Codec, outcomes: Outcomes | None = None) -> None:
+    def __init__(
+        self, store: Store, codec: Codec, outcomes: Outcomes | None = None, follower: Follower | None = None
+    ) -> None:
         self.store = store
         self.codec = codec
         self.outcomes = outcomes
+        self.follower = follower
         self.model: Model | None = None
         self.reason = f"no checkpoint in {store.folder} yet"
         self._tried: str | None = None
         self._stop = threading.Event()
 
     def refresh(self) -> bool:
-        """Take the newest sound snapshot unless it is the present one; True when the model has changed.
+        """Take the newest sound snapshot unless it is the present one, and the deltas behind it.
+
+        True when the model has changed.
 
         Raises:
             StreamclError: a snapshot that can't be used here; the model that was there stays.
         """
+        taken = self._take_deltas()  # first: they may lead to where the newest snapshot is
+        if self._take_snapshot():
+            taken = self._take_deltas() or True
+        return taken
+
+    def _take_snapshot(self) -> bool:
         damaged = dict(self.store.damaged)
-        sound = [snapshot.name for snapshot in self.store.ls() if snapshot.name not in damaged]
-        if not sound or sound[-1] in (self._tried, self._name()):
+        sound = [snapshot for snapshot in self.store.ls() if snapshot.name not in damaged]
+        if not sound or sound[-1].name in (self._tried, self._name()) or self._passed(sound[-1]):
             return False
-        self._tried = sound[-1]  # once is enough: what can't be used now will not be a second later
+        self._tried = sound[-1].name  # once is enough: what can't be used now will not be a second later
         loaded = self.store.newest()
         if loaded is None or loaded.snapshot.name == self._name():
             return False
@@ -150,7 +164,55 @@ class Predictor:
             self.outcomes.adopt(model.memory())
         self.model = model
         log.info("serving %s", loaded.snapshot.path)
+        if self.follower and isinstance(model.learner, Learner):
+            cut = loaded.state.get("deltas", {}).get("last", "")
+            self.follower.begin(model.decoder.config, model.learner, Place(model.about["records"], cut))
         return True
+
+    def _passed(self, snapshot: Snapshot) -> bool:
+        """Whether deltas lead there as well."""
+        told = snapshot.manifest
+        return bool(self.follower and self.follower.passes(told.get("records", 0), told.get("delta", "")))
+
+    def _take_deltas(self) -> bool:
+        taken = False
+        while self._take_some():
+            taken = True
+        return taken
+
+    def _take_some(self) -> bool:
+        old = self.model
+        change = self.follower.step() if self.follower and old else None
+        if change is None or self.follower is None or old is None:
+            return False
+        model = replace(
+            old,
+            learner=self.follower.learner,
+            about={"records": change.records, "position": change.position},
+            outcomes=change.outcomes,
+            lock=threading.Lock(),
+        )
+        self._hand_over(old, model)
+        self.follower.swapped(old)
+        return True
+
+    def _hand_over(self, old: Model, model: Model) -> None:
+        """Swap the model, and with it the error memory. A form that keeps what other weights wrote goes on as it was,
+        and then outcomes count from where the old one stood: none is written twice.
+        """
+        assert isinstance(old.learner, Learner) and isinstance(model.learner, Learner)  # noqa: S101 - deltas need it
+        stages = old.learner.recall.stages
+        keeps = any(stage.config.on_new_weights == "keep" for stage in stages)
+        if stages and (keeps or not self.outcomes):
+            with old.lock:
+                model.learner.recall.load_state_dict(private(old.learner.recall.state_dict()))
+        if not self.outcomes:
+            model.learner.recall.renew(model.learner.version)
+        elif keeps and self.outcomes.memory:
+            model = replace(model, outcomes=max(model.outcomes, self.outcomes.memory.number))
+        if self.outcomes:
+            self.outcomes.adopt(model.memory())
+        self.model = model
 
     def _name(self) -> str | None:
         return self.model.snapshot.name if self.model else None
@@ -169,8 +231,13 @@ class Predictor:
             except StreamclError as error:
                 self._tell(str(error))
             due = time.monotonic() + every_s
-        if self.outcomes:
-            self.outcomes.close()
+        for part in (self.outcomes, self.follower):
+            if part:
+                part.close()
+
+    def read(self) -> dict[str, float]:
+        """How far behind its worker it is."""
+        return {name: value for part in (self.outcomes, self.follower) if part for name, value in part.read().items()}
 
     def _tell(self, reason: str) -> None:
         if reason != self.reason:

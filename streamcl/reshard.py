@@ -236,6 +236,7 @@ def _news(config: Config, olds: Sequence[Old], positions: Sequence[dict[Stream, 
         numbered = heirs_of if len(olds) == count else olds
         sums["progress"]["outcomes"] = max(old.progress.outcomes for old in numbered)
         state = {**olds[most].loaded.state, "joiner": joiners[index].state_dict(), **sums}
+        state.pop("deltas", None)  # counted by an old shard's records: they begin anew
         fresh = {stream: offset for stream, offset in position.items() if stream not in holder}
         yield New(config.of_shard(index, count), state, most, fresh)
 

@@ -16,8 +16,10 @@ import torch
 import uvloop
 
 from streamcl import connect
+from streamcl.channel import open_reader
 from streamcl.config import Config
 from streamcl.endpoint import Endpoint, Models
+from streamcl.follow import Follower
 from streamcl.listen import BACKLOG, Server
 from streamcl.outcomes import Outcomes
 from streamcl.protocols import StreamclError
@@ -126,7 +128,8 @@ def serve(config: Config) -> None:
     here = config.checkpoint.model_copy(update={"remote": None})  # fetching copies would be writing
     store = store_of(config.model_copy(update={"checkpoint": here}))
     outcomes = Outcomes(config.outcomes_url, config) if config.outcomes_url else None
-    predictor = Predictor(store, connect.codec("json", config, "requests"), outcomes)
+    follower = Follower(open_reader(config.deltas_url, config)) if config.deltas_url else None
+    predictor = Predictor(store, connect.codec("json", config, "requests"), outcomes, follower)
     predictor.refresh()
     listening = Listening(predictor, config)
     threading.Thread(target=predictor.follow, name="follow", daemon=True).start()

@@ -98,7 +98,7 @@ def write(folder: Path, state: State, manifest: Mapping[str, Any], chunks: Chunk
     _refuse_pickle(folder.parent, rest, trust_pickle)
     chunked, written = chunks.write({path: t for path, t in arrays.items() if t.nbytes >= CHUNKED_BYTES})
     small = {path: tensor for path, tensor in arrays.items() if path not in chunked}
-    serialize_file({path: _spec(tensor) for path, tensor in small.items()}, folder / ARRAYS)
+    serialize_file({path: spec(tensor) for path, tensor in small.items()}, folder / ARRAYS)
     (folder / REST).write_bytes(to_json(rest))
     body = {
         "format": FORMAT,
@@ -199,7 +199,7 @@ def _refuse_pickle(where: Path, rest: Any, trusted: bool) -> None:
         raise CheckpointError(f"{where}: the state holds a pickle at {path}: {cure}")
 
 
-def _spec(tensor: torch.Tensor) -> TensorSpec:
+def spec(tensor: torch.Tensor) -> TensorSpec:
     """Where its bytes are. The library's own `save_file` for torch makes a ctypes type of every length that it meets,
     and ctypes keeps them all: a worker whose tickets come and go grew by 2 KB with every snapshot.
     """

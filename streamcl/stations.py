@@ -251,6 +251,18 @@ class Checkpoint(Station):
     )
 
 
+class Deltas(Station):
+    """What changes between two checkpoints, for read replicas that are to be seconds behind instead of a checkpoint."""
+
+    url: str | None = Free(
+        None,
+        description="where deltas go: kafka://host:port/topic, or a folder or object store that fsspec knows"
+        " (file:///path, s3://bucket/prefix); none: there are none; -SHARD follows",
+    )
+    every_events: int = Stop(1000, ge=1, description="records between two deltas")
+    retain: int = Free(1000, ge=1, description="most deltas kept in a folder or an object store")
+
+
 class Shard(Station):
     """Shard `index` of `count` holds the partitions p of every input with p % count == index.
 

@@ -16,8 +16,10 @@ from urllib.parse import urlsplit
 import orjson
 
 from streamcl import connect
+from streamcl.channel import Publisher, open_publisher
 from streamcl.config import Config
 from streamcl.decode import Decoder
+from streamcl.delta import Deltas
 from streamcl.drift import DriftDetector
 from streamcl.join import Joiner
 from streamcl.learner import Learner
@@ -66,6 +68,7 @@ class Worker:
         predictions: None for a backtest that only wants metrics, and in exactly-once delivery, where the control log
             carries them.
         outcomes: As `predictions`: told what has been learned.
+        publisher: Of deltas, in both modes behind the order: a delta that is sent again is the same to the byte.
 
     Raises:
         ConnectorError: from `run`; the turn under way is lost, and recovery takes it up again.
@@ -81,6 +84,7 @@ class Worker:
         dead_letters: Sink | None = None,
         control: ControlLog | None = None,
         outcomes: Sink | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -89,6 +93,7 @@ class Worker:
         self.dead_letters = dead_letters
         self.control = control
         self.outcomes = outcomes
+        self.publisher = publisher
         self.control_offset = 0
         self.topic = urlsplit(config.events.url).path.rpartition("/")[2]
         for sink, url in ((predictions, config.predictions), (outcomes, config.outcomes_url)):
@@ -110,6 +115,8 @@ class Worker:
             Prequential(config.task, config.metrics.window, config.model.classes) if config.error_memory else None
         )
         self.drift = DriftDetector(config.drift)
+        known = self.learner if config.deltas.url and isinstance(self.learner, Learner) else None
+        self.deltas = Deltas(config, known) if known else None
 
     def run(self) -> Iterator[Turn]:
         """Yields a turn per poll, an empty one when nothing came; ends when stopped or when the source is exhausted."""
@@ -126,6 +133,7 @@ class Worker:
             self.control_offset = self.control.append(self._order(records))
         turn = self.turn(records)
         self._send(turn)
+        self._send_deltas(turn)
         return turn
 
     def _commit(self, records: Sequence[Record]) -> Turn:
@@ -134,6 +142,7 @@ class Worker:
         self._send_dead_letters(turn)
         if records and self.control:
             self.control_offset = self.control.append(order, self._published(turn))
+        self._send_deltas(turn)
         return turn
 
     def rerun(self, orders: Iterable[tuple[int, Order]]) -> Iterator[Turn]:
@@ -147,6 +156,7 @@ class Worker:
             turn = self.turn(records, recovering=True)
             # Exactly once: the answers are out already, in the order's transaction. Dead letters may not be.
             self._send_dead_letters(turn) if self.config.exactly_once else self._send(turn)
+            self._send_deltas(turn)
             yield turn
             wrong = {s: o for s, o in order.position.items() if self.progress.position.get(s) != o}
             if wrong:
@@ -159,6 +169,8 @@ class Worker:
         before, work = Counter(self.counts), Work()
         for record in records:
             self._take(record, work)
+            if self.deltas and (delta := self.deltas.cut(self.progress)):
+                work.deltas.append(delta)
         return Turn(
             records=len(records),
             position=dict(self.progress.position),
@@ -167,6 +179,7 @@ class Worker:
             learned=tuple(work.learned),
             dead_letters=tuple(work.dead_letters),
             signals=tuple(work.signals),
+            deltas=tuple(work.deltas),
             counts=self.counts - before,
             recovering=recovering,
         )
@@ -244,6 +257,10 @@ class Worker:
         if self.outcomes and turn.learned:
             self.outcomes.send(self._outcomes(turn))
 
+    def _send_deltas(self, turn: Turn) -> None:
+        if self.publisher and turn.deltas:
+            self.publisher.send(turn.deltas)
+
     def _send_dead_letters(self, turn: Turn) -> None:
         if self.dead_letters and turn.dead_letters:
             most = min(self.config.events.max_bytes, self.config.kafka.max_request_bytes - 3 * OUR_BYTES)
@@ -293,10 +310,12 @@ class Worker:
         for sink in (self.predictions, self.outcomes, self.dead_letters):  # what the first reject goes to the last
             if sink:
                 sink.flush()
+        if self.publisher:
+            self.publisher.flush()
 
     def close(self) -> None:
         with contextlib.ExitStack() as closing:  # what fails to close keeps none of the others open
-            for part in (self.source, self.control, self.dead_letters, self.outcomes, self.predictions):
+            for part in (self.source, self.control, self.publisher, self.dead_letters, self.outcomes, self.predictions):
                 if part:
                     closing.callback(part.close)
 
@@ -311,7 +330,8 @@ class Worker:
         parts = self.parts()
         # They come and go with the error memory, which may be configured after a clean stop.
         state = {"base_metrics": self.base_metrics.state_dict()} | state if self.base_metrics else state
-        state = {name: part for name, part in state.items() if name in parts or name != "base_metrics"}
+        state = {name: part for name, part in state.items() if name in parts or name not in ("base_metrics", "deltas")}
+        state = {"deltas": {}} | state if self.deltas else state  # without: they begin here
         if parts.keys() != state.keys():
             raise StreamclError(f"the snapshot holds {sorted(state)}, this worker {sorted(parts)}")
         for name, part in parts.items():
@@ -328,6 +348,7 @@ class Worker:
             for name in TOLD_BY_CONNECTORS
             if hasattr(part, name)
         }
+        told |= self.publisher.read() if self.publisher else {}
         base = self.base_metrics.read() if self.base_metrics else {}
         merged |= {f"base_{name}": value for name, value in base.items()}
         return merged | told | {"lag_records": float(sum(self.source.lag().values()))}
@@ -367,7 +388,10 @@ def build(config: Config) -> Worker:
         predictions, outcomes = (sink(url if alone else None) for url in (config.predictions, config.outcomes_url))
         dead_letters = sink(config.dead_letters_url)
         control = connect.open_control(config) if keeps_order(config, source.streams()) else None
-        worker = Worker(config, source, codecs, predictions, dead_letters, control, outcomes)
+        publisher = open_publisher(config.deltas_url, config) if config.deltas_url else None
+        if publisher:
+            opened.enter_context(contextlib.closing(publisher))
+        worker = Worker(config, source, codecs, predictions, dead_letters, control, outcomes, publisher)
         opened.pop_all()
         return worker
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -56,16 +58,25 @@ class Eager:
         self.row_rule = build_rule(config.optimizer, config.optimizer.embedding_learning_rate or ROWS_FASTER * rate)
         self.slots = self.rule.slots(self.flat)
         self.row_slots = self.row_rule.slots(self.table)
+        self.watch: Callable[[Tensor], None] | None = None  # told which rows a step has changed, each once
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
         dim = config.model.embedding_dim if self.model.embedding else 0
         table = torch.zeros(rows, self.first + dim)
-        key, block = key_of(config.seed, "table"), BLOCK // max(dim, 1)
+        self.draw = partial(_normal, key_of(config.seed, "table"), config.model.init_scale)
+        block = BLOCK // max(dim, 1)
         for start in range(0, rows if dim else 0, block):
             part = table[start : start + block, self.first :]
-            draw = normal_array(key, part.numel(), start * dim) * config.model.init_scale
-            part.copy_(torch.from_numpy(draw).view_as(part))
+            part.copy_(self.draw(part.numel(), start * dim).view_as(part))
         return table
+
+    def fresh_rows(self, ids: Tensor) -> Tensor:
+        """(n, W) what these rows held before anything was learned."""
+        rows = self.table.new_zeros(len(ids), self.table.shape[1])
+        dim = rows.shape[1] - self.first
+        for row, id in zip(rows, ids.tolist() if dim else (), strict=False):
+            row[self.first :] = self.draw(dim, id * dim)
+        return rows
 
     def predict(self, ids: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
         """(B, O)"""
@@ -150,6 +161,8 @@ class Eager:
         flat, slots = self.rule.step(self.flat, gradient, self.slots)
         for column, new in zip((self.flat, *self.slots), (flat, *slots), strict=True):
             column.copy_(new)
+        if self.watch:
+            self.watch(touched)
 
     def state_dict(self) -> State:
         return {
@@ -183,6 +196,10 @@ def self_corrected(loss: Tensor, logit: Tensor, y: Tensor, served: float, alpha:
     p = torch.sigmoid(logit)
     worse = y * (served - p).clamp_min(0.0) + (1.0 - y) * (p - served).clamp_min(0.0)
     return (1.0 - alpha) * loss + alpha * worse
+
+
+def _normal(key: int, scale: float, count: int, start: int) -> Tensor:
+    return torch.from_numpy(normal_array(key, count, start) * scale)
 
 
 def _flatten(params: list[torch.nn.Parameter]) -> Tensor:
