@@ -32,9 +32,12 @@ Table of contents, in the order of the journey (start with `worker`):
     snapshot       the files of one snapshot, and the check of every byte
     remote         copies of snapshots in an object store
     checkpoint     the snapshots of a shard: atomic, retained, mended
+    delta          what serving needs of everything that changed: base + deltas = the full snapshot
+    channel        where deltas go and come from: a folder, an object store, a topic
     readings       what parts say about themselves, as Prometheus families
     telemetry      turns to Prometheus
     outcomes       what was learned after a snapshot: the error memory of a replica
+    follow         a replica's way from a snapshot to the newest delta
     replica        the newest snapshot of a worker, followed
     openapi        the endpoint's description, for programs and for people
     listen         HTTP connections: limits, deadlines, order

@@ -25,6 +25,9 @@ QUALITY = {
 QUALITY |= {f"base_{name}": f"{text} As if there were no error memory." for name, text in QUALITY.items()}
 """Readings that come twice: over the whole stream, and over the recent window under a name that ends in `_window`."""
 PARTS = {
+    "deltas_sent": ("deltas_sent", "Deltas published since the shard was built (count)."),
+    "deltas_sent_bytes": ("deltas_sent_bytes", "The same in bytes."),
+    "deltas_lost": ("deltas_lost", "Deltas that could not be written since then (count)."),
     "tickets": ("tickets", "Events that wait for their label (count)."),
     "orphans": ("waiting_labels", "Labels that wait for their event (count)."),
     "watermark_s": ("watermark_timestamp_seconds", "Event time before which nothing more is expected."),

@@ -235,18 +235,14 @@ class Predictor:
             if part:
                 part.close()
 
-    def read(self) -> dict[str, float]:
-        """How far behind its worker it is."""
-        return {name: value for part in (self.outcomes, self.follower) if part for name, value in part.read().items()}
-
     def _tell(self, reason: str) -> None:
         if reason != self.reason:
             self.reason = reason
             log.warning("snapshot not taken: %s", reason)
 
     def read(self) -> dict[str, float]:
-        """What the reader of outcomes says about itself; see `Model.read` for the model."""
-        return self.outcomes.read() if self.outcomes else {}
+        """What the readers of outcomes and deltas say about themselves; see `Model.read` for the model."""
+        return {name: value for part in (self.outcomes, self.follower) if part for name, value in part.read().items()}
 
     def close(self) -> None:
         self._stop.set()
