@@ -43,7 +43,9 @@ Table of contents, in the order of the journey (start with `worker`):
     listen         HTTP connections: limits, deadlines, order
     traffic        what an endpoint tells Prometheus
     endpoint       what is asked over HTTP, and its answers
+    live           the worker's own endpoint
     serve          the endpoint on its socket, its key and its certificate
+    gate           two threads at one state, in turn
     random         counter-based random numbers
     testing        contract checks for connectors and parts
     bench          `streamcl bench NAME`

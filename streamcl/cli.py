@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,9 +30,11 @@ from streamcl.config import Config, ConfigError, changes, fingerprint
 from streamcl.console import Json, out
 from streamcl.demo import command as demo
 from streamcl.host import FixedShards, Host
+from streamcl.live import Live
 from streamcl.protocols import Fenced, Membership, StreamclError
 from streamcl.records import EVENTS, LABELS, Turn
 from streamcl.recovery import store_of
+from streamcl.serve import Listening
 from streamcl.serve import serve as serve_forever
 from streamcl.snapshot import difference, environment
 from streamcl.telemetry import Telemetry
@@ -91,6 +94,10 @@ def run(
         list[str] | None,
         typer.Option(metavar="NAME=URL", help="It learns from this instead: events=file:///old.jsonl (repeatable)."),
     ] = None,
+    serve: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, metavar="PORT", help="Also answer predictions here, from the live model."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run shards until told to stop (SIGTERM, Ctrl-C): they finish their turn, save, and leave.
@@ -98,10 +105,14 @@ def run(
     Brokers that go away are waited for. Exit code 3: another worker has taken over a shard.
     """
     settings = _with_shards(Config.load(config), shards)
+    if serve is not None:
+        settings = _with_serve(settings, in_worker=True, port=serve)
     with contextlib.closing(Telemetry(settings)) as telemetry, contextlib.ExitStack() as signals:
         membership = signals.enter_context(contextlib.closing(_membership(settings)))
         past = _bootstrap(settings, history or ()) if bootstrap or history else None
         host = Host(settings, membership, telemetry, accept_changes=accept_changes, bootstrap=past)
+        if settings.serve.in_worker:
+            signals.enter_context(_answering(settings, host))
         signals.enter_context(_stopping(host))
         telemetry.start()
         quiet_since = time.monotonic()
@@ -111,6 +122,24 @@ def run(
             if idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s:
                 host.stop()
     _summarise({seat.last: seat.readings for _, seat in sorted(host.seats.items()) if seat.last}, settings, as_json)
+
+
+@contextlib.contextmanager
+def _answering(config: Config, host: Host) -> Iterator[None]:
+    """Predictions from the live model, on a thread beside the loop."""
+
+    def worker() -> Worker | None:
+        lives = [seat.life for seat in list(host.seats.values()) if seat.life]
+        return lives[0].worker if lives else None
+
+    endpoint = Listening(Live(config, worker), config)
+    thread = threading.Thread(target=endpoint.run, name="serve", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        endpoint.stop()
+        thread.join(timeout=10.0)
 
 
 def _bootstrap(config: Config, history: Sequence[str]) -> Bootstrap:

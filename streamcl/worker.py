@@ -21,6 +21,7 @@ from streamcl.config import Config
 from streamcl.decode import Decoder
 from streamcl.delta import Deltas
 from streamcl.drift import DriftDetector
+from streamcl.gate import Gate
 from streamcl.join import Joiner
 from streamcl.learner import Learner
 from streamcl.messages import OUR_BYTES, dead_letter_message, outcome_message, prediction_message, rejected_message
@@ -102,6 +103,7 @@ class Worker:
         self.poll_timeout_s = config.worker.poll_timeout_s
         self.stopping = False
         self.caught_up = False
+        self.gate = Gate()
         self.recent_faults: deque[bool] = deque(maxlen=1000)
 
         self.decoder = Decoder(config, codecs.events, codecs.labels)
@@ -168,9 +170,10 @@ class Worker:
         """Work through some records; the cut into turns never changes a state or a prediction."""
         before, work = Counter(self.counts), Work()
         for record in records:
-            self._take(record, work)
-            if self.deltas and (delta := self.deltas.cut(self.progress)):
-                work.deltas.append(delta)
+            with self.gate:  # between two records others may look at the state
+                self._take(record, work)
+                if self.deltas and (delta := self.deltas.cut(self.progress)):
+                    work.deltas.append(delta)
         return Turn(
             records=len(records),
             position=dict(self.progress.position),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
 import pytest
 
 from streamcl.cli import _with_shards, main
@@ -119,6 +120,25 @@ def test_sigterm_ends_a_run_cleanly_and_the_next_goes_on(shop: Path, streamcl: R
     assert 50 <= ran["records"] < 40_000
     [*_, newest] = answer(streamcl, "checkpoint", "ls", str(config), "--json")["snapshots"]
     assert (newest["records"], newest["clean"]) == (ran["records"], True)
+
+
+def test_a_run_told_to_serve_answers_while_it_learns(shop: Path) -> None:
+    config = shop / "shop.toml"
+    with (shop / "events.jsonl").open("a") as events:
+        events.writelines(json.dumps({"id": i, "ts": i, "user": 1, "clicked": 1}) + "\n" for i in range(200, 90_000))
+    process = subprocess.Popen(program("run", str(config), "--serve", "0"), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    url = next(line.split()[-4].rstrip(",") for line in process.stderr if "serving on http" in line)
+    versions: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(set(versions)) < 3 and time.monotonic() < deadline:
+        found = httpx.post(f"{url}/v1/predict", json={"user": 1})
+        versions += [found.json()["model"]["version"]] if found.status_code == 200 else []
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert len(set(versions)) >= 3
+    assert versions == sorted(versions)
 
 
 def test_check_prints_the_plan_and_schema_prints_json(shop: Path, streamcl: Run) -> None:
