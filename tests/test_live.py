@@ -73,9 +73,10 @@ def test_without_a_worker_that_has_caught_up_it_is_not_ready(tmp_path: Path) -> 
     fill(STREAM[:2])
     config = settings(tmp_path)
     worker = build(config)
-    for found in (None, worker):
-        with pytest.raises(Unready):
-            Live(config, lambda found=found: found).current()
+    with pytest.raises(Unready, match="starting"):
+        Live(config, lambda: None).current()
+    with pytest.raises(Unready, match="repeating"):
+        Live(config, lambda: worker).current()
     worker.close()
 
 
