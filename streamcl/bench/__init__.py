@@ -19,6 +19,7 @@ BENCHES = {
     "journey": "streamcl.bench.journey",
     "recovery": "streamcl.bench.recovery",
     "worker": "streamcl.bench.worker",
+    "serve": "streamcl.bench.serve",
     "error-memory": "streamcl.bench.error_memory",
 }
 """Module by bench name. A module has `READS`, the options that it heeds, and `run(options) -> Report`."""
