@@ -27,6 +27,10 @@ OPEN = (b"/livez", b"/healthz", b"/readyz")
 """Without a key: whoever probes has none."""
 
 
+PASS = 256
+"""Instances of one pass of the model, at most (count)."""
+
+
 class Refused(Exception):
     """A request that can't be answered."""
 
@@ -154,6 +158,7 @@ class Endpoint:
             raise Refused(refusal(404, "path", f"there are: POST /v1/predict, GET {b', '.join(self.routes).decode()}"))
         if route is None or request.method not in (b"GET", b"HEAD"):
             raise Refused(refusal(405, "method", f"allowed is {allowed.decode()}", (b"allow", allowed)))
+        self.tick()  # what is told about swaps is then of this moment
         return route()
 
     # predictions
@@ -211,14 +216,16 @@ class Endpoint:
         if model is None or not asked:
             return
         try:
-            answers = model.answers(waiting)
+            # Beyond some size a pass is no cheaper for each, and all would wait for the last.
+            parts = [model.answers(waiting[i : i + PASS]) for i in range(0, len(waiting), PASS)]
+            answers = [answer for part in parts for answer in part]
             brief = orjson.Fragment(orjson.dumps(model.brief()))
         except Exception:
             log.exception("while scoring %d instances", len(waiting))
             for each in asked:
                 self._answered(each.request, each.reply, BROKEN)
             return
-        self.traffic.passes += 1
+        self.traffic.passes += len(parts)
         self.traffic.instances += len(waiting)
         start = 0
         for count, request, reply in asked:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ from streamcl.services import Serve
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0005
+"""How long a snapshot that is being read may keep requests waiting at a time (s); Python's own is ten times that."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -125,6 +128,7 @@ def serve(config: Config) -> None:
         ServeError: see `Listening`.
     """
     torch.set_num_threads(config.worker.threads)
+    sys.setswitchinterval(SWITCH_S)
     here = config.checkpoint.model_copy(update={"remote": None})  # fetching copies would be writing
     store = store_of(config.model_copy(update={"checkpoint": here}))
     outcomes = Outcomes(config.outcomes_url, config) if config.outcomes_url else None

@@ -310,6 +310,6 @@ def test_before_a_model_the_document_is_that_of_the_config_and_metrics_say_unrea
     with listening(Nothing(), settings(Path("unused"))) as endpoint:
         assert httpx.get(f"{endpoint.url}/openapi.json").status_code == 200
         assert metric(endpoint, "streamcl_serve_ready") == 0
-        assert metric(endpoint, "streamcl_outcomes_lag") == 7
+        assert metric(endpoint, "streamcl_outcomes_lag_records") == 7
         answer = httpx.post(f"{endpoint.url}/v1/predict", json={})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

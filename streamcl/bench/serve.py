@@ -42,6 +42,9 @@ SWAP_S = 1.0
 TIMES = 5.0
 """What is promised of the throughput at equal p99, against the plain handler."""
 
+LOAD = str(Path(__file__).with_name("serve_load.py"))
+"""As a script of its own: as part of the package it would wait for torch."""
+
 CONFIG = """
 name = "bench-serve"
 [events]
@@ -228,7 +231,7 @@ def _difference(ours: int, plain: int) -> float:
 
 
 def _load(port: int, path: str, level: int, size: Size, bodies: Sequence[Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "streamcl.bench.serve_load", str(port), path, str(level), str(size.seconds)]
+    command = [sys.executable, LOAD, str(port), path, str(level), str(size.seconds)]
     sent = b"\n".join(orjson.dumps(body) for body in bodies)
     done = subprocess.run(command, input=sent, capture_output=True, check=False)  # noqa: S603 - our own
     if done.returncode:
