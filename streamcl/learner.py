@@ -56,25 +56,26 @@ class Learner:
         """In one pass: what `predict` says of each, up to the rounding of a matrix product of another height."""
         if not batch:
             return []
-        ids, weights, dense = (torch.from_numpy(np.stack(column)) for column in zip(*batch, strict=True))
-        return self._scores(batch, ids, weights, torch.from_numpy(self.numerics.apply(dense.numpy())))
+        ids, weights, dense = (np.concatenate(column).reshape(len(batch), -1) for column in zip(*batch, strict=True))
+        rows = torch.from_numpy(ids), torch.from_numpy(weights), torch.from_numpy(self.numerics.apply(dense))
+        return self._scores(batch, *rows)
 
     def _scores(self, batch: Sequence[Encoded], ids: Tensor, weights: Tensor, dense: Tensor) -> list[Scores]:
         if not self.recall.stages:
             output = self.engine.predict(ids, weights, dense).numpy()
-            return [Scores(each, self._serve(each), self.version) for each in output]
+            return [Scores(*each, self.version) for each in zip(output, self._served(output), strict=True)]
         output, *vectors = (each.numpy() for each in self.engine.look(ids, weights, dense))
-        base = np.stack([self._serve(each) for each in output])
-        served, recalled = self.recall.recall(batch, base, Vectors(*vectors))
+        served, recalled = self.recall.recall(batch, self._served(output), Vectors(*vectors))
         return [Scores(output[b], served[b], self.version, recalled[b]) for b in range(len(batch))]
 
-    def _serve(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _served(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, P) of raw outputs (B, O)."""
         if self.task == "binary":
-            return np.array([_sigmoid(float(output[0]))], np.float32)
+            return np.array([[_sigmoid(logit)] for logit in output[:, 0].tolist()], np.float32)
         raw = output.astype(np.float64)
         if self.task == "multiclass":
-            powers = np.exp(raw - raw.max())
-            served = powers / powers.sum()
+            powers = np.exp(raw - raw.max(1, keepdims=True))
+            served = powers / powers.sum(1, keepdims=True)
         else:
             served = self.target.mean + raw * self.target.deviation()
         return np.asarray(served, np.float32)
