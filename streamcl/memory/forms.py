@@ -202,6 +202,7 @@ class ByKey:
         self.width = width
         self.halving = 1.0 / config.half_life_events if config.half_life_events else 0.0
         self.shrinkage, self.least = config.shrinkage, config.min_support
+        self.columns = range(1, 1 + width)
         self.sums: dict[int, list[float]] = {}  # key -> [last touch, count, sums of values...]; oldest first
         self.writes = 0
 
@@ -210,21 +211,21 @@ class ByKey:
 
     def read(self, keys: NDArray[Any]) -> NDArray[np.float64]:
         out = np.zeros((len(keys), 1 + self.width))
-        for b, [key] in enumerate(keys.tolist()):
+        for b, key in enumerate(keys.ravel().tolist()):
             entry = self.sums.get(key)
             if entry is None:
                 continue
             factor = 2.0 ** (-self.halving * (self.writes - entry[0]))
             count = entry[1] * factor
             if count > 0.0 and count >= self.least:
-                share, row = factor / (count + self.shrinkage), out[b]
-                row[0] = count
-                for v in range(1, 1 + self.width):  # number by number: an array made of a list takes twice as long
-                    row[v] = entry[1 + v] * share
+                share = factor / (count + self.shrinkage)
+                out[b, 0] = count
+                for v in self.columns:  # number by number: an array made of a list takes twice as long
+                    out[b, v] = entry[1 + v] * share
         return out
 
     def write(self, key: NDArray[Any], values: Floats) -> bool:
-        [name] = key.tolist()
+        name = key.item()
         if name == NO_KEY:
             return False
         self.writes += 1
@@ -236,8 +237,8 @@ class ByKey:
             return True
         factor = 2.0 ** (-self.halving * (self.writes - entry[0]))
         entry[0], entry[1] = self.writes, entry[1] * factor + 1.0
-        for v, value in enumerate(values.tolist(), 2):
-            entry[v] = entry[v] * factor + value
+        for v, value in zip(self.columns, values.tolist(), strict=True):
+            entry[1 + v] = entry[1 + v] * factor + value
         self.sums[name] = entry  # the newest again
         return True
 
