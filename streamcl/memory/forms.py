@@ -237,8 +237,10 @@ class ByKey:
             return True
         factor = 2.0 ** (-self.halving * (self.writes - entry[0]))
         entry[0], entry[1] = self.writes, entry[1] * factor + 1.0
-        for v, value in zip(self.columns, values.tolist(), strict=True):
-            entry[1 + v] = entry[1 + v] * factor + value
+        at = 2
+        for value in values.tolist():  # by hand: `zip(..., strict=True)` costs a fifth of the whole
+            entry[at] = entry[at] * factor + value
+            at += 1
         self.sums[name] = entry  # the newest again
         return True
 
