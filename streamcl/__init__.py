@@ -33,6 +33,7 @@ Table of contents, in the order of the journey (start with `worker`):
     remote         copies of snapshots in an object store
     checkpoint     the snapshots of a shard: atomic, retained, mended
     delta          what serving needs of everything that changed: base + deltas = the full snapshot
+    outlets        where results go: predictions, outcomes, dead letters, deltas
     channel        where deltas go and come from: a folder, an object store, a topic
     readings       what parts say about themselves, as Prometheus families
     telemetry      turns to Prometheus

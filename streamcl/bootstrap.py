@@ -50,9 +50,8 @@ class Bootstrap:
 
 
 def _learn(worker: Worker, history: Source) -> None:
-    live = worker.source, worker.control, worker.predictions, worker.outcomes, worker.publisher
-    worker.source, worker.control = Past(history), None
-    worker.predictions = worker.outcomes = worker.publisher = None
+    live = worker.source, worker.control, worker.outlets
+    worker.source, worker.control, worker.outlets = Past(history), None, worker.outlets.silent()
     told = time.monotonic()
     try:
         for _ in worker.run():
@@ -64,7 +63,7 @@ def _learn(worker: Worker, history: Source) -> None:
             raise StreamclError("stopped while learning from history: nothing was kept, the next start begins again")
     finally:
         history.close()
-        worker.source, worker.control, worker.predictions, worker.outcomes, worker.publisher = live
+        worker.source, worker.control, worker.outlets = live
         worker.caught_up = False
 
 

@@ -31,6 +31,7 @@ from streamcl.console import Json, out
 from streamcl.demo import command as demo
 from streamcl.host import FixedShards, Host
 from streamcl.live import Live
+from streamcl.outlets import Outlets
 from streamcl.protocols import Fenced, Membership, StreamclError
 from streamcl.records import EVENTS, LABELS, Turn
 from streamcl.recovery import store_of
@@ -244,8 +245,8 @@ def _logged(worker: Worker) -> bool:
 
 
 def _backtest(config: Config) -> Worker:
-    sink = connect.open_sink(config.predictions, config) if config.predictions else None
-    return Worker(config, connect.open_source(config), connect.codecs(config), sink)
+    sink, codecs = connect.open_sink(config.predictions, config) if config.predictions else None, connect.codecs(config)
+    return Worker(config, connect.open_source(config), codecs, Outlets(config, codecs.predictions, sink))
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -267,8 +267,8 @@ class Keeper:
         self._outage, self.last, self.seconds = 0, written.snapshot, written.seconds
         if written.position:
             self.worker.source.commit(written.position)
-        if self.worker.publisher:
-            self.worker.publisher.retain(min(int(each.manifest["records"]) for each in self.store.ls()))
+        if self.worker.outlets.deltas:
+            self.worker.outlets.deltas.retain(min(int(each.manifest["records"]) for each in self.store.ls()))
         return written.snapshot
 
     def _failed(self, error: CheckpointError) -> None:

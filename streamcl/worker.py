@@ -10,13 +10,10 @@ import contextlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
-from urllib.parse import urlsplit
 
 import orjson
 
 from streamcl import connect
-from streamcl.channel import Publisher, open_publisher
 from streamcl.config import Config
 from streamcl.decode import Decoder
 from streamcl.delta import Deltas
@@ -24,15 +21,14 @@ from streamcl.drift import DriftDetector
 from streamcl.gate import Gate
 from streamcl.join import Joiner
 from streamcl.learner import Learner
-from streamcl.messages import OUR_BYTES, dead_letter_message, outcome_message, prediction_message, rejected_message
 from streamcl.metrics import Prequential
+from streamcl.outlets import Outlets
 from streamcl.progress import Counts, Progress, Work
 from streamcl.protocols import (
     BadInput,
     Codecs,
     ConnectorError,
     ControlLog,
-    Sink,
     Source,
     State,
     Stateful,
@@ -43,7 +39,6 @@ from streamcl.records import (
     Event,
     Fate,
     Learned,
-    Message,
     Order,
     Outcome,
     Position,
@@ -66,10 +61,7 @@ class Worker:
         source: Stands where it was sought to; `run` begins there.
         control: The control log, needed when the source has several streams and for exactly-once delivery; already
             open. None: the order that the source gives is repeatable by itself (one stream, or recorded files).
-        predictions: None for a backtest that only wants metrics, and in exactly-once delivery, where the control log
-            carries them.
-        outcomes: As `predictions`: told what has been learned.
-        publisher: Of deltas, in both modes behind the order: a delta that is sent again is the same to the byte.
+        outlets: None for a backtest that only wants metrics.
 
     Raises:
         ConnectorError: from `run`; the turn under way is lost, and recovery takes it up again.
@@ -81,25 +73,14 @@ class Worker:
         config: Config,
         source: Source,
         codecs: Codecs,
-        predictions: Sink | None = None,
-        dead_letters: Sink | None = None,
+        outlets: Outlets | None = None,
         control: ControlLog | None = None,
-        outcomes: Sink | None = None,
-        publisher: Publisher | None = None,
     ) -> None:
         self.config = config
         self.source = source
-        self.codecs = codecs
-        self.predictions = predictions
-        self.dead_letters = dead_letters
+        self.outlets = outlets or Outlets(config, codecs.predictions)
         self.control = control
-        self.outcomes = outcomes
-        self.publisher = publisher
         self.control_offset = 0
-        self.topic = urlsplit(config.events.url).path.rpartition("/")[2]
-        for sink, url in ((predictions, config.predictions), (outcomes, config.outcomes_url)):
-            if sink:
-                sink.rejected = partial(self._rejected, url or "")
         self.poll_timeout_s = config.worker.poll_timeout_s
         self.stopping = False
         self.caught_up = False
@@ -109,6 +90,7 @@ class Worker:
         self.decoder = Decoder(config, codecs.events, codecs.labels)
         self.counts = Counts()
         self.progress = Progress()
+        self.outlets.answers = self.progress.published
         self.joiner = Joiner(config.join, self.counts)
         self.learner = RiverLearner(config) if config.river else Learner(config)
         self.metrics = Prequential(config.task, config.metrics.window, config.model.classes)
@@ -134,17 +116,17 @@ class Worker:
         if records and self.control:
             self.control_offset = self.control.append(self._order(records))
         turn = self.turn(records)
-        self._send(turn)
-        self._send_deltas(turn)
+        self.outlets.send(turn)
+        self.outlets.send_deltas(turn)
         return turn
 
     def _commit(self, records: Sequence[Record]) -> Turn:
         """Exactly once: the order and the answers become facts together."""
         order, turn = self._order(records), self.turn(records)
-        self._send_dead_letters(turn)
+        self.outlets.send_dead_letters(turn)
         if records and self.control:
-            self.control_offset = self.control.append(order, self._published(turn))
-        self._send_deltas(turn)
+            self.control_offset = self.control.append(order, self.outlets.published(turn))
+        self.outlets.send_deltas(turn)
         return turn
 
     def rerun(self, orders: Iterable[tuple[int, Order]]) -> Iterator[Turn]:
@@ -157,8 +139,8 @@ class Worker:
             self.control_offset = next_offset
             turn = self.turn(records, recovering=True)
             # Exactly once: the answers are out already, in the order's transaction. Dead letters may not be.
-            self._send_dead_letters(turn) if self.config.exactly_once else self._send(turn)
-            self._send_deltas(turn)
+            self.outlets.send_dead_letters(turn) if self.config.exactly_once else self.outlets.send(turn)
+            self.outlets.send_deltas(turn)
             yield turn
             wrong = {s: o for s, o in order.position.items() if self.progress.position.get(s) != o}
             if wrong:
@@ -252,43 +234,6 @@ class Worker:
                 f"the last one: topic {record.topic}, {record.origin}: {reason}: {error}"
             )
 
-    def _send(self, turn: Turn) -> None:
-        # Dead letters first: were their sink to fail, no prediction of this turn would be out twice.
-        self._send_dead_letters(turn)
-        if self.predictions and turn.predictions:
-            self.predictions.send(self._answers(turn))
-        if self.outcomes and turn.learned:
-            self.outcomes.send(self._outcomes(turn))
-
-    def _send_deltas(self, turn: Turn) -> None:
-        if self.publisher and turn.deltas:
-            self.publisher.send(turn.deltas)
-
-    def _send_dead_letters(self, turn: Turn) -> None:
-        if self.dead_letters and turn.dead_letters:
-            most = min(self.config.events.max_bytes, self.config.kafka.max_request_bytes - 3 * OUR_BYTES)
-            self.dead_letters.send([dead_letter_message(d, most) for d in turn.dead_letters])
-
-    def _published(self, turn: Turn) -> dict[str, list[Message]]:
-        """What leaves with the order, by URL."""
-        answers, outcomes = self.config.predictions, self.config.outcomes_url
-        found = {answers: self._answers(turn)} if answers else {}
-        return found | ({outcomes: self._outcomes(turn)} if outcomes else {})
-
-    def _outcomes(self, turn: Turn) -> list[Message]:
-        most = self.config.kafka.max_request_bytes - OUR_BYTES
-        return [outcome_message(learned, most) for learned in turn.learned]
-
-    def _answers(self, turn: Turn) -> list[Message]:
-        answered = [p for p in turn.predictions if self.progress.published(p.origin)]
-        codec, by_id = self.codecs.predictions, self.config.kafka.compact_predictions
-        return [prediction_message(p, codec, self.topic, by_id) for p in answered]
-
-    def _rejected(self, url: str, message: Message, error: str) -> None:
-        if self.dead_letters is None:
-            raise ConnectorError(f"{url}: {error}; and there is no place for dead letters")
-        self.dead_letters.send([rejected_message(message, error)])
-
     def _order(self, records: Sequence[Record]) -> Order:
         groups = itertools.groupby(record.origin.stream for record in records)
         after: Position = {record.origin.stream: record.origin.offset + 1 for record in records}
@@ -310,15 +255,11 @@ class Worker:
 
     def flush(self) -> None:
         """Return once everything sent is durable."""
-        for sink in (self.predictions, self.outcomes, self.dead_letters):  # what the first reject goes to the last
-            if sink:
-                sink.flush()
-        if self.publisher:
-            self.publisher.flush()
+        self.outlets.flush()
 
     def close(self) -> None:
         with contextlib.ExitStack() as closing:  # what fails to close keeps none of the others open
-            for part in (self.source, self.control, self.publisher, self.dead_letters, self.outcomes, self.predictions):
+            for part in (self.source, self.control, self.outlets):
                 if part:
                     closing.callback(part.close)
 
@@ -344,14 +285,15 @@ class Worker:
         """What the parts say about themselves, for telemetry and people. Never part of the state."""
         readers = (self.metrics, self.drift, self.joiner, self.learner)
         merged = {name: value for part in readers for name, value in part.read().items()}
-        connectors = {"sink": self.predictions, "outcomes_sink": self.outcomes, "source": self.source}
+        out = self.outlets
+        connectors = {"sink": out.predictions, "outcomes_sink": out.outcomes, "source": self.source}
         told = {  # by those connectors that have it to tell
             f"{kind}_{name}": float(getattr(part, name))
             for kind, part in connectors.items()
             for name in TOLD_BY_CONNECTORS
             if hasattr(part, name)
         }
-        told |= self.publisher.read() if self.publisher else {}
+        told |= out.deltas.read() if out.deltas else {}
         base = self.base_metrics.read() if self.base_metrics else {}
         merged |= {f"base_{name}": value for name, value in base.items()}
         return merged | told | {"lag_records": float(sum(self.source.lag().values()))}
@@ -383,18 +325,9 @@ def build(config: Config) -> Worker:
     codecs = connect.codecs(config)
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(contextlib.closing(connect.open_source(config)))
-
-        def sink(url: str | None) -> Sink | None:
-            return opened.enter_context(contextlib.closing(connect.open_sink(url, config))) if url else None
-
-        alone = not config.exactly_once  # else the control log carries what is published
-        predictions, outcomes = (sink(url if alone else None) for url in (config.predictions, config.outcomes_url))
-        dead_letters = sink(config.dead_letters_url)
+        outlets = opened.enter_context(contextlib.closing(Outlets.open(config, codecs.predictions)))
         control = connect.open_control(config) if keeps_order(config, source.streams()) else None
-        publisher = open_publisher(config.deltas_url, config) if config.deltas_url else None
-        if publisher:
-            opened.enter_context(contextlib.closing(publisher))
-        worker = Worker(config, source, codecs, predictions, dead_letters, control, outcomes, publisher)
+        worker = Worker(config, source, codecs, outlets, control)
         opened.pop_all()
         return worker
 

@@ -64,8 +64,8 @@ class Life:
         for _ in range(records):
             [record] = worker.source.poll(1, 0.1)
             turn = worker.turn([record])
-            worker._send(turn)
-            worker._send_deltas(turn)
+            worker.outlets.send(turn)
+            worker.outlets.send_deltas(turn)
             assert isinstance(worker.learner, Learner)
             self.wanted[worker.progress.records] = digest(served(worker.learner))
             if worker.progress.records % self.config.checkpoint.every_events == 0:

@@ -139,7 +139,7 @@ def test_a_prediction_that_its_destination_refuses_becomes_a_dead_letter_that_a_
 ) -> None:
     fill([view(id, float(id), clicked=1) for id in range(3)])
     worker, _ = run(inline(tmp_path))
-    sink, refused = worker.predictions, memory.broker(BROKER).messages("scores")[1]
+    sink, refused = worker.outlets.predictions, memory.broker(BROKER).messages("scores")[1]
     assert sink is not None and sink.rejected is not None
     assert letters() == []
     flush, told = sink.flush, sink.rejected
@@ -248,7 +248,13 @@ def test_the_order_of_several_inputs_is_logged_before_anything_leaves(tmp_path: 
     assert worker.control is not None
     worker.control.open()
     sent: list[int] = []
-    worker._send = lambda _work: sent.append(len(list(worker.control.read(0))))  # type: ignore[assignment,method-assign,union-attr]
+    control, send = worker.control, worker.outlets.send
+
+    def sending(turn: Turn) -> None:
+        sent.append(len(list(control.read(0))))
+        send(turn)
+
+    worker.outlets.send = sending  # type: ignore[method-assign]
     worker.progress.position = dict(worker.source.seek({}))
     list(worker.run())
     assert sent[0] == 1
