@@ -22,6 +22,7 @@ P is the position that the control log leads to.
 | dead letters sent, nothing else | either | sent again, same origin in the headers |
 | a checkpoint: before, in or behind its flush, in its writing | behind it | a longer re-run from the one before |
 | behind a checkpoint, before or behind showing progress | behind it | a shorter re-run; progress is a gauge |
+| a delta cut, not sent or not acknowledged | behind it | cut and sent again, the same bytes |
 | disk lost, an old backup | far behind it | a longer re-run, the same state |
 | two workers with one identity | behind the newer | the older is fenced at its next order or beat, saves nothing |
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from connectors import memory
+from streamcl.channel import RECORDS
 from streamcl.config import Config
 from streamcl.messages import NUMBER
 from streamcl.protocols import Fenced
@@ -60,6 +61,8 @@ POINTS = [
     Point("predictions sent, not the outcomes", "outcomes.send", "before", nth=2),
     Point("outcomes sent, not acknowledged, lost", "outcomes.send", "behind", nth=2),
     Point("outcomes sent, not acknowledged, arrived", "outcomes.send", "kept", nth=2),
+    Point("before a delta is sent", "deltas.send", "before", nth=1),
+    Point("behind a delta that is sent", "deltas.send", "behind", nth=1),
     Point("before the flush of a checkpoint", "worker.flush", "before", nth=1),
     Point("behind the flush of a checkpoint", "worker.flush", "behind", nth=1),
     Point("before a checkpoint", "store.save", "before", nth=1),
@@ -95,8 +98,10 @@ class Life:
         worker = build(self.config)
         keeper = Keeper(worker, store_of(self.config), beside=False)
         owners: dict[str, Any] = {"worker": worker, "store": keeper.store}
-        boundary = ("control", "source", "predictions", "outcomes", "dead_letters")
-        owners |= {name: getattr(worker, name) for name in boundary}
+        owners |= {"control": worker.control, "source": worker.source}
+        owners |= {
+            name: getattr(worker.outlets, name) for name in ("predictions", "outcomes", "dead_letters", "deltas")
+        }
         for call in sorted(CALLS):
             owner, name = call.split(".")
             if owners[owner] is not None:
@@ -124,7 +129,11 @@ CALLS = {point.call for point in POINTS}
 
 def config_of(folder: Path, mode: str) -> Config:
     checkpoint = {"folder": str(folder), "every_events": 11}
-    return settings(folder, delivery={"mode": mode}, checkpoint=checkpoint, outcomes=f"memory://{BROKER}/outcomes")
+    beside = {
+        "outcomes": f"memory://{BROKER}/outcomes",
+        "deltas": {"url": f"memory://{BROKER}/deltas", "every_events": 5},
+    }
+    return settings(folder, delivery={"mode": mode}, checkpoint=checkpoint, **beside)
 
 
 def verify(config: Config, mode: str) -> None:
@@ -148,6 +157,9 @@ def verify(config: Config, mode: str) -> None:
     assert len(set(told)) == len(first)
     if mode == "exactly_once":
         assert len(told) == len(first)
+    deltas = [(int(dict(m.headers)[RECORDS]), m.value) for m in memory.broker(BROKER).messages("deltas")]
+    assert list(dict(deltas)) == list(range(5, done.worker.progress.records + 1, 5))  # as numbers came first
+    assert len(set(deltas)) == len(dict(deltas))  # and again only as the same bytes
     letters = memory.broker(BROKER).messages("shop-dead-letters")
     origins = {
         dict(letter.headers)["streamcl-offset"] + dict(letter.headers)["streamcl-partition"] for letter in letters
