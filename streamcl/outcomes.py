@@ -30,6 +30,8 @@ from streamcl import connect
 from streamcl.config import Config
 from streamcl.features import Featurizer
 from streamcl.learner import Learner
+from streamcl.memory import ErrorMemory
+from streamcl.memory.error import Recalls
 from streamcl.messages import outcome_number, outcome_of
 from streamcl.protocols import BadInput, ConnectorError, Source, Unavailable
 from streamcl.records import Learned, Record, Stream
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 INPUT = "outcomes"
 BATCH = 500  # records a poll
 NEAR = 1000  # reading so many again costs less than another look: kafka-python decodes a whole fetch for one record
+LATE = 100_000  # outcomes whose label was late that wait to be known; the first gives way
 LONGEST_BACKOFF_S = 10.0
 LOOK_S = 2.0  # what one look of the search waits for an answer
 
@@ -49,6 +52,10 @@ class Memory:
     """The error memory of one model, from its snapshot's outcome on.
 
     Prediction reads what `take` writes: whoever predicts holds `lock`, which `take` holds for some microseconds.
+
+    Lambda is judged by what was known when an event came, not by what is known when its label does: by then the memory
+    has the labels of the same minutes, and would trust itself too much. So a second memory of the same kind takes each
+    outcome only once an event of later than its label is judged. An outcome is judged once, whatever snapshots come.
 
     Args:
         config: The snapshot's own.
@@ -66,12 +73,17 @@ class Memory:
         self.number = number
         self.lock = lock
         self.taken = 0
+        self.judged = number  # the last outcome that lambda was judged by
+        self._then = ErrorMemory(config, self.layout, learner.engine.widths)
+        self._late: deque[tuple[float, Recalls, float]] = deque()  # for `_then`: time of the label, and the record
 
     def begin(self, before: Memory | None) -> None:
         """Forget what was written under other weights; lambda's losses go on."""
         if before:
             self.learner.recall.inherit(before.learner.recall)
+            self.judged = max(self.judged, before.judged)
         self.learner.recall.renew(self.learner.version)
+        self._then.load_state_dict(self.learner.recall.state_dict())
 
     def decode(self, record: Record) -> Learned:
         """Raises BadInput."""
@@ -84,9 +96,16 @@ class Memory:
         """Write an outcome as if it had been predicted under these weights; nothing, if the snapshot knows it."""
         if learned.number <= self.number:
             return
-        scores = self.learner.predict(learned.features)
+        scores, recall = self.learner.predict(learned.features), self.learner.recall
+        while self._late and (self._late[0][0] <= learned.time_s or len(self._late) > LATE):
+            self._then.write(*self._late.popleft()[1:])
+        known: Recalls = ()
+        if learned.number > self.judged and recall.stages:
+            known = self._then.recall_again(scores.recalled, [stage.choice for stage in recall.stages])
+            self.judged = learned.number
         with self.lock:
-            self.learner.recall.observe(scores, learned.label)
+            recall.observe(scores, learned.label, known)
+        self._late.append((learned.time_s + learned.delay_s, scores.recalled, learned.label))
         self.number = learned.number
         self.taken += 1
 

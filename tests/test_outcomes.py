@@ -25,7 +25,7 @@ from streamcl.learner import Learner
 from streamcl.messages import NUMBER, outcome_of
 from streamcl.outcomes import Memory, Outcomes, first_after
 from streamcl.readings import PARTS
-from streamcl.records import Learned, Stream
+from streamcl.records import Fate, Learned, Origin, Stream
 from streamcl.recovery import Keeper, store_of
 from streamcl.replica import Model, Predictor
 from streamcl.testing import difference
@@ -516,3 +516,61 @@ def _soon(holds: Any) -> bool:
 def _forget() -> Iterator[None]:
     yield
     memory.reset(BROKER)
+
+
+def judged_by(folder: Path, delay_s: float) -> list[float]:
+    """Losses of lambda after sessions of four events whose labels come so much after each."""
+    stage = {"kind": "key", "key": "user", "half_life_events": 4.0, "shrinkage": 1.0, "lambda_half_life_events": 50.0}
+    config, [first] = begun(folder, 20, error_memory=[stage])
+    loaded = Store(first).newest()
+    assert loaded is not None
+    model = Model.of(loaded, JSON())
+    assert isinstance(model.learner, Learner)
+    taken = Memory(config, model.learner, 0, threading.Lock())
+    taken.begin(None)
+    number = itertools.count(1)
+    for session in range(100):
+        events = [
+            Learned(
+                number=next(number),
+                records=0,
+                id=f"{session}-{i}",
+                origin=Origin("events", 0, 4 * session + i),
+                features=model.decoder.featurizer.encode({"user": session % 5, "price": 1.0}),
+                label=float(session % 2),
+                fate=Fate.JOINED,
+                time_s=100.0 * session + i,
+                delay_s=delay_s,
+            )
+            for i in range(4)
+        ]
+        for each in events:
+            taken.take(each)
+    losses = model.learner.recall.stages[0].choice.losses
+    assert model.learner.recall.read()["error_memory_0_hit_ratio"] > 0.9
+    return [float(each) for each in losses]
+
+
+def test_lambda_is_judged_by_what_was_known_when_the_event_came(tmp_path: Path) -> None:
+    """A session's events are of one label, told at once, or 10 s after each. One session tells nothing of the next.
+
+    At once, the memory helps from a session's second event on. Late, it knew nothing of the session when it was asked;
+    judged by what it knows when the labels come, it would look as if it had helped.
+    """
+    at_once, late = (judged_by(tmp_path / str(delay), delay) for delay in (0.0, 10.0))
+    assert min(at_once) < at_once[0] - 0.01
+    assert min(late) > late[0] - 0.002
+
+
+def test_an_outcome_judges_lambda_once_whatever_snapshots_come(tmp_path: Path) -> None:
+    config, [first, second] = begun(tmp_path, 20, 45, error_memory=AUTO)
+    predictor, outcomes = replica(config, first)
+    exhaust(outcomes)
+    model = predictor.current()
+    assert isinstance(model.learner, Learner)
+    before = model.learner.recall.stages[0].choice.losses.tobytes()
+    move(predictor, second)
+    exhaust(outcomes)
+    after = predictor.current().learner
+    assert isinstance(after, Learner)
+    assert after.recall.stages[0].choice.losses.tobytes() == before

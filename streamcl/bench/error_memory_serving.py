@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -186,23 +187,34 @@ def know(
     """The same stream again, read and written by a form on the serving copy, as a Learner does it.
 
     Read with every impression; written with every label, of what was served; renewed when other weights serve. With
-    `asked`, as a replica does it: written is what the weights say of the event when its label has come. Gamma and
-    lambda change nothing of it.
+    `asked`, as a replica does it: written is what the weights say of the event when its label has come, and lambda is
+    judged by the labels that had come before the event. Gamma and lambda change nothing of it.
     """
     config = config_of(stream.data, {"error_memory": [{**memory, "lambda": 0.0}], "seed": seed})
-    form = ErrorMemory(config, Featurizer(config).layout, (served.embedding.shape[1], served.hidden.shape[1]))
+    widths = served.embedding.shape[1], served.hidden.shape[1]
+    form, then = (ErrorMemory(config, Featurizer(config).layout, widths) for _ in range(2))
+    late: deque[tuple[int, Recalled, float]] = deque()  # for `then`: when the label came, and the record
     form.renew(int(served.version[0]))
     recalled: list[Recalled] = []
     observed: list[Recalled | None] = [None] * len(served.base)
     for events, labels in turns(stream, setting):
         for event in labels:
+            label = float(stream.labels[stream.start + event])
             [now] = [recalled[event]] if asked is None else _read(form, stream, asked, slice(event, event + 1))
             observed[event] = now
+            if asked is not None:
+                while late and late[0][0] <= event:
+                    _, old, value = late.popleft()
+                    then.write((old,), value)
+                [observed[event]] = then.recall_again((now,), [then.stages[0].choice])
+                late.append((event + setting.delay, now, label))
             scores = Scores(served.base[event], served.base[event], int(served.version[event]), (now,))
-            form.observe(scores, float(stream.labels[stream.start + event]))
+            form.observe(scores, label)
         first = events.start
         if setting.every > 1 and first and served.version[first] != served.version[first - 1]:
             form.renew(int(served.version[first]))
+            then.renew(int(served.version[first]))
+            late.clear()
         recalled += _read(form, stream, served, slice(events.start, events.stop))
     return Known.of(recalled, observed)
 

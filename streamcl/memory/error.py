@@ -63,14 +63,20 @@ class Stage:
             for b in range(len(batch))
         ]
 
-    def observe(self, recalled: Recalled, target: Floats) -> None:
+    def observe(self, recalled: Recalled, target: Floats, judged: Recalled | None) -> None:
+        """`judged` is what lambda's losses are of; None: of nothing."""
         counts = self.counts
         counts["reads"] += 1
         if recalled.support > 0.0:
             counts["hits"] += 1
             counts["support"] += recalled.support
             counts["moved"] += float(abs(self.choice.serve(recalled) - recalled.given).max())
-        self.choice.observe(recalled, target)
+        if judged:
+            self.choice.observe(judged, target)
+        self.write(recalled, target)
+
+    def write(self, recalled: Recalled, target: Floats) -> None:
+        counts = self.counts
         if recalled.version != self.version:
             counts["stale"] += 1
         elif not self.form.write(recalled.key, np.concatenate((target, recalled.given))):
@@ -149,15 +155,35 @@ class ErrorMemory:
             given = _rows([stage.choice.serve(recalled) for recalled in found[-1]])
         return given, [tuple(of_event) for of_event in zip(*found, strict=True)] if found else [()] * len(batch)
 
-    def observe(self, scores: Scores, label: float) -> None:
-        """A label has come: first lambda's losses, then the write, of what the ticket says, as served."""
+    def observe(self, scores: Scores, label: float, judged: Recalls | None = None) -> None:
+        """A label has come: first lambda's losses, then the write, of what the ticket says, as served.
+
+        `judged`: what was known when the event was served, where the ticket can't say it; () judges nothing.
+        """
         if len(scores.recalled) != len(self.stages):  # served before the configuration was changed
             for stage in self.stages:
                 stage.counts["stale"] += 1
             return
         target = self._target(label)
-        for stage, recalled in zip(self.stages, scores.recalled, strict=True):
-            stage.observe(recalled, target)
+        known = scores.recalled if judged is None else judged or [None] * len(self.stages)
+        for stage, recalled, each in zip(self.stages, scores.recalled, known, strict=True):
+            stage.observe(recalled, target, each)
+
+    def write(self, recalls: Recalls, label: float) -> None:
+        """Without any judgement."""
+        for stage, recalled in zip(self.stages, recalls, strict=True):
+            stage.write(recalled, self._target(label))
+
+    def recall_again(self, asked: Recalls, choices: Sequence[Choice]) -> Recalls:
+        """What this memory knows under the same keys, its stages' scores put right as `choices` say."""
+        found: list[Recalled] = []
+        given = asked[0].given
+        for stage, recalled, choice in zip(self.stages, asked, choices, strict=True):
+            [row] = stage.form.read(recalled.key[None])
+            labels, scores = np.split(row[1:].astype(np.float32), 2)
+            found.append(recalled._replace(given=given, label_mean=labels, given_mean=scores, support=float(row[0])))
+            given = choice.serve(found[-1])
+        return tuple(found)
 
     def _target(self, label: float) -> Floats:
         if self.width == 1:

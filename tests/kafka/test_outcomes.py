@@ -73,7 +73,7 @@ def test_a_topic_of_outcomes_with_several_partitions_is_refused_and_a_missing_on
         lambda: kafka.open_sink(f"{broker.url}/{wide}", config),
         lambda: kafka.check(config.published, config),
     ):
-        with pytest.raises(ConnectorError, match="they need 1 partition, this topic has 2"):
+        with pytest.raises(ConnectorError, match="it needs 1 partition, this topic has 2"):
             does()
     config = broker.config(broker.topic(), outcomes=f"{broker.url}/{missing}")
     kafka.open_sink(f"{broker.url}/{missing}", config).close()
