@@ -8,6 +8,8 @@ Source: the SplitMix64 finaliser (Steele, Lea & Flood 2014, doi 10.1145/2660193.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -53,3 +55,19 @@ def normal_array(key: int, count: int, start: int = 0) -> NDArray[np.float64]:
     """Elements `start` to `start + count` of an endless row of standard normal numbers, by Box and Muller."""
     u = uniform_array(key, 2 * count, 2 * start)
     return np.asarray(np.sqrt(-2.0 * np.log(u[0::2])) * np.cos(2.0 * np.pi * u[1::2]))
+
+
+def noise_array(key: int, step: int, count: int) -> NDArray[np.float64]:
+    """(count,) numbers of mean 0 and variance 1: sums of four 16-bit uniforms, at half the cost of normals.
+
+    Bounded at 3.46; kurtosis 2.7 instead of a normal's 3.
+    """
+    counter = np.arange(1, count + 1, dtype=np.uint64)
+    z = np.uint64(_mix((key + step * _GOLDEN) & _MASK)) + counter * np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
+    z ^= z >> np.uint64(31)
+    fields = np.zeros(count, np.int64)
+    for shift in (0, 16, 32, 48):
+        fields += ((z >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.int64)
+    return np.asarray((fields - 131_070.0) / math.sqrt((65_536.0**2 - 1.0) / 3.0), np.float64)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamcl.random import below, bits, key_of, normal_array, uniform_array
+from streamcl.random import below, bits, key_of, noise_array, normal_array, uniform_array
 
 KEY = key_of(7, "test")
 
@@ -103,3 +103,19 @@ def test_values_are_the_same_for_ever() -> None:
     assert [below(1000, GOLDEN_KEY, step) for step in range(6)] == GOLDEN_BELOW
     np.testing.assert_array_equal(uniform_array(GOLDEN_KEY, 3), GOLDEN_UNIFORM)
     np.testing.assert_allclose(normal_array(GOLDEN_KEY, 3), GOLDEN_NORMAL, rtol=1e-14)  # libm may differ in a last bit
+
+
+def test_noise_is_the_four_fields_of_a_draw_summed_and_brought_to_unit_variance() -> None:
+    for step in (0, 9):
+        for index, value in enumerate(noise_array(KEY, step, 3)):
+            z = bits(KEY, step, index)
+            fields = [(z >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
+            assert value == pytest.approx((sum(fields) - 4 * 32767.5) / math.sqrt((65536**2 - 1) / 3))
+
+
+def test_noise_has_the_moments_of_four_uniforms() -> None:
+    noise = noise_array(KEY, 1, 100_000)
+    # Five standard errors; the kurtosis of a sum of four uniforms is 2.7, so var(x^2) is 1.7.
+    assert abs(noise.mean()) < 5.0 / math.sqrt(len(noise))
+    assert abs((noise**2).mean() - 1.0) < 5.0 * math.sqrt(1.7 / len(noise))
+    assert np.abs(noise).max() <= math.sqrt(12.0)
