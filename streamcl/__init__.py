@@ -11,6 +11,7 @@ Table of contents, in the order of the journey (start with `worker`):
     records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec
     stations       one pydantic model per station of the journey
+    methods        the stations of what learns or mends beside the optimiser
     services       the stations that face outside: brokers, the schema registry, HTTP
     config         all stations together: read, checked, compared with a checkpoint's
     connect        URL to connector, name to codec: through entry points
@@ -22,6 +23,7 @@ Table of contents, in the order of the journey (start with `worker`):
     engine         how the arithmetic is done: eager
     models         logistic, mlp, deepfm
     memory         replay and its retention policies; the error memory
+    plasticity     what keeps a net able to learn: continual backpropagation
     metrics        prequential metrics
     drift          detectors, and the signals they emit
     progress       where a shard stands, and a proof of what it has learned from

@@ -16,12 +16,12 @@ from urllib.parse import urlsplit, urlunsplit
 import orjson
 from pydantic import BaseModel, ValidationError, model_validator
 
+from streamcl.methods import MEMORIES, PLASTICITY, KeyMemory, Memory, Plasticity
 from streamcl.protocols import StreamclError
 from streamcl.records import EVENTS, LABELS
 from streamcl.services import Kafka, Registry, Serve
 from streamcl.stations import (
     KINDS,
-    MEMORIES,
     Categorical,
     Change,
     Checkpoint,
@@ -33,10 +33,8 @@ from streamcl.stations import (
     FieldPath,
     Free,
     Join,
-    KeyMemory,
     Labels,
     Loss,
-    Memory,
     Metrics,
     Model,
     New,
@@ -83,6 +81,7 @@ class Config(Station):
     loss: Loss = Loss()
     replay: Replay = Replay()
     error_memory: tuple[Memory, ...] = Stop((), max_length=8, description="forms in a row: knn, sketch, key")
+    plasticity: tuple[Plasticity, ...] = Stop((), max_length=8, description="rules in a row, continual_backprop last")
     river: str | None = New(None, description="a River model instead, e.g. river.linear_model:LogisticRegression")
     trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
     metrics: Metrics = Metrics()
@@ -167,6 +166,13 @@ class Config(Station):
             elif memory.key not in offered and ":" not in memory.key:
                 known = ", ".join(sorted(offered))
                 raise ValueError(f"{where}: model {self.model.kind} offers {known}, or module:function")
+        kinds = [rule.kind for rule in self.plasticity]
+        if self.river is not None and kinds:
+            raise ValueError("plasticity: a River model has no hidden units")
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"plasticity: each kind once; these are {', '.join(kinds)}")
+        if "continual_backprop" in kinds[:-1]:
+            raise ValueError("plasticity: continual_backprop comes last, so that nothing is done to units made anew")
         if self.loss.kind == "reloop" and (self.task != "binary" or self.river is not None):
             raise ValueError("loss.kind: reloop is for binary labels, and no River model")
         return self
@@ -289,7 +295,7 @@ def fingerprint(config: Config, kinds: Collection[Change] = ("new", "stop")) -> 
     return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-TAGGED = {"features": KINDS, "error_memory": MEMORIES}
+TAGGED = {"features": KINDS, "error_memory": MEMORIES, "plasticity": PLASTICITY}
 """Tables whose `kind` says which keys they have."""
 
 

@@ -197,7 +197,7 @@ def served(learner: Learner) -> State:
 
 def _dense(learner: Learner) -> State:
     return {
-        "params": {name: param.detach() for name, param in learner.engine.params.items()},
+        "params": {name: param.detach() for name, param in learner.engine.dense.params.items()},
         "numerics": learner.numerics.state_dict(),
         "target": learner.target.state_dict(),
         "version": learner.version,
@@ -216,7 +216,7 @@ def apply(learner: Learner, state: State) -> None:
         engine.table.index_copy_(0, rows["ids"], rows["values"])
         if len(gone):
             engine.table.index_copy_(0, gone, engine.fresh_rows(gone))
-        for name, param in engine.params.items():
+        for name, param in engine.dense.params.items():
             param.copy_(state["params"][name])
     learner.numerics.load_state_dict(state["numerics"])
     learner.target.load_state_dict(state["target"])
@@ -231,7 +231,7 @@ def _refuse_unfit(learner: Learner, state: State) -> None:
             raise Unfit(f"{name}: ids outside 0 .. {length - 1}")
     if rows["values"].shape != (len(rows["ids"]), width):
         raise Unfit(f"rows: {list(rows['values'].shape)} values, {len(rows['ids'])} rows of {width} numbers here")
-    mine = {name: param.shape for name, param in engine.params.items()}
+    mine = {name: param.shape for name, param in engine.dense.params.items()}
     theirs = {name: param.shape for name, param in state["params"].items()}
     if mine != theirs:
         raise Unfit(f"params: {theirs}, here {mine}")

@@ -182,7 +182,7 @@ class Follower:
         learner, front = Learner(self._config), served(self._front)
         with torch.no_grad():
             learner.engine.table.copy_(front["table"])
-            for name, param in learner.engine.params.items():
+            for name, param in learner.engine.dense.params.items():
                 param.copy_(front["params"][name])
         learner.numerics.load_state_dict(front["numerics"])
         learner.target.load_state_dict(front["target"])

@@ -41,7 +41,8 @@ FieldPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
 """The name of a field of the payload; dots go into nested objects."""
 
 
-def _named_kind(value: Any) -> Any:
+def named_kind(value: Any) -> Any:
+    """A table that says no more than its kind may be written as that."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -58,7 +59,7 @@ class Payload(Station):
     message: str | None = Stop(None, description="Protobuf: full name of the message in schema_file")
 
 
-PayloadOrKind = Annotated[Payload, BeforeValidator(_named_kind)]
+PayloadOrKind = Annotated[Payload, BeforeValidator(named_kind)]
 
 
 class Events(Station):
@@ -125,7 +126,7 @@ class Numeric(Station):
 
 
 KINDS: dict[str, type[Station]] = {"categorical": Categorical, "bag": Bag, "numeric": Numeric}
-Feature = Annotated[Categorical | Bag | Numeric, Field(discriminator="kind"), BeforeValidator(_named_kind)]
+Feature = Annotated[Categorical | Bag | Numeric, Field(discriminator="kind"), BeforeValidator(named_kind)]
 
 
 class Model(Station):
@@ -134,6 +135,7 @@ class Model(Station):
     hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = New((64, 32), description="units per hidden layer")
     classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")
     init_scale: float = New(0.01, gt=0, description="standard deviation of a fresh embedding")
+    layer_norm: bool = New(False, description="each hidden layer's sums at mean 0 and deviation 1, before its ReLU")
 
 
 class Optimizer(Station):
@@ -162,69 +164,6 @@ class Loss(Station):
 
     kind: Literal["task", "reloop"] = Stop("task", description="task: cross-entropy, or half the squared error")
     alpha: float = Stop(0.5, gt=0, lt=1, description="reloop only: the share of the self-correction")
-
-
-class Compensation(Station):
-    """How a score is put right: by lambda x (gamma x (label mean - score) + (1 - gamma) x mean residual).
-
-    With `auto` they are those of the lowest recent loss, from a grid that contains lambda 0.
-    """
-
-    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
-
-    lambda_: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Stop(
-        "auto", alias="lambda", description="strength of the compensation, 0 to 1"
-    )
-    lambda_half_life_events: float = Stop(2000.0, gt=0, description="auto: how long a loss counts (labelled events)")
-    on_new_weights: Literal["reset", "keep"] = Stop(
-        "reset", description="in a read replica, whose weights are swapped; a worker's move with every example"
-    )
-
-
-class VectorMemory(Compensation):
-    key: str = Stop(
-        "embedding",
-        description="embedding: what enters the hidden layers, each field at unit length; hidden: the last of them;"
-        " ids: fixed random numbers of each category; or module:function(features, embedding, hidden)",
-    )
-    gamma: Literal[0, 1, "auto"] = Stop(0, description="0: the mean residual nearby; 1: towards the mean label nearby")
-
-
-class KNNMemory(VectorMemory):
-    """The last records one by one; the mean is over the nearest."""
-
-    kind: Literal["knn"] = "knn"
-    capacity: int = Stop(5000, ge=1, description="records held, first in, first out (count)")
-    neighbours: int = Stop(70, ge=1, description="nearest records that enter the mean (count)")
-    tau: float = Stop(0.1, gt=0, description="temperature of the softmax over cosine similarities")
-    half_life_events: float | None = Stop(None, gt=0, description="age at which a record weighs half (records)")
-    min_support: int = Stop(1, ge=1, description="with fewer records held nothing is compensated")
-    error_threshold: float | None = Stop(None, gt=0, description="keep only larger errors; bends gamma 1")
-
-
-class SketchMemory(VectorMemory):
-    """Counts and sums in SimHash buckets: for more records than can be held."""
-
-    kind: Literal["sketch"] = "sketch"
-    bits: int = Stop(12, ge=1, le=20, description="of a bucket's number: 2^bits buckets an array")
-    arrays: int = Stop(40, ge=1, le=1024, description="independent arrays (count)")
-    half_life_events: float | None = Stop(2000.0, gt=0, description="age at which a record weighs half (records)")
-    min_support: float = Stop(0.0, ge=0, description="a bucket with a lower decayed count is left out")
-
-
-class KeyMemory(Compensation):
-    """The mean residual of each value of a categorical feature (user, item, session)."""
-
-    kind: Literal["key"] = "key"
-    key: str = Stop(description="name of a categorical feature")
-    capacity: int = Stop(100_000, ge=1, description="values held; the one seen longest ago gives way (count)")
-    shrinkage: float = Stop(5.0, ge=0, description="records of residual 0 that each value begins with (count)")
-    half_life_events: float | None = Stop(2000.0, gt=0, description="age at which a record weighs half (records)")
-    min_support: float = Stop(0.0, ge=0, description="a value with a lower decayed count is left out")
-
-
-MEMORIES: dict[str, type[Station]] = {"knn": KNNMemory, "sketch": SketchMemory, "key": KeyMemory}
-Memory = Annotated[KNNMemory | SketchMemory | KeyMemory, Field(discriminator="kind"), BeforeValidator(_named_kind)]
 
 
 class Metrics(Station):

@@ -103,7 +103,7 @@ def test_steps_are_those_of_torch_on_a_dense_table(rule: str, kind: str, task: s
         assert made.step(*batch(task, step))
         slow.step(*batch(task, step))
     torch.testing.assert_close(made.table, slow.table.detach(), rtol=1e-4, atol=1e-5)
-    for name, param in made.params.items():
+    for name, param in made.dense.params.items():
         torch.testing.assert_close(param.detach(), slow.params[name].detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_adam_is_that_of_torch_where_every_step_touches_every_row(task: str) -> 
         assert made.step(ids, weights, dense, y, share)
         slow.step(ids, weights, dense, y, share)
     torch.testing.assert_close(made.table, slow.table.detach(), rtol=1e-3, atol=1e-4)
-    for name, param in made.params.items():
+    for name, param in made.dense.params.items():
         torch.testing.assert_close(param.detach(), slow.params[name].detach(), rtol=1e-3, atol=1e-4)
 
 
@@ -131,7 +131,7 @@ def test_rows_step_like_their_rule_on_the_summed_gradient(rule: str) -> None:
         touched = torch.unique(args[0])
         assert slow.table.grad is not None
         state = [slot[touched] for slot in made.row_slots]
-        expected, _ = made.row_rule.step(made.table[touched], slow.table.grad[touched], state)
+        expected, _ = made.row_update.step(made.table[touched], slow.table.grad[touched], state)
         assert made.step(*args)
         torch.testing.assert_close(made.table[touched], expected, rtol=1e-4, atol=1e-5)
 
@@ -268,7 +268,7 @@ def test_a_state_stays_what_it_was_while_learning_goes_on() -> None:
 
 def test_the_parameters_of_the_model_are_the_ones_that_learn() -> None:
     made = engine()
-    before = made.flat.clone()
+    before = made.dense.flat.clone()
     assert made.step(*batch("binary", 0))
-    assert not torch.equal(made.flat, before)
-    assert torch.equal(torch.cat([p.detach().reshape(-1) for p in made.model.parameters()]), made.flat)
+    assert not torch.equal(made.dense.flat, before)
+    assert torch.equal(torch.cat([p.detach().reshape(-1) for p in made.model.parameters()]), made.dense.flat)

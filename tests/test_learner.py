@@ -165,11 +165,11 @@ def test_the_loss_is_the_live_one_plus_weight_times_the_mean_of_the_replayed(tas
         out = twin.engine.forward(twin.engine.table[args[0]], *args[1:])
         losses.append(twin.engine.losses(out, torch.from_numpy(label))[0])
     loss = losses[0] + weight * sum(losses[1:]) / draws
-    names, params = zip(*twin.engine.params.items(), strict=True)
+    names, params = zip(*twin.engine.dense.params.items(), strict=True)
     expected = {n: p - rate * g for n, p, g in zip(names, params, torch.autograd.grad(loss, params), strict=True)}
 
     assert learner.learn(live)
-    for name, param in learner.engine.params.items():
+    for name, param in learner.engine.dense.params.items():
         torch.testing.assert_close(param.detach(), expected[name].detach(), rtol=1e-4, atol=1e-6)
 
 
@@ -233,7 +233,7 @@ def test_weights_stay_finite_whatever_comes() -> None:
     for i in range(300):
         payload = {"user": i % 7, "price": float(rng.normal() * 10.0 ** rng.integers(-30, 30))}
         learner.learn(outcome(encode(payload), float(rng.normal() * 10.0 ** rng.integers(-30, 30)), i))
-    assert bool(torch.isfinite(learner.engine.flat).all())
+    assert bool(torch.isfinite(learner.engine.dense.flat).all())
     assert bool(torch.isfinite(learner.engine.table).all())
 
 

@@ -104,7 +104,7 @@ def test_parameters_are_a_function_of_the_seed_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_is_finite_and_the_first_score_is_the_prior(kind: str) -> None:
     engine = Eager(config(kind), layout_of(config(kind)))
-    assert all(bool(torch.isfinite(p).all()) for p in engine.params.values())
+    assert all(bool(torch.isfinite(p).all()) for p in engine.dense.params.values())
     assert abs(engine.predict(torch.tensor([[5]]), torch.ones(1, 1), torch.ones(1, 1)).item()) < 1e-6
 
 

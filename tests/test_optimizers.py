@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamcl.engine.optimizers import RULES, Adagrad, Rule, build_rule
+from streamcl.engine.optimizers import UPDATES, Adagrad, Update, build_update
 from streamcl.stations import Optimizer
 
 RATE = 0.1
 STEPS = 30
-KINDS = sorted(RULES)
+KINDS = sorted(UPDATES)
 
 
-def rule(kind: str, **more: Any) -> Rule:
-    return build_rule(Optimizer.model_validate({"kind": kind, **more}), RATE)
+def rule(kind: str, **more: Any) -> Update:
+    return build_update(Optimizer.model_validate({"kind": kind, **more}), RATE)
 
 
 def gradients() -> torch.Tensor:
@@ -25,7 +25,7 @@ def gradients() -> torch.Tensor:
     return torch.randn(STEPS, 4, 3) * torch.logspace(-3, 2, 12).view(4, 3)
 
 
-def run(made: Rule, value: torch.Tensor) -> torch.Tensor:
+def run(made: Update, value: torch.Tensor) -> torch.Tensor:
     slots = made.slots(value)
     for gradient in gradients():
         value, slots = made.step(value, gradient, slots)

@@ -14,7 +14,7 @@ from streamcl.bench.error_memory_serving import Known
 from streamcl.bench.quality import Floats
 from streamcl.bench.report import Bar, Row, progress
 from streamcl.memory.forms import Sketch
-from streamcl.stations import SketchMemory
+from streamcl.methods import SketchMemory
 
 ROWS, QUERIES, DIM, CLUSTERS = 2000, 400, 24, 40
 SETTLED = 2048

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 
 from streamcl.bench.report import Bar, Row, progress
 from streamcl.memory.forms import FORMS, Form
+from streamcl.methods import Memory
 from streamcl.random import key_of, uniform_array
-from streamcl.stations import Memory
 
 REPEATS = 7
 KEYS = 1000  # values of the feature that a form by key is asked for

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamcl.config import Config
-from streamcl.engine.optimizers import build_rule
+from streamcl.engine.dense import Dense
+from streamcl.engine.optimizers import build_update
 from streamcl.features import Layout
 from streamcl.models import build_model
+from streamcl.plasticity import Taps, build_rules, find
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
 
@@ -51,13 +53,12 @@ class Eager:
             self.model.tower.head.register_forward_pre_hook(self._note_hidden)
         self.first = self.outputs if self.model.first_order else 0
         self.table = self._fresh_table(config, layout.rows)  # (R, W)
-        self.params = dict(self.model.named_parameters())
-        self.flat = _flatten(list(self.params.values()))  # (P,)
         rate = config.optimizer.learning_rate
-        self.rule = build_rule(config.optimizer, rate)
-        self.row_rule = build_rule(config.optimizer, config.optimizer.embedding_learning_rate or ROWS_FASTER * rate)
-        self.slots = self.rule.slots(self.flat)
-        self.row_slots = self.row_rule.slots(self.table)
+        self.dense = Dense(self.model, build_update(config.optimizer, rate))
+        self.row_update = build_update(config.optimizer, config.optimizer.embedding_learning_rate or ROWS_FASTER * rate)
+        self.row_slots = self.row_update.slots(self.table)
+        self.taps = Taps(self.model, find(self.model) if config.plasticity else [])
+        self.rules = build_rules(config, self.dense, self.model, self.taps)
         self.watch: Callable[[Tensor], None] | None = None  # told which rows a step has changed, each once
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
@@ -140,11 +141,11 @@ class Eager:
         """
         rows = self.table[ids].requires_grad_()  # (B, S, W)
         loss = self.losses(self.forward(rows, weights, dense), y, served).dot(share)
-        by_slot, *by_param = torch.autograd.grad(loss, [rows, *self.params.values()], materialize_grads=True)
+        by_slot, *by_param = torch.autograd.grad(loss, [rows, *self.dense.params.values()], materialize_grads=True)
         touched, inverse = torch.unique(ids, return_inverse=True)
         row_gradient = self.table.new_zeros(len(touched), self.table.shape[1])  # (U, W): one sum for a row's every use
         row_gradient.index_add_(0, inverse.view(-1), by_slot.reshape(-1, self.table.shape[1]))
-        gradient = torch.cat([g.reshape(-1) for g in by_param])  # (P,)
+        gradient = self.dense.gradient(by_param)  # (P,)
         norm = torch.hypot(torch.linalg.vector_norm(row_gradient), torch.linalg.vector_norm(gradient))
         if not float(norm) <= self.max_grad_norm:  # also when the norm is NaN
             return False
@@ -153,14 +154,16 @@ class Eager:
         return True
 
     def _update(self, touched: Tensor, row_gradient: Tensor, gradient: Tensor) -> None:
-        rows, row_slots = self.row_rule.step(
+        rows, row_slots = self.row_update.step(
             self.table[touched], row_gradient, [slot[touched] for slot in self.row_slots]
         )
         for column, new in zip((self.table, *self.row_slots), (rows, *row_slots), strict=True):
             column.index_copy_(0, touched, new)
-        flat, slots = self.rule.step(self.flat, gradient, self.slots)
-        for column, new in zip((self.flat, *self.slots), (flat, *slots), strict=True):
-            column.copy_(new)
+        for rule in self.rules.values():
+            gradient = rule.transform(gradient)
+        self.dense.step(gradient)
+        for rule in self.rules.values():
+            rule.after()
         if self.watch:
             self.watch(touched)
 
@@ -168,19 +171,18 @@ class Eager:
         return {
             "table": self.table.clone(),
             "row_slots": {str(i): s.clone() for i, s in enumerate(self.row_slots)},
-            "params": {name: p.detach().clone() for name, p in self.params.items()},
-            "slots": {str(i): s.clone() for i, s in enumerate(self.slots)},
+            **self.dense.state_dict(),
+            **({"rules": {kind: rule.state_dict() for kind, rule in self.rules.items()}} if self.rules else {}),
         }
 
     def load_state_dict(self, state: State) -> None:
-        # Copied into the tensors that exist: their alignment, on which kernels may depend, stays what it was.
-        with torch.no_grad():
-            self.table.copy_(state["table"])
-            for name, param in self.params.items():
-                param.copy_(state["params"][name])
-        for own, slots in ((self.row_slots, state["row_slots"]), (self.slots, state["slots"])):
-            for i, slot in enumerate(own):
-                slot.copy_(slots[str(i)])
+        self.table.copy_(state["table"])  # into the tensor that exists, as `Dense` does it
+        for i, slot in enumerate(self.row_slots):
+            slot.copy_(state["row_slots"][str(i)])
+        self.dense.load_state_dict(state)
+        kept = state.get("rules", {})
+        for kind, rule in self.rules.items():
+            rule.load_state_dict(kept.get(kind, {}))
 
 
 def self_corrected(loss: Tensor, logit: Tensor, y: Tensor, served: float, alpha: float) -> Tensor:
@@ -200,14 +202,6 @@ def self_corrected(loss: Tensor, logit: Tensor, y: Tensor, served: float, alpha:
 
 def _normal(key: int, scale: float, count: int, start: int) -> Tensor:
     return torch.from_numpy(normal_array(key, count, start) * scale)
-
-
-def _flatten(params: list[torch.nn.Parameter]) -> Tensor:
-    """Lay parameters end to end and make each a view of its part, so that an optimiser does one update, not many."""
-    flat = torch.cat([param.detach().reshape(-1) for param in params])
-    for param, part in zip(params, torch.split(flat, [param.numel() for param in params]), strict=True):
-        param.data = part.view_as(param)
-    return flat
 
 
 def as_tensors(*arrays: NDArray[Any]) -> tuple[Tensor, ...]:

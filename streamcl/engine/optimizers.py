@@ -22,7 +22,7 @@ from streamcl.stations import Optimizer
 Slots = tuple[Tensor, ...]
 
 
-class Rule(Protocol):
+class Update(Protocol):
     def slots(self, value: Tensor, /) -> Slots: ...
 
     def step(self, value: Tensor, gradient: Tensor, slots: Sequence[Tensor], /) -> tuple[Tensor, Slots]: ...
@@ -125,7 +125,7 @@ class FTRL:
         return -shrunk / ((self.BETA + total.sqrt()) / self.rate + self.l2), (z, total)
 
 
-RULES: dict[str, type[SGD] | type[Adagrad] | type[Adam] | type[FTRL]] = {
+UPDATES: dict[str, type[SGD] | type[Adagrad] | type[Adam] | type[FTRL]] = {
     "sgd": SGD,
     "adagrad": Adagrad,
     "adam": Adam,
@@ -133,5 +133,5 @@ RULES: dict[str, type[SGD] | type[Adagrad] | type[Adam] | type[FTRL]] = {
 }
 
 
-def build_rule(config: Optimizer, rate: float) -> Rule:
-    return RULES[config.kind](config, rate)
+def build_update(config: Optimizer, rate: float) -> Update:
+    return UPDATES[config.kind](config, rate)

@@ -18,10 +18,11 @@ from streamcl.features import Layout
 from streamcl.memory.compensation import GRID, Choice
 from streamcl.memory.forms import FORMS, Floats, Form
 from streamcl.memory.keys import Keys, keys_of
+from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
 from streamcl.protocols import State
 from streamcl.random import key_of
 from streamcl.records import Encoded, Recalled, Scores
-from streamcl.stations import KeyMemory, KNNMemory, SketchMemory, Task
+from streamcl.stations import Task
 
 COUNTS = ("reads", "hits", "support", "moved", "stale", "refused", "resets")
 """Over labelled events: those that looked, that found something, sums of its support and of what it moved; labels of

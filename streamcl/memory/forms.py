@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.memory.kernels import read_rows, read_sketch, write_sketch
+from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
-from streamcl.stations import KeyMemory, KNNMemory, SketchMemory
 
 Floats = NDArray[np.float32]
 CENTRE_RATE = 0.001

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from streamcl.config import Config, ConfigError
 from streamcl.features import Layout
 from streamcl.memory.forms import NO_KEY, Floats
+from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
 from streamcl.random import key_of, normal_array
 from streamcl.records import Encoded
-from streamcl.stations import KeyMemory, KNNMemory, SketchMemory
 
 ID_NUMBERS = 16
 """Fixed random numbers of each field under `key = "ids"`."""

@@ -20,13 +20,17 @@ from streamcl.random import key_of, uniform_array
 
 
 class Shape(NamedTuple):
-    """What a model is built for: F fields, D numbers per embedding, N numerics, O outputs, units per hidden layer."""
+    """What a model is built for: F fields, D numbers per embedding, N numerics, O outputs, units per hidden layer.
+
+    With `layer_norm` a hidden layer's sums are brought to mean 0 and deviation 1 before the ReLU.
+    """
 
     fields: int
     dim: int
     numerics: int
     outputs: int
     hidden: tuple[int, ...]
+    layer_norm: bool = False
 
 
 class Logistic(nn.Module):
@@ -46,7 +50,12 @@ class Logistic(nn.Module):
 
 
 class MLP(nn.Module):
-    """Embeddings and numerics through hidden ReLU layers."""
+    """Embeddings and numerics through hidden ReLU layers.
+
+    Source:
+        Layer norm without parameters before the activation: Elsayed et al. 2024, arXiv 2410.14606, section 3; theirs
+        is Leaky ReLU.
+    """
 
     first_order, embedding = False, True
 
@@ -55,6 +64,7 @@ class MLP(nn.Module):
         widths = (shape.fields * shape.dim + shape.numerics, *shape.hidden)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, shape.hidden, strict=False))
         self.head = nn.Linear(widths[-1], shape.outputs)
+        self.layer_norm = shape.layer_norm
 
     @property
     def tower(self) -> MLP:
@@ -63,7 +73,8 @@ class MLP(nn.Module):
     def forward(self, _first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         h = torch.cat((vectors.flatten(1), dense), 1)  # (B, F*D + N)
         for layer in self.hidden:
-            h = torch.relu(layer(h))
+            h = layer(h)
+            h = torch.relu(functional.layer_norm(h, h.shape[1:]) if self.layer_norm else h)
         out: Tensor = self.head(h)
         return out
 
@@ -106,7 +117,7 @@ def build_model(config: Config, layout: Layout) -> Logistic | MLP | DeepFM:
     """The configured model, freshly initialised from the seed alone."""
     sizes = len(layout.fields), config.model.embedding_dim, len(layout.numerics), config.outputs
     with torch.device("meta"):  # no draw from the global generator
-        model = MODELS[config.model.kind](Shape(*sizes, config.model.hidden))
+        model = MODELS[config.model.kind](Shape(*sizes, config.model.hidden, config.model.layer_norm))
     model.to_empty(device="cpu")
     for name, param in model.named_parameters():
         _initialise(name, param, config.seed)

@@ -302,7 +302,7 @@ def test_reloop_pulls_towards_what_was_better_when_served() -> None:
         for served in (0.1, 0.9):
             learner = Learner(made)
             learner.engine.step(*learner._batch(features, label, 0), 0.5)
-            bias = learner.engine.params["linear.bias"]
+            bias = learner.engine.dense.params["linear.bias"]
             p = float(learner.engine.predict(*learner._batch(features, label, 0)[:3]).sigmoid())
             before = float(bias.detach())
             learner.engine.step(*learner._batch(features, label, 0), served)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamcl.memory.forms import KNN, NO_KEY, ByKey, Centre, Form, Sketch
+from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
 from streamcl.state import digest, flatten, unflatten
-from streamcl.stations import KeyMemory, KNNMemory, SketchMemory
 
 DIM, WIDTH = 6, 2
 Floats = NDArray[np.float32]

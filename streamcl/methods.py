@@ -1,0 +1,102 @@
+"""The configuration of what learns or mends beside the optimiser: error memories, and rules that keep a net plastic."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from streamcl.stations import Station, Stop, named_kind
+
+
+class Compensation(Station):
+    """How a score is put right: by lambda x (gamma x (label mean - score) + (1 - gamma) x mean residual).
+
+    With `auto` they are those of the lowest recent loss, from a grid that contains lambda 0.
+    """
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    lambda_: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Stop(
+        "auto", alias="lambda", description="strength of the compensation, 0 to 1"
+    )
+    lambda_half_life_events: float = Stop(2000.0, gt=0, description="auto: how long a loss counts (labelled events)")
+    on_new_weights: Literal["reset", "keep"] = Stop(
+        "reset", description="in a read replica, whose weights are swapped; a worker's move with every example"
+    )
+
+
+class VectorMemory(Compensation):
+    key: str = Stop(
+        "embedding",
+        description="embedding: what enters the hidden layers, each field at unit length; hidden: the last of them;"
+        " ids: fixed random numbers of each category; or module:function(features, embedding, hidden)",
+    )
+    gamma: Literal[0, 1, "auto"] = Stop(0, description="0: the mean residual nearby; 1: towards the mean label nearby")
+
+
+class KNNMemory(VectorMemory):
+    """The last records one by one; the mean is over the nearest."""
+
+    kind: Literal["knn"] = "knn"
+    capacity: int = Stop(5000, ge=1, description="records held, first in, first out (count)")
+    neighbours: int = Stop(70, ge=1, description="nearest records that enter the mean (count)")
+    tau: float = Stop(0.1, gt=0, description="temperature of the softmax over cosine similarities")
+    half_life_events: float | None = Stop(None, gt=0, description="age at which a record weighs half (records)")
+    min_support: int = Stop(1, ge=1, description="with fewer records held nothing is compensated")
+    error_threshold: float | None = Stop(None, gt=0, description="keep only larger errors; bends gamma 1")
+
+
+class SketchMemory(VectorMemory):
+    """Counts and sums in SimHash buckets: for more records than can be held."""
+
+    kind: Literal["sketch"] = "sketch"
+    bits: int = Stop(12, ge=1, le=20, description="of a bucket's number: 2^bits buckets an array")
+    arrays: int = Stop(40, ge=1, le=1024, description="independent arrays (count)")
+    half_life_events: float | None = Stop(2000.0, gt=0, description="age at which a record weighs half (records)")
+    min_support: float = Stop(0.0, ge=0, description="a bucket with a lower decayed count is left out")
+
+
+class KeyMemory(Compensation):
+    """The mean residual of each value of a categorical feature (user, item, session)."""
+
+    kind: Literal["key"] = "key"
+    key: str = Stop(description="name of a categorical feature")
+    capacity: int = Stop(100_000, ge=1, description="values held; the one seen longest ago gives way (count)")
+    shrinkage: float = Stop(5.0, ge=0, description="records of residual 0 that each value begins with (count)")
+    half_life_events: float | None = Stop(2000.0, gt=0, description="age at which a record weighs half (records)")
+    min_support: float = Stop(0.0, ge=0, description="a value with a lower decayed count is left out")
+
+
+MEMORIES: dict[str, type[Station]] = {"knn": KNNMemory, "sketch": SketchMemory, "key": KeyMemory}
+Memory = Annotated[KNNMemory | SketchMemory | KeyMemory, Field(discriminator="kind"), BeforeValidator(named_kind)]
+
+
+class ContinualBackprop(Station):
+    """Hidden units of the lowest utility are made anew, a few at a time.
+
+    Source: Dohare et al. 2024, Nature 632:768-774.
+    """
+
+    kind: Literal["continual_backprop"] = "continual_backprop"
+    replacement_rate: float | None = Stop(
+        None,
+        ge=0,
+        le=1,
+        description="units replaced per eligible unit and learning step; default: 1e-4 in a layer of up to 128 units,"
+        " 1e-5 up to 1000, 1e-6 above",
+    )
+    maturity: int = Stop(100, ge=0, description="learning steps during which a new unit is safe")
+    decay: float = Stop(0.99, ge=0, lt=1, description="of the running means that a utility is made of")
+    utility: Literal["contribution", "mean_corrected", "adaptable", "adaptation", "weight", "random"] = Stop(
+        "contribution", description="what makes a unit worth keeping; random is the control"
+    )
+    exact: bool = Stop(False, description="multiply by the weights at every step, not when a reset is due; slower")
+    bias_transfer: bool = Stop(True, description="move a replaced unit's mean contribution into the next bias")
+    layers: tuple[tuple[str, str], ...] | None = Stop(
+        None, min_length=1, description="(layer, the one that reads it) by module name; default: found in the model"
+    )
+
+
+PLASTICITY: dict[str, type[Station]] = {"continual_backprop": ContinualBackprop}
+Plasticity = Annotated[ContinualBackprop, BeforeValidator(named_kind)]
