@@ -64,7 +64,7 @@ class MLP(nn.Module):
         widths = (shape.fields * shape.dim + shape.numerics, *shape.hidden)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, shape.hidden, strict=False))
         self.head = nn.Linear(widths[-1], shape.outputs)
-        self.layer_norm = shape.layer_norm
+        self.norms = [(width,) if shape.layer_norm else None for width in shape.hidden]
 
     @property
     def tower(self) -> MLP:
@@ -72,9 +72,8 @@ class MLP(nn.Module):
 
     def forward(self, _first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         h = torch.cat((vectors.flatten(1), dense), 1)  # (B, F*D + N)
-        for layer in self.hidden:
-            h = layer(h)
-            h = torch.relu(functional.layer_norm(h, h.shape[1:]) if self.layer_norm else h)
+        for layer, norm in zip(self.hidden, self.norms, strict=True):
+            h = torch.relu(functional.layer_norm(layer(h), norm) if norm else layer(h))
         out: Tensor = self.head(h)
         return out
 
