@@ -183,7 +183,7 @@ def test_the_cheap_form_is_the_papers_on_a_net_that_stands_still(
     utility: str, rate: float, maturity: int, rows: int
 ) -> None:
     # Until the first reset: afterwards the paper's average remembers the weights that are no more.
-    steps = maturity + math.ceil(1.0 / (rate * 7)) + 1
+    steps = maturity + math.ceil(1.0 / (rate * 7))
     with_oracle(utility, rate, maturity, rows, exact=False, moving=False, steps=steps)
 
 
