@@ -170,7 +170,8 @@ def with_oracle(
 
 
 @pytest.mark.parametrize("utility", UTILITIES)
-@given(rate=st.sampled_from([0.013, 0.05, 0.4]), maturity=st.integers(0, 12), rows=st.sampled_from([1, 3]))
+# At age 1 what is corrected by the mean is 0 but for rounding, so who of the newest goes would be a matter of that.
+@given(rate=st.sampled_from([0.013, 0.05, 0.4]), maturity=st.integers(1, 12), rows=st.sampled_from([1, 3]))
 @settings(max_examples=5, deadline=None)
 def test_the_exact_form_is_the_papers_on_a_net_that_learns(utility: str, rate: float, maturity: int, rows: int) -> None:
     with_oracle(utility, rate, maturity, rows, exact=True, moving=True)
