@@ -97,6 +97,17 @@ class Config(Station):
     serve: Serve = Serve()
 
     @model_validator(mode="after")
+    def _urls_are_some(self) -> Self:
+        for name, url in self._urls.items():
+            try:
+                user = "@" in urlsplit(url or "").netloc
+            except ValueError as error:  # brackets that don't hold an IPv6 address
+                raise ValueError(f"{name}: not a URL: {error}") from error
+            if user:
+                raise ValueError(f"{name}: no user or password in a URL; see [kafka] and [registry]")
+        return self
+
+    @model_validator(mode="after")
     def _labels_fit(self) -> Self:
         if self.labels is None and self.events.label is None:
             raise ValueError("events.label: no label; set it (inline) or a [labels] table (their own stream)")
@@ -139,12 +150,6 @@ class Config(Station):
             raise ValueError("delivery.mode: files know no transactions; exactly_once needs Kafka")
         if self.deltas.url and self.river is not None:
             raise ValueError("deltas.url: a River model has no rows to send; its replicas follow snapshots alone")
-        names = ("predictions", "outcomes", "dead_letters", "control")
-        urls = self.inputs | {name: getattr(self, name) for name in names} | {"deltas.url": self.deltas.url}
-        urls |= {"registry.url": self.registry.url}
-        for name, url in urls.items():
-            if "@" in urlsplit(url or "").netloc:
-                raise ValueError(f"{name}: no user or password in a URL; see [kafka] and [registry]")
         others = {*self.inputs.values(), self.predictions, self.dead_letters_url, self.control_url}
         if self.outcomes_url in others - {None}:
             raise ValueError("outcomes: they need a topic of their own")
@@ -200,6 +205,13 @@ class Config(Station):
             return cls.model_validate(data)
         except ValidationError as error:
             raise ConfigError("\n".join(f"{where}: {line}" for line in _explain(error, cls))) from error
+
+    @property
+    def _urls(self) -> dict[str, str | None]:
+        """All that are configured, by setting."""
+        own = {name: getattr(self, name) for name in ("predictions", "outcomes", "dead_letters", "control")}
+        inputs = {f"{name}.url": url for name, url in self.inputs.items()}
+        return inputs | own | {"deltas.url": self.deltas.url, "registry.url": self.registry.url}
 
     @property
     def inputs(self) -> dict[str, str]:

@@ -98,7 +98,9 @@ ONCE = {"delivery": {"mode": "exactly_once"}, "predictions": "memory://site/p"}
             {**ONCE, "outcomes": "memory://else/where"},
             "delivery.mode: exactly_once needs outcomes and control on the same",
         ),
-        ({"events": {"url": "kafka://user:hunter2@host/topic", "label": "y"}}, "events: no user or password"),
+        ({"events": {"url": "kafka://user:hunter2@host/topic", "label": "y"}}, "events.url: no user or password"),
+        ({"predictions": "kafka://[host]/topic"}, "predictions: not a URL: "),
+        ({"events": {"url": "kafka://[::1/t", "label": "y"}}, "events.url: not a URL: "),
     ],
 )
 def test_settings_that_contradict_each_other_name_the_one_to_change(more: Any, text: str) -> None:
