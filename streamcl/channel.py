@@ -73,6 +73,25 @@ def open_reader(url: str, config: Config) -> Reader:
     return TopicReader(url, config) if is_topic(url) else FolderReader(url)
 
 
+def check(config: Config) -> list[str]:
+    """What is to be said of the place of deltas, if it is no topic; nothing is changed.
+
+    Raises:
+        ConfigError: no file system of that scheme.
+        ConnectorError: it can't be listed.
+    """
+    if not config.deltas_url or is_topic(config.deltas_url):
+        return []
+    folder = Folder(config.deltas_url)
+    try:
+        found, taken = len(folder.names()), folder.files.isfile(folder.root)
+    except Exception as error:  # each file system has errors of its own
+        raise ConnectorError(f"deltas.url: {folder.url}: {error}") from error
+    if taken:  # whose list is itself
+        raise ConnectorError(f"deltas.url: {folder.url}: is a file")
+    return [f"{folder.url}: {found} delta(s)"]
+
+
 def is_topic(url: str) -> bool:
     """Whether a connector knows the scheme; the files of one are rows, so folders are fsspec's."""
     scheme = urlsplit(url).scheme

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from streamcl import __version__, connect, inspection, summary
+from streamcl import __version__, channel, connect, inspection, summary
 from streamcl import reshard as resharding
 from streamcl.bench.command import bench
 from streamcl.bootstrap import Bootstrap
@@ -335,7 +335,8 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
     settings = Config.load(config)
     urls = [*settings.inputs.values(), settings.dead_letters_url]
     urls += settings.published
-    findings: list[str] = []
+    urls += [url for url in (settings.deltas_url,) if url and channel.is_topic(url)]
+    findings = channel.check(settings)
     for scheme in sorted({url.partition(":")[0] for url in urls}):
         mine = [url for url in urls if url.partition(":")[0] == scheme]
         findings += connect.connector(mine[0]).check(mine, settings)
@@ -350,6 +351,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
         "inputs": settings.inputs,
         "predictions": settings.predictions,
         "outcomes": settings.outcomes_url,
+        "deltas": settings.deltas_url,
         "dead_letters": settings.dead_letters_url,
         "control": settings.control_url,
         "checkpoints": str(store.folder),

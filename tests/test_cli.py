@@ -149,6 +149,19 @@ def test_check_prints_the_plan_and_schema_prints_json(shop: Path, streamcl: Run)
     assert schema["properties"]["seed"]["change"] == "new"
 
 
+def test_check_looks_at_the_place_of_deltas(shop: Path, streamcl: Run) -> None:
+    config, place = shop / "shop.toml", shop / "deltas"
+    config.write_text(config.read_text() + f'[deltas]\nurl = "{place.as_uri()}"\nevery_events = 50\n')
+    plan = answer(streamcl, "check", str(config), "--json")
+    assert (plan["deltas"], plan["findings"][0]) == (place.as_uri(), f"{place.as_uri()}: 0 delta(s)")
+    place.write_text("a file where a folder should be")
+    done = streamcl("check", str(config))
+    assert (done.returncode, "deltas.url: file://" in done.stderr) == (1, True), done.stderr
+    config.write_text(config.read_text().replace(place.as_uri(), "nosuch://place"))
+    done = streamcl("check", str(config))
+    assert (done.returncode, "deltas.url: nosuch://place" in done.stderr) == (2, True), done.stderr
+
+
 @pytest.mark.parametrize(
     ("edit", "code", "message"),
     [
