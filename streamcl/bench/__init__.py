@@ -21,6 +21,7 @@ BENCHES = {
     "worker": "streamcl.bench.worker",
     "serve": "streamcl.bench.serve",
     "error-memory": "streamcl.bench.error_memory",
+    "plasticity": "streamcl.bench.plasticity",
 }
 """Module by bench name. A module has `READS`, the options that it heeds, and `run(options) -> Report`."""
 

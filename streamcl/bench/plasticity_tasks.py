@@ -97,6 +97,7 @@ class Images:
             raise DataError(f"{path}: no arrays x (N, 28, 28) and y (N,) to read ({error})") from error
         if images.ndim != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
             raise DataError(f"{path}: x is {images.dtype} {images.shape}, y {labels.shape}; want uint8 (N, H, W), (N,)")
+        self.classes = int(labels.max()) + 1
         self.examples = Examples(images.reshape(len(images), -1), labels.astype(np.float64), scale=1 / 255)
 
     def permuted(self, seed: int, per_task: int) -> Iterator[Task]:
@@ -111,9 +112,8 @@ class Images:
         """For ever."""
         rng = np.random.default_rng([seed, *b"label-permuted"])
         total, pixels = self.examples.inputs.shape
-        classes = int(self.examples.targets.max()) + 1
         while True:
-            names = rng.permutation(classes).astype(np.float64)
+            names = rng.permutation(self.classes).astype(np.float64)
             yield Task(_some(rng, total, per_task), np.arange(pixels), names[self.examples.targets.astype(np.int64)])
 
 
