@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from streamcl.bench.options import Options
 from streamcl.bench.plasticity_learner import Learner, Method
-from streamcl.bench.plasticity_methods import BACKPROP, CONTINUAL, by_name, chosen, compared, each_seed, standard_error
+from streamcl.bench.plasticity_methods import (
+    BACKPROP,
+    CONTINUAL,
+    by_name,
+    chosen,
+    compared,
+    side_by_side,
+    standard_error,
+)
 from streamcl.bench.plasticity_tasks import Images, Task
 from streamcl.bench.quality import Floats
 from streamcl.bench.report import Bar, Curve, Report, Row, Value, progress
@@ -51,7 +59,7 @@ class Size:
 PERMUTED = {
     "small": (
         Size(200, 10_000, 3),
-        Size(30, 10_000, 3, window=5, falls=2.0, gap=2.0, methods=tuple(m.name for m in THREE)),
+        Size(30, 10_000, 2, window=5, falls=2.0, gap=2.0, methods=tuple(m.name for m in THREE)),
     ),
     "full-size": (
         Size(150, 60_000, 3, learning_rate=0.003, falls=4.0, gap=4.0, methods=tuple(m.name for m in THREE)),
@@ -60,7 +68,7 @@ PERMUTED = {
 }
 """By preset, full and quick. `full-size`: as many examples a task as the paper has; the net stays small."""
 
-LABELS = Size(400, 2500, 3), Size(60, 2500, 3, methods=tuple(m.name for m in THREE))
+LABELS = Size(400, 2500, 3), Size(60, 2500, 2, methods=tuple(m.name for m in THREE))
 
 NOTES = (
     "accuracy in per cent of the examples of a task, each predicted before it was learned from; first, last: means of"
@@ -69,8 +77,8 @@ NOTES = (
     " weights), with its standard error and p; tasks differ by 1 to 2 points in difficulty",
     f"dead: share of hidden units that did not fire at the last {LOOKED_AT:,} examples; weight: mean absolute weight;"
     " both after the last task",
-    "learner: 784-100-100-100-10 ReLU, Kaiming uniform, biases 0, pixels in [0, 1], softmax cross-entropy, SGD, batch 1,"
-    " nothing says when a task begins; single precision; decay inside the gradient, of biases too; continual"
+    "learner: 784-100-100-100-10 ReLU, Kaiming uniform, biases 0, pixels in [0, 1], softmax cross-entropy, SGD, batch"
+    " 1, nothing says when a task begins; single precision; decay inside the gradient, of biases too; continual"
     " backpropagation: rate 1e-4, maturity 100, decay .99, contribution utility with today's weights, bias transfer",
     "the paper's net has 3 x 2,000 units and its stream 800 tasks of 60,000; L2 .001 and the rate of continual"
     " backpropagation were chosen on tasks of this kind, the others' numbers are their papers': no forecast",
@@ -79,11 +87,11 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One seed: accuracy in per cent by method and task (tasks,); dead units and mean absolute weight at the end."""
+    """One method on one seed: accuracy in per cent by task (tasks,); dead units and mean absolute weight at the end."""
 
-    accuracy: Mapping[str, Floats]
-    dead: Mapping[str, float]
-    weight: Mapping[str, float]
+    accuracy: Floats
+    dead: float
+    weight: float
 
 
 def permuted(options: Options) -> Report:
@@ -108,8 +116,9 @@ def _run(options: Options, size: Size, tasks: Callable[[int], Iterator[Task]], i
     names = [name for name in METHODS if options.method or size.methods is None or name in size.methods]
     methods = [m.at(size.learning_rate) for m in chosen(options, {name: METHODS[name] for name in names})]
     seeds = options.seed_list(size.seeds)
-    runs = each_seed(lambda seed: measure(seed, methods, tasks(seed), size.tasks, images), seeds)
-    found = Findings(methods, runs, size)
+    jobs = list(itertools.product(seeds, methods))
+    runs = side_by_side(lambda job: measure(*job, tasks(job[0]), size.tasks, images), jobs)
+    found = Findings(dict(zip(jobs, runs, strict=True)), size)
     return Report(
         bench="plasticity",
         config={
@@ -133,37 +142,31 @@ def _run(options: Options, size: Size, tasks: Callable[[int], Iterator[Task]], i
     )
 
 
-def measure(seed: int, methods: Sequence[Method], tasks: Iterator[Task], count: int, images: Images) -> Run:
-    widths = images.examples.inputs.shape[1], *HIDDEN, images.classes
-    learners = {method.name: Learner(widths, method, seed, classes=True) for method in methods}
-    accuracy = {name: np.zeros(count) for name in learners}
+def measure(seed: int, method: Method, tasks: Iterator[Task], count: int, images: Images) -> Run:
+    learner = Learner((images.examples.inputs.shape[1], *HIDDEN, images.classes), method, seed, classes=True)
+    accuracy = np.zeros(count)
     for place, task in enumerate(itertools.islice(tasks, count)):
         examples = replace(images.examples, targets=task.targets)
         cut = max(len(task.order) - LOOKED_AT, 0)
-        for name, learner in learners.items():
-            hits = learner.learn(examples, task.order[:cut], task.columns)[1].sum()
-            learner.units.fired[:] = 0
-            hits += learner.learn(examples, task.order[cut:], task.columns)[1].sum()
-            accuracy[name][place] = 100.0 * hits / len(task.order)
-        if (place + 1) % 10 == 0 or place + 1 == count:
-            progress(f"seed {seed}, task {place + 1}: " + ", ".join(f"{n} {a[place]:.1f}" for n, a in accuracy.items()))
-    return Run(
-        accuracy,
-        {name: learner.dead() for name, learner in learners.items()},
-        {name: _mean_weight(learner) for name, learner in learners.items()},
-    )
-
-
-def _mean_weight(learner: Learner) -> float:
-    return float(np.mean(np.concatenate([np.abs(weight).ravel() for weight, _ in learner.parameters()])))
+        hits = learner.learn(examples, task.order[:cut], task.columns)[1].sum()
+        learner.units.fired[:] = 0
+        hits += learner.learn(examples, task.order[cut:], task.columns)[1].sum()
+        accuracy[place] = 100.0 * hits / len(task.order)
+        if (place + 1) % 50 == 0 or place + 1 == count:
+            progress(f"{method.name}, seed {seed}, task {place + 1}: {accuracy[place]:.1f} %")
+    weights = np.concatenate([weight.ravel() for weight, _ in learner.parameters()])
+    return Run(accuracy, learner.dead(), float(np.abs(weights).mean()))
 
 
 class Findings:
     """All seeds together."""
 
-    def __init__(self, methods: Sequence[Method], runs: Sequence[Run], size: Size) -> None:
-        self.size, self.runs = size, runs
-        self.accuracy = {m.name: np.array([run.accuracy[m.name] for run in runs]) for m in methods}  # (seeds, tasks)
+    def __init__(self, runs: Mapping[tuple[int, Method], Run], size: Size) -> None:
+        self.size = size
+        self.runs: dict[str, list[Run]] = {}
+        for (_, method), run in runs.items():
+            self.runs.setdefault(method.name, []).append(run)
+        self.accuracy = {name: np.array([run.accuracy for run in found]) for name, found in self.runs.items()}
 
     def first(self, name: str) -> Floats:
         """(seeds,)"""
@@ -186,8 +189,8 @@ class Findings:
         values["least"] = float(last.min())
         if name != BACKPROP:
             values |= compared("gain", last, self.last(BACKPROP))
-        values["dead"] = float(np.mean([run.dead[name] for run in self.runs]))
-        values["weight"] = float(np.mean([run.weight[name] for run in self.runs]))
+        values["dead"] = float(np.mean([run.dead for run in self.runs[name]]))
+        values["weight"] = float(np.mean([run.weight for run in self.runs[name]]))
         return Row(name, values)
 
     def bars(self) -> list[Bar]:

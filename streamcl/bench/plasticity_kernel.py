@@ -57,7 +57,7 @@ class Rules(NamedTuple):
     upgd_decay: float  # beta
     upgd_noise: float
     upgd_l2: float
-    key: int  # of the method's noise
+    key: Any  # uint64, of the method's noise
 
 
 class Units(NamedTuple):

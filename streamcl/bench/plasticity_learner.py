@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -119,19 +120,16 @@ class Learner:
         order = np.arange(len(examples.targets)) if order is None else order
         columns = np.arange(examples.inputs.shape[1]) if columns is None else columns
         losses, hits = np.empty(len(order)), np.empty(len(order), np.bool_)
-        learn(
-            *(self.net, self.rules, self.units, self.step),
-            *(examples.inputs, examples.scale, order, columns, examples.targets, losses, hits),
-        )
+        data: tuple[Any, ...] = examples.inputs, examples.scale, order, columns, examples.targets
+        learn(self.net, self.rules, self.units, self.step, *data, losses, hits)
         self.step += len(order)
         return losses, hits
 
     def parameters(self) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         """(weight (out, in), bias (out,)) of each layer, as views."""
-        sizes = zip(self.widths, self.widths[1:], strict=False)
         return [
             (self.net.weights[layer, :outputs, :inputs], self.net.biases[layer, :outputs])
-            for layer, (inputs, outputs) in enumerate(sizes)
+            for layer, (inputs, outputs) in enumerate(itertools.pairwise(self.widths))
         ]
 
     def silent(self, examples: int) -> Floats:
@@ -149,7 +147,7 @@ class Learner:
 def initial_weights(widths: Sequence[int], seed: int) -> list[Floats]:
     """(out, in) of each layer: uniform within sqrt(6 / fan_in), the last layer's within sqrt(3 / fan_in)."""
     found = []
-    for layer, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for layer, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         bound = math.sqrt((3.0 if layer == len(widths) - 2 else 6.0) / inputs)
         draws = uniform_array(key_of(seed, f"bench.plasticity.{layer}"), outputs * inputs)
         found.append(((2.0 * draws - 1.0) * bound).reshape(outputs, inputs))

@@ -12,6 +12,7 @@ from streamcl.bench.options import Options
 from streamcl.bench.plasticity_learner import Method
 from streamcl.bench.quality import Floats, paired_p
 
+J = TypeVar("J")
 T = TypeVar("T")
 
 BACKPROP, CONTINUAL = "backprop", "continual_backprop"
@@ -29,10 +30,10 @@ def chosen(options: Options, methods: Mapping[str, Method]) -> list[Method]:
     return [method for name, method in methods.items() if name in wanted]
 
 
-def each_seed(work: Callable[[int], T], seeds: Sequence[int]) -> list[T]:
-    """One result for each seed, in order; a thread on every core, for the kernel needs no interpreter."""
-    with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
-        return list(pool.map(work, seeds))
+def side_by_side(work: Callable[[J], T], jobs: Sequence[J]) -> list[T]:
+    """One result for each job, in order; a thread on every core, for the kernel needs no interpreter."""
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        return list(pool.map(work, jobs))
 
 
 def standard_error(values: Floats) -> float:

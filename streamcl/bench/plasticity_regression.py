@@ -11,7 +11,15 @@ import numpy as np
 
 from streamcl.bench.options import Options
 from streamcl.bench.plasticity_learner import Learner, Method
-from streamcl.bench.plasticity_methods import BACKPROP, CONTINUAL, by_name, chosen, compared, each_seed, standard_error
+from streamcl.bench.plasticity_methods import (
+    BACKPROP,
+    CONTINUAL,
+    by_name,
+    chosen,
+    compared,
+    side_by_side,
+    standard_error,
+)
 from streamcl.bench.plasticity_tasks import BETA, BITS, CHANGE_EVERY, SLOW_BITS, TARGET_UNITS, SlowlyChanging
 from streamcl.bench.quality import Floats
 from streamcl.bench.report import Bar, Curve, Report, Row, Value, progress
@@ -56,13 +64,13 @@ NOTES = (
     " seeds (same stream, same initial weights), with its standard error and the p of a two-sided paired t-test;"
     " silent: share of hidden values that were 0 in the first and the last 100,000",
     f"stream: {BITS} bits, the first {SLOW_BITS} redrawn at once every {CHANGE_EVERY:,} examples, the others at each;"
-    f" target: {TARGET_UNITS} threshold units, beta {BETA}, whose threshold is the authors' code's, (20 - sum w + b) / 2,"
-    " not quite the number of weights at -1",
+    f" target: {TARGET_UNITS} threshold units, beta {BETA}; thresholds as in the authors' code, with"
+    " (20 - sum w + b) / 2 where the paper's text has the number of weights at -1",
     f"learner: {BITS}-{HIDDEN}-1 ReLU, Kaiming uniform, biases 0, batch 1, gradient 2e, SGD .01 unless said; single"
     " precision; decay inside the gradient, of biases too; continual backpropagation: rate 1e-4, maturity 100, decay"
     " .99, contribution utility with today's weights, bias transfer",
-    "hyper-parameters of the relatives are the best of those tried on this very task (streams of other seeds), see the"
-    " specification's table: they are no forecast",
+    "L2, L2-init, shrink-and-perturb: the best of a few tried on this very task, other seeds, so no forecast; weight"
+    " clipping (zeta 2), UPGD (beta .9999, sigma .1, decay .01): numbers of their papers, untuned here",
 )
 
 
@@ -81,7 +89,7 @@ def run(options: Options) -> Report:
     if options.events is not None:
         size = replace(size, examples=max(2, options.events // BIN) * BIN)
     seeds, methods = options.seed_list(size.seeds), chosen(options, METHODS)
-    runs = each_seed(lambda seed: measure(seed, methods, size.examples // BIN), seeds)
+    runs = side_by_side(lambda seed: measure(seed, methods, size.examples // BIN), seeds)
     found = Findings(methods, runs, size)
     return Report(
         bench="plasticity",
