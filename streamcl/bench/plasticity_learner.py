@@ -120,8 +120,10 @@ class Learner:
         order = np.arange(len(examples.targets)) if order is None else order
         columns = np.arange(examples.inputs.shape[1]) if columns is None else columns
         losses, hits = np.empty(len(order)), np.empty(len(order), np.bool_)
-        data: tuple[Any, ...] = examples.inputs, examples.scale, order, columns, examples.targets
-        learn(self.net, self.rules, self.units, self.step, *data, losses, hits)
+        learn(
+            self.net, self.rules, self.units, self.step,
+            examples.inputs, examples.scale, order, columns, examples.targets, losses, hits,
+        )  # fmt: skip
         self.step += len(order)
         return losses, hits
 

@@ -114,13 +114,13 @@ def run(options: Options) -> Report:
     )
 
 
-def measure(seed: int, methods: Sequence[Method], bins: int, width: int = BIN) -> Run:
-    """`bins` of `width` examples, a multiple of the stretch between two changes."""
+def measure(seed: int, methods: Sequence[Method], bins: int) -> Run:
+    """`bins` bins; one is a multiple of the stretch between two changes."""
     learners = {method.name: Learner((BITS, HIDDEN, 1), method, seed) for method in methods}
     errors = {name: np.zeros(bins) for name in learners}
     silent = {name: np.zeros(bins) for name in learners}
     regions = SlowlyChanging(seed).regions()
-    each = width // CHANGE_EVERY
+    each = BIN // CHANGE_EVERY
     for place in range(bins):
         for learner in learners.values():
             learner.units.fired[:] = 0
@@ -128,7 +128,7 @@ def measure(seed: int, methods: Sequence[Method], bins: int, width: int = BIN) -
             for name, learner in learners.items():
                 errors[name][place] += learner.learn(examples)[0].mean() / each
         for name, learner in learners.items():
-            silent[name][place] = learner.silent(width).mean() if len(learner.widths) > 2 else np.nan
+            silent[name][place] = learner.silent(BIN).mean() if len(learner.widths) > 2 else np.nan
     progress(f"slowly-changing-regression: seed {seed} done")
     return Run(errors, silent)
 

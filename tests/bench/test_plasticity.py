@@ -70,17 +70,17 @@ def test_continual_backpropagation_keeps_what_backpropagation_loses() -> None:
     assert all(run.silent[BACKPROP][1] > run.silent[CONTINUAL][1] for run in runs)
 
 
-def test_seeds_side_by_side_are_seeds_one_by_one() -> None:
+def test_seeds_side_by_side_are_seeds_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plasticity_regression, "BIN", CHANGE_EVERY)
     methods = [Method(CONTINUAL, replacement_rate=1e-3)]
-    one_by_one = [plasticity_regression.measure(seed, methods, 2, CHANGE_EVERY) for seed in range(3)]
-    together = side_by_side(lambda seed: plasticity_regression.measure(seed, methods, 2, CHANGE_EVERY), range(3))
+    one_by_one = [plasticity_regression.measure(seed, methods, 2) for seed in range(3)]
+    together = side_by_side(lambda seed: plasticity_regression.measure(seed, methods, 2), range(3))
     for one, other in zip(one_by_one, together, strict=True):
         assert one.errors[CONTINUAL].tolist() == other.errors[CONTINUAL].tolist()
 
 
 def test_regression_reports_every_method_and_its_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plasticity_regression, "BIN", CHANGE_EVERY)
-    monkeypatch.setattr(plasticity_regression, "measure", _short(plasticity_regression.measure))
     report = run("plasticity", Options(quick=True, seeds=2, events=2 * CHANGE_EVERY))
     assert_contract(report.to_json())
     assert [row.name for row in report.rows] == list(plasticity_regression.METHODS)
@@ -92,13 +92,8 @@ def test_regression_reports_every_method_and_its_bars(monkeypatch: pytest.Monkey
     assert all(len(curve.x) == 2 for curve in report.curves)
 
 
-def _short(measure):  # type: ignore[no-untyped-def]
-    return lambda seed, methods, bins: measure(seed, methods, bins, CHANGE_EVERY)
-
-
 def test_a_method_is_run_beside_the_two_that_bars_are_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plasticity_regression, "BIN", CHANGE_EVERY)
-    monkeypatch.setattr(plasticity_regression, "measure", _short(plasticity_regression.measure))
     report = run("plasticity", Options(quick=True, seeds=1, events=1, method="l2 .01"))
     assert [row.name for row in report.rows] == [BACKPROP, CONTINUAL, "l2 .01"]
     with pytest.raises(OptionError, match="--method: 'l3' is none of linear, "):
