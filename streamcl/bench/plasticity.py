@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from streamcl.bench import plasticity_images, plasticity_regression
+from streamcl.bench import plasticity_images, plasticity_overhead, plasticity_regression
 from streamcl.bench.options import Options
 from streamcl.bench.report import Report
 
@@ -14,11 +14,13 @@ TASKS: dict[str, Callable[[Options], Report]] = {
     "slowly-changing-regression": plasticity_regression.run,
     "permuted-mnist": plasticity_images.permuted,
     "label-permuted": plasticity_images.label_permuted,
+    "overhead": plasticity_overhead.run,
 }
 UNREAD: dict[str, set[str]] = {
     "slowly-changing-regression": {"data", "preset"},
     "permuted-mnist": {"events"},
     "label-permuted": {"events", "preset"},
+    "overhead": {"data", "events", "method", "preset", "seeds"},
 }
 """Options that a task has no use for."""
 

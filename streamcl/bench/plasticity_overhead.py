@@ -1,0 +1,168 @@
+"""`bench plasticity --task overhead`: what a rule adds to a learning step of the product's eager engine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamcl.bench.options import Options
+from streamcl.bench.plasticity_learner import Examples, Learner, Method
+from streamcl.bench.report import Bar, Report, Row, Value, progress
+from streamcl.config import Config
+from streamcl.engine.eager import Eager
+from streamcl.features import Featurizer
+from streamcl.methods import PLASTICITY
+
+INPUTS, HIDDEN, CLASSES = 784, (100, 100, 100), 10
+OFF, LIMIT = "off", 1.15
+CONTINUAL = "continual_backprop"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    rounds: int
+    steps: int  # of each case in a round, in turns of `TURN`
+
+
+FULL, QUICK = Size(15, 600), Size(7, 160)
+TURN = 20  # steps
+
+NOTES = (
+    "us_per_step: one `Eager.step` (gradient, optimiser, rules) on one example, processor time of one thread, median of"
+    " the rounds; ratio: to `off` of the same optimiser, median over rounds of the quotient within a round, in"
+    " which all cases take turns of a few steps; low, high: the least and the greatest quotient",
+    f"model mlp {INPUTS}-{'-'.join(map(str, HIDDEN))}-{CLASSES}, numeric features, SGD unless said; every rule with its"
+    " default configuration unless said",
+    "compiled: the learner of this bench's other tasks, which is no part of the product",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A configuration of the product, beside the one of `base` that differs by its rule alone."""
+
+    name: str
+    base: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def cases() -> list[Case]:
+    adam = {"optimizer": {"kind": "adam", "learning_rate": 1e-4}}
+    continual = {"plasticity": [{"kind": CONTINUAL}]}
+    return [
+        Case(OFF, OFF),
+        *(Case(kind, OFF, {"plasticity": [{"kind": kind}]}) for kind in PLASTICITY),
+        Case(f"{CONTINUAL}, exact", OFF, {"plasticity": [{"kind": CONTINUAL, "exact": True}]}),
+        Case("layer_norm", OFF, {"model": {"layer_norm": True}}),
+        Case(f"{OFF}, adam", f"{OFF}, adam", adam),
+        Case(f"{CONTINUAL}, adam", f"{OFF}, adam", {**adam, **continual}),
+    ]
+
+
+def run(options: Options) -> Report:
+    start = time.perf_counter()
+    size = QUICK if options.quick else FULL
+    measured = cases()
+    spent = interleaved(measured, size)
+    rows = [_row(case, spent) for case in measured]
+    ratio = rows[[case.name for case in measured].index(CONTINUAL)].values["ratio"]
+    return Report(
+        bench="plasticity",
+        config={"task": "overhead", "quick": options.quick, "rounds": size.rounds, "steps": size.steps, "threads": 1},
+        seeds=[0],
+        seconds=time.perf_counter() - start,
+        rows=[*rows, *compiled(size)],
+        bars=[Bar(f"a step with {CONTINUAL}, by one without", float(str(ratio)), LIMIT, at_least=False)],
+        notes=NOTES,
+    )
+
+
+def interleaved(measured: Sequence[Case], size: Size) -> dict[str, list[float]]:
+    """Microseconds of a step by case, one for each round."""
+    engines = {case.name: engine(case.settings) for case in measured}
+    turns = [[_example(step) for step in range(start, start + TURN)] for start in range(0, size.steps, TURN)]
+    spent: dict[str, list[float]] = {name: [] for name in engines}
+    for place in range(size.rounds + 1):
+        total = dict.fromkeys(engines, 0.0)
+        for turn in turns:  # short ones: what slows the machine down for a while slows everybody
+            for name, made in engines.items():
+                total[name] += _time(made, turn)
+        progress(f"overhead: round {place} of {size.rounds}")
+        for name in engines if place else ():  # in the first, caches are cold and units not mature
+            spent[name].append(total[name] / size.steps * 1e6)
+    return spent
+
+
+def engine(settings: Mapping[str, Any]) -> Eager:
+    """The product's engine on numeric features alone."""
+    made = Config.parse(
+        {
+            "name": "bench",
+            "task": "multiclass",
+            "events": {"url": "memory://bench/overhead", "label": "y"},
+            "features": {f"x{place}": "numeric" for place in range(INPUTS)},
+            **settings,
+            "model": {"kind": "mlp", "hidden": list(HIDDEN), "classes": CLASSES, **settings.get("model", {})},
+            "optimizer": {"kind": "sgd", "learning_rate": 0.01, **settings.get("optimizer", {})},
+        },
+        "bench",
+    )
+    return Eager(made, Featurizer(made).layout)
+
+
+def _example(step: int) -> tuple[Tensor, ...]:
+    rng = np.random.default_rng(step)
+    none = torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0)
+    dense = torch.from_numpy(rng.random((1, INPUTS), np.float32))
+    return *none, dense, torch.tensor([float(rng.integers(CLASSES))]), torch.ones(1)
+
+
+def _time(made: Eager, examples: Sequence[tuple[Tensor, ...]]) -> float:
+    start = time.thread_time()
+    for ids, weights, dense, y, share in examples:
+        made.step(ids, weights, dense, y, share)
+    return time.thread_time() - start
+
+
+def _row(case: Case, spent: Mapping[str, Sequence[float]]) -> Row:
+    values: dict[str, Value] = {"us_per_step": statistics.median(spent[case.name])}
+    if case.name != case.base:
+        ratios = [mine / base for mine, base in zip(spent[case.name], spent[case.base], strict=True)]
+        values |= {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return Row(case.name, values)
+
+
+def compiled(size: Size) -> list[Row]:
+    """The same of the bench's own learner."""
+    rng = np.random.default_rng(0)
+    count = 10 * size.steps
+    examples = Examples(
+        rng.integers(0, 256, (count, INPUTS)).astype(np.uint8),
+        rng.integers(0, CLASSES, count).astype(np.float64),
+        1 / 255,
+    )
+    widths = INPUTS, *HIDDEN, CLASSES
+    pair = {
+        f"compiled: {method.name}": Learner(widths, method, 0, classes=True)
+        for method in (Method(OFF), Method(CONTINUAL, replacement_rate=1e-4))
+    }
+    turns = np.split(np.arange(count), count // 100)
+    spent: dict[str, list[float]] = {name: [] for name in pair}
+    for place in range(size.rounds + 1):
+        total = dict.fromkeys(pair, 0.0)
+        for turn in turns:
+            for name, learner in pair.items():
+                start = time.thread_time()
+                learner.learn(examples, turn)
+                total[name] += time.thread_time() - start
+        for name in pair if place else ():  # the first compiles
+            spent[name].append(total[name] / count * 1e6)
+    base, other = pair
+    return [_row(Case(base, base), spent), _row(Case(other, base), spent)]
