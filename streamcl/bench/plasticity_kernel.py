@@ -11,93 +11,17 @@ Shape:
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
 
+from streamcl.bench.plasticity_draws import GOLDEN, mixed, noise, uniform
+from streamcl.bench.plasticity_state import Net, Rules, Units
+
 _fast = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-MIX1 = np.uint64(0xBF58476D1CE4E5B9)
-MIX2 = np.uint64(0x94D049BB133111EB)
-SPREAD = math.sqrt((65_536.0**2 - 1.0) / 3.0)  # standard deviation of a sum of four 16-bit numbers
 LAYER_NORM_EPSILON = 1e-5
-
-
-class Net(NamedTuple):
-    """Weights, what they began as, and room for one example's values and gradients."""
-
-    widths: Any  # (L + 1,) int64
-    weights: Any  # (L, O, I)
-    biases: Any  # (L, O)
-    initial_weights: Any
-    initial_biases: Any
-    values: Any  # (L + 1, max) of the example: the input, then each layer's output
-    deltas: Any  # (L, O) gradients of the loss at a layer's sums
-    scales: Any  # (L,) of the layer norm: 1 / deviation
-    back: Any  # (max,) room for gradients on their way back
-
-
-class Rules(NamedTuple):
-    """What a method does beside the gradient step; 0 switches a part off. Names as in the product's configuration."""
-
-    classes: bool  # softmax cross-entropy instead of the squared error
-    layer_norm: bool
-    learning_rate: float
-    l2: float
-    l2_init: float
-    noise: float  # sigma of shrink-and-perturb
-    clipping: float  # zeta of weight clipping
-    replacement_rate: float  # of continual backpropagation
-    maturity: int
-    decay: float
-    bias_transfer: bool
-    upgd: bool
-    upgd_decay: float  # beta
-    upgd_noise: float
-    upgd_l2: float
-    key: Any  # uint64, of the method's noise
-
-
-class Units(NamedTuple):
-    """What is known of hidden units, and of each layer of them."""
-
-    age: Any  # (L - 1, O) int64 steps since the last reset
-    mean_abs: Any  # (L - 1, O)
-    mean: Any  # (L - 1, O)
-    fired: Any  # (L - 1, O) int64: examples with a value above 0, since somebody set it to 0
-    eligible_steps: Any  # (L - 1,) int64
-    replaced: Any  # (L - 1,) int64
-    due: Any  # (L - 1,) int64: how many begin anew in this step
-    chosen: Any  # (L - 1, O) int64: which
-    bases: Any  # (L - 1,) uint64: where the layer's redraws begin
-    utility: Any  # (L, O, I) of UPGD
-    bias_utility: Any  # (L, O)
-
-
-@numba.njit(cache=True, nogil=True)
-def mixed(z: Any) -> Any:
-    """The finaliser of SplitMix64."""
-    z = (z ^ (z >> np.uint64(30))) * MIX1
-    z = (z ^ (z >> np.uint64(27))) * MIX2
-    return z ^ (z >> np.uint64(31))
-
-
-@numba.njit(cache=True, nogil=True)
-def uniform(base: Any, place: int) -> float:
-    """Element `place` of `streamcl.random.uniform_array`; `base` is its mixed key."""
-    z = mixed(base + np.uint64(place + 1) * GOLDEN)
-    return (np.float64(z >> np.uint64(12)) + 0.5) * 2.0**-52
-
-
-@numba.njit(cache=True, nogil=True)
-def noise(base: Any, place: int) -> float:
-    """Element `place` of `streamcl.random.noise_array`; `base` is its mixed key and step."""
-    z = mixed(base + np.uint64(place + 1) * GOLDEN)
-    low = np.uint64(0xFFFF)
-    fields = (z & low) + ((z >> np.uint64(16)) & low) + ((z >> np.uint64(32)) & low) + (z >> np.uint64(48))
-    return (np.float64(np.int64(fields)) - 131_070.0) / SPREAD
 
 
 @_fast
@@ -134,6 +58,10 @@ def learn(
             _clip(net, rules)
         if rules.replacement_rate:
             _replace(net, rules, units)
+        elif rules.redo_every:
+            _recycle(net, rules, units, step + t + 1)
+        elif rules.silence:
+            _end_silences(net, rules, units, step + t + 1)
 
 
 @_fast
@@ -300,7 +228,7 @@ def _protect(net: Net, rules: Rules, units: Units, step: int) -> None:
             units.bias_utility[layer, j] = utility
             most = max(most, utility)
     base = mixed(np.uint64(rules.key) + np.uint64(step) * GOLDEN)
-    sharp = 1.0 / ((1.0 - rules.upgd_decay ** (step + 1)) * most)
+    sharp = 1.0 / ((1.0 - rules.upgd_decay ** (step + 1)) * max(float(most), 1e-300))  # none useful: none kept
     keep, place = 1.0 - rules.learning_rate * rules.upgd_l2, 0
     for layer in range(len(net.weights)):
         inputs, outputs = net.widths[layer], net.widths[layer + 1]
@@ -342,7 +270,12 @@ def _replace(net: Net, rules: Rules, units: Units) -> None:
             units.chosen[layer, n] = _least_useful(net, rules, units, layer, n)
     for layer in range(len(units.age)):
         for n in range(units.due[layer]):
-            _renew(net, rules, units, layer, units.chosen[layer, n])
+            unit = units.chosen[layer, n]
+            if rules.bias_transfer:
+                _transfer(net, rules, units, layer, unit)
+            _renew(net, rules, units, layer, unit)
+            units.age[layer, unit] = 0
+            units.mean_abs[layer, unit] = units.mean[layer, unit] = 0
 
 
 @_fast
@@ -367,12 +300,17 @@ def _least_useful(net: Net, rules: Rules, units: Units, layer: int, before: int)
 
 
 @_fast
+def _transfer(net: Net, rules: Rules, units: Units, layer: int, unit: int) -> None:
+    """What a unit has contributed on average moves into the biases of the next layer."""
+    mean = units.mean[layer, unit] / (1.0 - rules.decay ** units.age[layer, unit])
+    for k in range(net.widths[layer + 2]):
+        net.biases[layer + 1, k] += net.weights.dtype.type(mean * net.weights[layer + 1, k, unit])
+
+
+@_fast
 def _renew(net: Net, rules: Rules, units: Units, layer: int, unit: int) -> None:
+    """Incoming weights drawn anew, bias and outgoing weights 0."""
     inputs, nexts = net.widths[layer], net.widths[layer + 2]
-    if rules.bias_transfer:
-        mean = units.mean[layer, unit] / (1.0 - rules.decay ** units.age[layer, unit])
-        for k in range(nexts):
-            net.biases[layer + 1, k] += net.weights.dtype.type(mean * net.weights[layer + 1, k, unit])
     bound = math.sqrt(6.0 / inputs)
     start = units.replaced[layer] * inputs
     for k in range(inputs):
@@ -385,6 +323,85 @@ def _renew(net: Net, rules: Rules, units: Units, layer: int, unit: int) -> None:
         units.utility[layer, unit] = 0
         units.utility[layer + 1, :, unit] = 0
         units.bias_utility[layer, unit] = 0
-    units.age[layer, unit] = 0
-    units.mean_abs[layer, unit] = units.mean[layer, unit] = 0
     units.replaced[layer] += 1
+
+
+@_fast
+def _renew_chosen(net: Net, rules: Rules, units: Units) -> None:
+    """The units in `chosen`, `due` of each layer, front to back."""
+    for layer in range(len(units.age)):
+        for n in range(units.due[layer]):
+            _renew(net, rules, units, layer, units.chosen[layer, n])
+
+
+@_fast
+def _recycle(net: Net, rules: Rules, units: Units, step: int) -> None:
+    """ReDo: every so often, units that say next to nothing beside the others of their layer; step is 1, 2, ..."""
+    for layer in range(len(units.age)):
+        for i in range(net.widths[layer + 1]):
+            units.mean_abs[layer, i] += abs(net.values[layer + 1, i])
+    if step % rules.redo_every:
+        return
+    for layer in range(len(units.age)):
+        width = net.widths[layer + 1]
+        total = 0.0
+        for i in range(width):
+            total += units.mean_abs[layer, i]
+        units.due[layer] = 0
+        for i in range(width):
+            if units.mean_abs[layer, i] <= rules.redo_tau * (total / width):
+                units.chosen[layer, units.due[layer]] = i
+                units.due[layer] += 1
+    _renew_chosen(net, rules, units)
+    units.mean_abs[:] = 0
+
+
+@_fast
+def _end_silences(net: Net, rules: Rules, units: Units, step: int) -> None:
+    """Self-normalised resets: units silent for longer than they used to be; step is 1, 2, ..."""
+    due_in_all = 0
+    for layer in range(len(units.age)):
+        units.due[layer] = 0
+        for i in range(net.widths[layer + 1]):
+            if net.values[layer + 1, i] > 0:
+                if units.age[layer, i]:
+                    _note_silence(units, layer, i)
+                continue
+            units.age[layer, i] += 1
+            if units.age[layer, i] >= units.threshold[layer, i]:
+                _note_silence(units, layer, i)
+                units.chosen[layer, units.due[layer]] = i
+                units.due[layer] += 1
+        due_in_all += units.due[layer]
+    if due_in_all:
+        _renew_chosen(net, rules, units)
+    if step % rules.revisit == 0:
+        for layer in range(len(units.age)):
+            for i in range(net.widths[layer + 1]):
+                _move_threshold(rules, units, layer, i)
+
+
+@_fast
+def _note_silence(units: Units, layer: int, unit: int) -> None:
+    """It is over: count it."""
+    place = 0
+    while place < len(units.bins) - 1 and units.bins[place] < units.age[layer, unit]:
+        place += 1
+    units.histogram[layer, unit, place] += 1
+    units.age[layer, unit] = 0
+
+
+@_fast
+def _move_threshold(rules: Rules, units: Units, layer: int, unit: int) -> None:
+    """To the percentile of the silences, if that is lower; else wider. A unit never silent keeps it."""
+    total = units.histogram[layer, unit].sum()
+    if not total:
+        return
+    place, counted = 0, units.histogram[layer, unit, 0]
+    while counted < rules.percentile * total:
+        place += 1
+        counted += units.histogram[layer, unit, place]
+    threshold = units.threshold[layer, unit]
+    moved = units.bins[place] if units.bins[place] < threshold else int(threshold * rules.expansion)
+    units.threshold[layer, unit] = min(max(moved, rules.shortest), rules.longest)
+    units.histogram[layer, unit] = 0

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcl.bench.plasticity_kernel import Net, Rules, Units, learn, mixed
+from streamcl.bench.plasticity_draws import mixed
+from streamcl.bench.plasticity_kernel import learn
+from streamcl.bench.plasticity_state import Net, Rules, Units
 from streamcl.bench.quality import Floats
 from streamcl.random import key_of, uniform_array
 
@@ -28,6 +30,8 @@ class Method:
         clipping: Zeta; no parameter is further from 0 than zeta / sqrt(fan_in).
         replacement_rate, maturity, decay, bias_transfer: Continual backpropagation.
         upgd: Utility-based gated update, with `upgd_decay` of utilities, `upgd_noise` and `upgd_l2`.
+        redo_every: Steps between two looks of ReDo, for units of at most `redo_tau` of the mean activation.
+        silence: Self-normalised resets, with the arguments of the product's rule.
     """
 
     name: str
@@ -46,6 +50,20 @@ class Method:
     upgd_decay: float = 0.9999
     upgd_noise: float = 0.1
     upgd_l2: float = 0.01
+    redo_every: int = 0
+    redo_tau: float = 0.025
+    silence: bool = False
+    percentile: float = 0.99
+    expansion: float = 2.0
+    revisit: int = 10_000
+    initial: int = 1000
+    shortest: int = 100
+    longest: int = 10_000
+
+    @property
+    def resets(self) -> str:
+        """The name that the product keys redraws by."""
+        return "redo" if self.redo_every else "self_normalized_resets" if self.silence else "continual_backprop"
 
     def at(self, learning_rate: float) -> Method:
         return replace(self, learning_rate=learning_rate)
@@ -88,14 +106,12 @@ class Learner:
             scales=np.zeros(layers, dtype),
             back=np.zeros(max(widths), dtype),
         )
-        self.rules = Rules(
-            *(classes, method.layer_norm, method.learning_rate, method.l2, method.l2_init, method.noise),
-            *(method.clipping, method.replacement_rate, method.maturity, method.decay, method.bias_transfer),
-            *(method.upgd, method.upgd_decay, method.upgd_noise, method.upgd_l2),
-            key=np.uint64(key_of(seed, "upgd" if method.upgd else "shrink_and_perturb")),
-        )
+        shared = {name: getattr(method, name) for name in Rules._fields if hasattr(method, name)}
+        noise = np.uint64(key_of(seed, "upgd" if method.upgd else "shrink_and_perturb"))
+        self.rules = Rules(classes=classes, key=noise, **shared)
         hidden = layers - 1, most
-        keys = [np.uint64(key_of(seed, f"continual_backprop.{layer}")) for layer in range(layers - 1)]
+        bins = silence_bins(method.longest) if method.silence else np.zeros(0, np.int64)
+        keys = [np.uint64(key_of(seed, f"{method.resets}.{layer}")) for layer in range(layers - 1)]
         self.units = Units(
             age=np.zeros(hidden, np.int64),
             mean_abs=np.zeros(hidden, dtype),
@@ -108,6 +124,9 @@ class Learner:
             bases=np.array([mixed(key) for key in keys], np.uint64),
             utility=np.zeros_like(weights) if method.upgd else np.zeros((layers, 0, 0), dtype),
             bias_utility=np.zeros_like(biases),
+            threshold=np.full(hidden, method.initial, np.int64),
+            bins=bins,
+            histogram=np.zeros((*hidden, len(bins)), np.int64),
         )
 
     def learn(
@@ -154,3 +173,9 @@ def initial_weights(widths: Sequence[int], seed: int) -> list[Floats]:
         draws = uniform_array(key_of(seed, f"bench.plasticity.{layer}"), outputs * inputs)
         found.append(((2.0 * draws - 1.0) * bound).reshape(outputs, inputs))
     return found
+
+
+def silence_bins(longest: int) -> NDArray[np.int64]:
+    """Upper ends of the bins that silences are counted in, eight per doubling, as the product has them."""
+    ends = {math.ceil(2.0 ** (j / 8)) for j in range(8 * longest.bit_length())}
+    return np.array(sorted({end for end in ends if end < longest} | {longest}), np.int64)

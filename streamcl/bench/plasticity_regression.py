@@ -39,6 +39,8 @@ METHODS = by_name(
         Method("shrink_and_perturb", l2=1e-2, noise=1e-3),
         Method("weight_clipping", clipping=2.0),
         Method("upgd", upgd=True),
+        Method("redo", redo_every=1000),
+        Method("self_normalized_resets", silence=True),
         Method("layer_norm", layer_norm=True),
     ]
 )
@@ -70,7 +72,8 @@ NOTES = (
     " precision; decay inside the gradient, of biases too; continual backpropagation: rate 1e-4, maturity 100, decay"
     " .99, contribution utility with today's weights, bias transfer",
     "L2, L2-init, shrink-and-perturb: the best of a few tried on this very task, other seeds, so no forecast; weight"
-    " clipping (zeta 2), UPGD (beta .9999, sigma .1, decay .01): numbers of their papers, untuned here",
+    " clipping (zeta 2), UPGD (beta .9999, sigma .1, decay .01), ReDo (tau .025, every 1,000), self-normalised resets"
+    " (percentile .99, first 1,000, 100 to 10,000, revisited every 10,000): the product's defaults, untuned here",
 )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamcl.bench.plasticity_kernel import mixed, noise, uniform
+from streamcl.bench.plasticity_draws import mixed, noise, uniform
 from streamcl.bench.plasticity_learner import Examples, Learner, Method, initial_weights
 from streamcl.engine.dense import Dense
 from streamcl.engine.optimizers import build_update
