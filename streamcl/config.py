@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import orjson
 from pydantic import BaseModel, ValidationError, model_validator
 
-from streamcl.methods import MEMORIES, PLASTICITY, KeyMemory, Memory, Plasticity
+from streamcl.methods import MEMORIES, PLASTICITY, Diagnostics, KeyMemory, Memory, Plasticity
 from streamcl.protocols import StreamclError
 from streamcl.records import EVENTS, LABELS
 from streamcl.services import Kafka, Registry, Serve
@@ -82,6 +82,7 @@ class Config(Station):
     replay: Replay = Replay()
     error_memory: tuple[Memory, ...] = Stop((), max_length=8, description="forms in a row: knn, sketch, key")
     plasticity: tuple[Plasticity, ...] = Stop((), max_length=8, description="rules in a row, continual_backprop last")
+    diagnostics: Diagnostics = Diagnostics()
     river: str | None = New(None, description="a River model instead, e.g. river.linear_model:LogisticRegression")
     trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
     metrics: Metrics = Metrics()

@@ -179,7 +179,7 @@ class Follower:
     def _copied(self) -> Learner:
         assert self._config is not None and self._front is not None  # noqa: S101 - as above
         self.copies += 1
-        learner, front = Learner(self._config), served(self._front)
+        learner, front = Learner(self._config, serving=True), served(self._front)
         with torch.no_grad():
             learner.engine.table.copy_(front["table"])
             for name, param in learner.engine.dense.params.items():

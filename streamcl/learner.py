@@ -14,12 +14,16 @@ from streamcl.config import Config
 from streamcl.engine.eager import Eager, as_tensors
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
 from streamcl.memory import ErrorMemory, Replay, Vectors
+from streamcl.plasticity import build_diagnostics
 from streamcl.protocols import State
 from streamcl.records import Encoded, Outcome, Scores
 
 
 class Learner:
     """A torch model that learns from one outcome at a time, with replay and an error memory.
+
+    Args:
+        serving: It is to predict what another learned, and says nothing about how that one learns.
 
     Loss of a step = live example (see `loss.kind`) + `replay.weight` * mean over `replay.per_event` replayed ones. The
     draw comes before the writes, so an event never replays itself.
@@ -34,7 +38,7 @@ class Learner:
         without them.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, serving: bool = False) -> None:
         layout = Featurizer(config).layout
         self.task = config.task
         # Weightless rows would still move Adam's moments and what l2 pulls at.
@@ -45,6 +49,8 @@ class Learner:
         self.target = RunningNorm(1)  # regression learns standardised labels; idle otherwise
         self.memory = Replay(config.replay, config.seed, len(layout.slot_field), len(layout.numerics))
         self.recall = ErrorMemory(config, layout, self.engine.widths)
+        self.rules = {} if serving else self.engine.rules
+        self.diagnostics = None if serving else build_diagnostics(config, self.engine.dense, self.engine.model)
         self.version = 0  # learning steps behind the current weights
 
     def predict(self, features: Encoded) -> Scores:
@@ -94,6 +100,8 @@ class Learner:
             self.target.load_state_dict(before[1])
             return False
         self.version += 1
+        if self.diagnostics:
+            self.diagnostics.observe(self.engine.gradient_norm)
         self.memory.write(features, outcome.label)
         self.recall.observe(outcome.ticket.scores, outcome.label)
         return True
@@ -118,7 +126,9 @@ class Learner:
 
     def read(self) -> dict[str, float]:
         held = {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
-        return held | self.recall.read()
+        for part in (self.recall, self.diagnostics, *self.rules.values()):
+            held |= part.read() if part is not None else {}
+        return held
 
     def state_dict(self) -> State:
         return {
@@ -128,12 +138,15 @@ class Learner:
             "memory": self.memory.state_dict(),
             "version": self.version,
             **({"recall": self.recall.state_dict()} if self.recall.stages else {}),
+            **({"diagnostics": self.diagnostics.state_dict()} if self.diagnostics else {}),
         }
 
     def load_state_dict(self, state: State) -> None:
         for name in ("engine", "numerics", "target", "memory"):
             getattr(self, name).load_state_dict(state[name])
         self.recall.load_state_dict(state.get("recall", {}))
+        if self.diagnostics:
+            self.diagnostics.load_state_dict(state.get("diagnostics", {}))
         self.version = int(state["version"])
 
 

@@ -1,4 +1,4 @@
-"""The configuration of what learns or mends beside the optimiser: error memories, and rules that keep a net plastic."""
+"""The configuration of what learns or mends beside the optimiser: error memories, rules for plasticity, diagnostics."""
 
 from __future__ import annotations
 
@@ -100,3 +100,18 @@ class ContinualBackprop(Station):
 
 PLASTICITY: dict[str, type[Station]] = {"continual_backprop": ContinualBackprop}
 Plasticity = Annotated[ContinualBackprop, BeforeValidator(named_kind)]
+
+
+class Diagnostics(Station):
+    """Figures of the hidden layers: units that fall silent, ranks that shrink, weights that grow.
+
+    They cost nothing of what is learned; after a change of `window` they begin anew.
+    """
+
+    sample_every_steps: int = Stop(
+        16, ge=0, description="learning steps from one sampled example to the next; 0: no figures"
+    )
+    window: int = Stop(512, ge=2, le=65_536, description="sampled examples that figures are made of (count)")
+    report_every_steps: int = Stop(
+        10_000, ge=1, description="learning steps from one reckoning of ranks and weights to the next"
+    )

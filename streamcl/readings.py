@@ -62,6 +62,9 @@ PARTS = {
     "source_retries": ("poll_retries", "Polls that failed, brokers being away (count)."),
     "source_away": ("brokers_away", "1 while no broker of the inputs is connected, else 0."),
     "source_commit_failures": ("commit_failures", "Times that progress could not be shown to lag tools (count)."),
+    "gradient_norm": ("gradient_norm", "Norm of the dense parameters' gradient, mean over recent sampled steps."),
+    "dense_weight_magnitude": ("dense_weight_magnitude", "Mean absolute value of the dense parameters."),
+    "diagnostics_examples": ("diagnostics_examples", "Sampled examples that a layer's figures are made of (count)."),
     "mean": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
 }
 STAGES = {
@@ -76,7 +79,29 @@ STAGES = {
     "resets": "Times that other weights emptied it.",
 }
 """Readings of a stage of the error memory, under `error_memory_N_`."""
-_STAGE = re.compile(r"error_memory_(\d+)_(\w+)")
+LAYERS = {
+    "dormant_ratio": "Share of the layer's units that fired on less than 1 % of the recent sampled examples.",
+    "dead_ratio": "Share of the layer's units that fired on none of them.",
+    "effective_rank": "Of the last hidden layer on them: exp of the entropy of its singular values.",
+    "approximate_rank": "How many of the layer's largest singular values make up .99 of the sum of all squares.",
+    "stable_rank": "Sum of the squares of the layer's singular values divided by the largest square.",
+    "absolute_rank": "How many of the layer's largest singular values make up .99 of the sum of all.",
+    "weight_magnitude": "Mean absolute incoming weight of the layer.",
+    "replacements": "Units of the layer made anew since the rule began (count).",
+}
+"""Readings of a hidden layer, under `layer_N_`; rules may have more."""
+PERCENTILES = {
+    "unit_age_steps": "Learning steps since a unit of the layer was made anew, or since the rule began.",
+    "unit_utility": "Utility of a unit of the layer; comparable within a layer only.",
+}
+"""Readings of a hidden layer that come once for each percentile NN of its units, under a name that ends in `_pNN`."""
+_NUMBERED = (
+    (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
+    (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)_p(?P<percentile>\d\d)"), "", PERCENTILES),
+    (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)"), "", LAYERS),
+)
+"""Readings of which there are several, told apart by labels: every group of the pattern but the name."""
+_UNKNOWN = "Reported by a part of the worker."
 
 
 class Reported:
@@ -108,9 +133,10 @@ class Shards(Collector):
             for told_already in ("lag_records", "alarms"):  # by partition, and as a counter
                 readings.pop(told_already, None)
         yield from self._quality(left)
-        yield from self._stages(left)
+        for pattern, prefix, texts in _NUMBERED:
+            yield from self._numbered(left, pattern, prefix, texts)
         for key in dict.fromkeys(key for readings in left.values() for key in readings):
-            name, text = PARTS.get(key, (key, "Reported by a part of the worker."))
+            name, text = PARTS.get(key, (key, _UNKNOWN))
             family = GaugeMetricFamily(f"streamcl_{name}", text, labels=self.labels)
             for index, readings in left.items():
                 if key in readings:
@@ -130,17 +156,22 @@ class Shards(Collector):
                         family.add_metric([window, *self.values(index)], readings.pop(key))
             yield family
 
-    def _stages(self, left: Mapping[int, dict[str, float]]) -> Iterator[GaugeMetricFamily]:
-        """Takes out of `left` what an error memory says."""
-        families = {
-            name: GaugeMetricFamily(f"streamcl_error_memory_{name}", text, labels=["stage", *self.labels])
-            for name, text in STAGES.items()
-        }
+    def _numbered(
+        self, left: Mapping[int, dict[str, float]], pattern: re.Pattern[str], prefix: str, texts: Mapping[str, str]
+    ) -> Iterator[GaugeMetricFamily]:
+        """Takes out of `left` what the pattern knows: a family by name, and labels for the rest."""
+        labels = [group for group in pattern.groupindex if group != "name"]
+        families: dict[str, GaugeMetricFamily] = {}
         for index, readings in left.items():
-            for key in [key for key in readings if _STAGE.fullmatch(key)]:
-                stage, name = _STAGE.fullmatch(key).groups()  # type: ignore[union-attr]
-                families[name].add_metric([stage, *self.values(index)], readings.pop(key))
-        yield from (family for family in families.values() if family.samples)
+            for key in list(readings):
+                if found := pattern.fullmatch(key):
+                    name = f"{prefix}{found['name']}"
+                    if name not in families:
+                        text = texts.get(found["name"], _UNKNOWN)
+                        families[name] = GaugeMetricFamily(f"streamcl_{name}", text, labels=[*labels, *self.labels])
+                    values = [found[label] for label in labels]
+                    families[name].add_metric([*values, *self.values(index)], readings.pop(key))
+        yield from families.values()
 
 
 def _by_stream(name: str, text: str, told: Sequence[Mapping[Stream, int]]) -> GaugeMetricFamily:

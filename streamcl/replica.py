@@ -48,7 +48,7 @@ class Model:
         where = str(loaded.snapshot.path)
         try:
             config = Config.parse(loaded.manifest["config"], where)
-            learner = RiverLearner(config) if config.river else Learner(config)
+            learner = RiverLearner(config) if config.river else Learner(config, serving=True)
             learner.load_state_dict(loaded.state["learner"])
             about = {name: loaded.manifest[name] for name in ("records", "position")}
             outcomes = int(loaded.state["progress"].get("outcomes", 0))

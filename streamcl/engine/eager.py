@@ -59,6 +59,7 @@ class Eager:
         self.row_slots = self.row_update.slots(self.table)
         self.taps = Taps(self.model, find(self.model) if config.plasticity else [])
         self.rules = build_rules(config, self.dense, self.model, self.taps)
+        self.gradient_norm = torch.zeros(())  # of the dense parameters, in the last step
         self.watch: Callable[[Tensor], None] | None = None  # told which rows a step has changed, each once
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
@@ -146,7 +147,8 @@ class Eager:
         row_gradient = self.table.new_zeros(len(touched), self.table.shape[1])  # (U, W): one sum for a row's every use
         row_gradient.index_add_(0, inverse.view(-1), by_slot.reshape(-1, self.table.shape[1]))
         gradient = self.dense.gradient(by_param)  # (P,)
-        norm = torch.hypot(torch.linalg.vector_norm(row_gradient), torch.linalg.vector_norm(gradient))
+        self.gradient_norm = torch.linalg.vector_norm(gradient)
+        norm = torch.hypot(torch.linalg.vector_norm(row_gradient), self.gradient_norm)
         if not float(norm) <= self.max_grad_norm:  # also when the norm is NaN
             return False
         with torch.no_grad():

@@ -132,26 +132,40 @@ def _unitwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 class Tap:
     """Stands for a module's `forward` and keeps what enters it in a step; predictions are not listened to.
 
-    A forward hook would take 13 us a layer, this 3. A copy of the module gets a tap of its own.
+    A forward hook would take 13 us a layer, this 3; less while nobody listens. A copy of the module gets a tap of its
+    own.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.listeners = 0
         self.value: Tensor | None = None
 
     def __call__(self, value: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if self.listeners and torch.is_grad_enabled():
             self.value = value.detach()
         output: Tensor = type(self.module).forward(self.module, value)
         return output
 
 
 class Taps:
-    """What the hidden units' values were in the last step, as the next layer received them."""
+    """What the hidden units' values were in the last step, as the next layer received them.
+
+    It listens from the beginning; several may listen to one layer, each to the steps that it wants.
+    """
 
     def __init__(self, module: nn.Module, layers: Sequence[Hidden]) -> None:
         self.layers = layers
         self.taps = [_tap(module.get_submodule(layer.outgoing[0])) for layer in layers]
+        self.listening = False
+        self.listen(True)
+
+    def listen(self, listening: bool) -> None:
+        """Whether the steps to come are of interest; what others listen to stays."""
+        if listening != self.listening:
+            self.listening = listening
+            for tap in self.taps:
+                tap.listeners += 1 if listening else -1
 
     def vectors(self) -> list[Tensor]:
         """(B, n * S) of each layer. Raises LayerError before the first step."""

@@ -1,0 +1,179 @@
+"""How a net fares: units that fall silent, ranks that shrink, weights that grow, in figures for people and alarms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from streamcl.plasticity.layers import Taps
+from streamcl.protocols import State
+
+if TYPE_CHECKING:
+    from streamcl.engine.dense import Dense
+
+DORMANT = 0.01
+"""A unit that fires on a smaller share of the inputs is dormant."""
+MOST = 0.99
+"""What the first k singular values must make up for a rank of k."""
+
+
+class Diagnostics:
+    """Looks at the live example of every so manyth learning step, and makes figures of the last `window` of them.
+
+    A unit fires on an example when its value, as the next layer receives it, is not 0: after ReLU that is > 0; units
+    of a smooth activation always fire. A convolution's unit fires on the share of positions where it is not 0.
+
+    Readings, for hidden layer i = 0, 1, ... under `layer_i_`:
+
+    - `dormant_ratio`: share of units that fire on less than 1 % of the window's examples.
+    - `dead_ratio`: share of units that fire on none of them.
+    - `weight_magnitude`: mean |w| of the incoming weights, biases apart.
+    - of the last hidden layer, from the singular values s of its window x n values, not centred: `effective_rank`
+      exp(-sum p ln p) with p = s / sum s; `approximate_rank`, the least k whose s^2 make up .99 of their sum;
+      `stable_rank` sum s^2 / max s^2, the textbook's; `absolute_rank`, the least k whose s make up .99 of their sum,
+      which the paper's code calls stable rank. All are 0 when no unit fires.
+
+    And `gradient_norm`, of all dense parameters, its mean over the window; `dense_weight_magnitude`, mean |w| of all of
+    them; `diagnostics_examples`, how many examples the window holds. There are no shares, norms and ranks before the
+    window is full. Ranks and weights are reckoned every `report_every` steps, the rest when asked.
+
+    Args:
+        dense: The parameters.
+        taps: The hidden layers, to which this part alone listens through these taps.
+        sample_every: Steps from one sampled example to the next, >= 1; the first is the step of that number.
+        window: Examples, >= 2.
+        report_every: Steps.
+
+    Memory: window x (units, one byte each, or 4 with convolutions; and the last hidden layer's values).
+
+    Source:
+        Dohare et al. 2024, Nature 632:768-774: dormant units (firing on < .01 of 1,000 inputs), stable rank (as in its
+        code), weight magnitude. Roy and Vetterli 2007 (EUSIPCO): effective rank. Yang et al. 2019, arXiv 1909.12255:
+        approximate rank.
+
+    Differs from the source:
+        The inputs are the sampled ones of the recent past, each under the weights of its time, instead of 1,000 of the
+        next task under today's. A convolution's last hidden layer enters the ranks as its mean over positions.
+    """
+
+    def __init__(
+        self, dense: Dense, taps: Taps, *, sample_every: int = 16, window: int = 512, report_every: int = 10_000
+    ) -> None:
+        self.dense, self.taps = dense, taps
+        self.sample_every, self.window, self.report_every = sample_every, window, report_every
+        units = [layer.units for layer in taps.layers]
+        readers = [dense.params[f"{layer.outgoing[0]}.weight"] for layer in taps.layers]
+        self._vectors = all(w.dim() == 2 and w.shape[1] == n for w, n in zip(readers, units, strict=True))
+        new = dense.flat.new_zeros
+        self.fired = new(window, sum(units), dtype=torch.bool if self._vectors else torch.float32)
+        self.last = new(window, units[-1])
+        self.norms = torch.zeros(window, dtype=torch.float64)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.steps = 0
+        self.sampled = 0
+        self.report: dict[str, float] = {}
+        for ring in (self.fired, self.last, self.norms):
+            ring.zero_()
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        self.taps.listen((self.steps + 1) % self.sample_every == 0)
+
+    @property
+    def full(self) -> bool:
+        return self.sampled >= self.window
+
+    def observe(self, gradient_norm: Tensor | float) -> None:
+        """A learning step has been taken, its live example in row 0; the norm is of the dense parameters."""
+        self.steps += 1
+        if self.steps % self.sample_every == 0:
+            self._sample(gradient_norm)
+        if self.steps % self.report_every == 0:
+            self.report = self._weights() | (self._ranks() if self.full else {})
+        self._look_ahead()
+
+    def _sample(self, gradient_norm: Tensor | float) -> None:
+        at = self.sampled % self.window
+        self.norms[at] = gradient_norm
+        if self._vectors:
+            values = [value[0] for value in self.taps.vectors()]
+            torch.ne(torch.cat(values), 0.0, out=self.fired[at])
+            self.last[at] = values[-1]
+        else:
+            maps = [value[0] for value in self.taps]  # (n, S) each
+            self.fired[at] = torch.cat([(value != 0.0).float().mean(1) for value in maps])
+            self.last[at] = maps[-1].mean(1)
+        self.sampled += 1
+
+    def _weights(self) -> dict[str, float]:
+        weights = [self.dense.params[f"{layer.incoming}.weight"] for layer in self.taps.layers]
+        told = {f"layer_{place}_weight_magnitude": _magnitude(weight) for place, weight in enumerate(weights)}
+        return told | {"dense_weight_magnitude": _magnitude(self.dense.flat)}
+
+    def _ranks(self) -> dict[str, float]:
+        return {f"layer_{len(self.taps.layers) - 1}_{name}": value for name, value in ranks(self.last).items()}
+
+    def _shares(self) -> dict[str, float]:
+        told: dict[str, float] = {}
+        share = self.fired.sum(0, dtype=torch.float64) / self.window
+        for place, units in enumerate(torch.split(share, [layer.units for layer in self.taps.layers])):
+            told[f"layer_{place}_dormant_ratio"] = float((units < DORMANT).double().mean())
+            told[f"layer_{place}_dead_ratio"] = float((units == 0.0).double().mean())
+        return told | {"gradient_norm": float(self.norms.mean())}
+
+    def read(self) -> dict[str, float]:
+        """What is known; asking changes nothing."""
+        told = {"diagnostics_examples": float(min(self.sampled, self.window))}
+        return told | self.report | (self._shares() if self.full else {})
+
+    def state_dict(self) -> State:
+        return {
+            "steps": self.steps,
+            "sampled": self.sampled,
+            "fired": self.fired.clone(),
+            "last": self.last.clone(),
+            "norms": self.norms.clone(),
+            "report": dict(self.report),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """An empty state, and one of another window: they begin here."""
+        self._begin()
+        if not state or state["fired"].shape != self.fired.shape:
+            return
+        for name in ("fired", "last", "norms"):
+            getattr(self, name).copy_(state[name])
+        self.steps, self.sampled, self.report = int(state["steps"]), int(state["sampled"]), dict(state["report"])
+        self._look_ahead()
+
+
+def ranks(values: Tensor) -> dict[str, float]:
+    """Of a matrix (N, n), by name; none when it holds what is not finite."""
+    matrix = values.double().cpu()
+    if not matrix.isfinite().all():
+        return {}
+    s = torch.linalg.svdvals(matrix)  # descending
+    largest = float(s[0])
+    if largest == 0.0:
+        return dict.fromkeys(("effective_rank", "approximate_rank", "stable_rank", "absolute_rank"), 0.0)
+    s = s / largest  # so that no square is out of range
+    p, squares = s / s.sum(), s.square()
+    return {
+        "effective_rank": float(torch.exp(-torch.special.xlogy(p, p).sum())),
+        "approximate_rank": _least(squares),
+        "stable_rank": float(squares.sum()),
+        "absolute_rank": _least(s),
+    }
+
+
+def _least(descending: Tensor) -> float:
+    """The least k whose first k make up .99 of the sum."""
+    return float((descending.cumsum(0) < MOST * descending.sum()).sum() + 1)
+
+
+def _magnitude(weights: Tensor) -> float:
+    return float(weights.detach().abs().mean(dtype=torch.float64))
