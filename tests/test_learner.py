@@ -299,4 +299,4 @@ def test_learning_ignores_and_spares_the_global_generators() -> None:
 
 def test_what_it_reads_out_is_how_much_it_holds_and_has_learned() -> None:
     learner = learned(config(replay={"capacity": 5}), stream("binary", 9))
-    assert learner.read() == {"replay_rows": 5.0, "weights_version": 9.0}
+    assert learner.read() == {"replay_rows": 5.0, "weights_version": 9.0, "diagnostics_examples": 0.0}
