@@ -175,15 +175,18 @@ class ContinualBackprop:
 
     def _least_useful(self, place: int, count: int) -> Tensor:
         """(k,) eligible units of the lowest utility; of equal ones the first."""
-        span = self._spans[place]
-        if self.utility in ("contribution", "mean_corrected", "adaptable"):
-            utility = self.mean_use[span] / self._unbias(self.born[span])
-            utility = utility if self.exact else utility * self._weighing(place)
-        else:
-            utility = self._weighing(place)
+        utility = self._utility(place)
         utility = utility.clamp_max(torch.finfo(utility.dtype).max)  # below what is not eligible
-        utility = torch.where(self.step - self.born[span] > self.maturity, utility, math.inf)
+        utility = torch.where(self.step - self.born[self._spans[place]] > self.maturity, utility, math.inf)
         return utility.argmin().view(1) if count == 1 else utility.argsort(stable=True)[:count]
+
+    def _utility(self, place: int) -> Tensor:
+        """(n,) of each unit today; NaN for one that was made anew in the last step."""
+        if self.utility not in ("contribution", "mean_corrected", "adaptable"):
+            return self._weighing(place)
+        span = self._spans[place]
+        utility = self.mean_use[span] / self._unbias(self.born[span])
+        return utility if self.exact else utility * self._weighing(place)
 
     def _weighing(self, place: int) -> Tensor:
         """(n,) what the mean is multiplied by: S_out, S_out / S_in, or for utilities without activations all of it."""
@@ -247,7 +250,13 @@ class ContinualBackprop:
                 buffer.index_fill_(0, units, value)
 
     def read(self) -> dict[str, float]:
-        return {f"layer_{place}_replacements": float(count) for place, count in enumerate(self.replaced)}
+        told: dict[str, float] = {}
+        for place, (count, span) in enumerate(zip(self.replaced, self._spans, strict=True)):
+            age = self.step - self.born[span]
+            told[f"layer_{place}_replacements"] = float(count)
+            told |= _percentiles(f"layer_{place}_unit_age_steps", age)
+            told |= _percentiles(f"layer_{place}_unit_utility", self._utility(place)[age > 0])
+        return told
 
     def state_dict(self) -> State:
         return {
@@ -290,6 +299,12 @@ def bound(init: Init, weight: Tensor) -> float:
         "torch": 1.0 / fan_in,
     }
     return math.sqrt(squares[init])
+
+
+def _percentiles(name: str, values: Tensor) -> dict[str, float]:
+    """Of the units that have a value: of n in order the one at place (n - 1) x NN / 100, rounded down."""
+    found = values.double().sort().values.tolist()
+    return {f"{name}_p{p}": found[(len(found) - 1) * p // 100] for p in (10, 50, 90) if found}
 
 
 def _over_rows(value: Tensor) -> Tensor:
