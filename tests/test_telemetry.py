@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from streamcl import telemetry
 from streamcl.config import Config
-from streamcl.readings import PARTS, QUALITY, STAGES
+from streamcl.readings import LAYERS, PARTS, PERCENTILES, QUALITY, STAGES
 from streamcl.records import DeadLetter, Origin, Record, Signal, Stream, Turn
 from streamcl.telemetry import FATES, REASONS, Telemetry, TelemetryError
 
@@ -164,6 +164,8 @@ def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
     watcher, client = watching
     readings = dict.fromkeys([*QUALITY, *(f"{name}_window" for name in QUALITY), *PARTS], 0.5)
     readings |= {f"error_memory_{stage}_{name}": 0.5 for stage in range(2) for name in STAGES}
+    readings |= {f"layer_{layer}_{name}": 0.5 for layer in range(2) for name in LAYERS}
+    readings |= {f"layer_{layer}_{name}_p{p}": 0.5 for layer in range(2) for name in PERCENTILES for p in (10, 90)}
     watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: 5}, readings=readings)
     series = scrape(client)
     labels = {name for _, pairs in series for name, _ in pairs}
@@ -182,9 +184,42 @@ def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
         "python",
         "torch",
         "stage",
+        "layer",
+        "percentile",
     }
     assert value(series, "error_memory_lambda", stage="1") == 0.5
     assert value(series, "base_log_loss", window="recent") == 0.5
+
+
+def test_a_layer_s_readings_are_one_family_with_a_text_and_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    readings = {"layer_0_dormant_ratio": 0.25, "layer_11_dormant_ratio": 0.5, "layer_1_unit_age_steps_p90": 7.0}
+    readings |= {"layer_0_of_some_rule": 3.0, "gradient_norm": 2.0, "player_0_x": 1.0}
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=readings)
+    series, text = scrape(client), client.get("/metrics").text
+    assert value(series, "dormant_ratio", layer="0") == 0.25
+    assert value(series, "dormant_ratio", layer="11") == 0.5
+    assert value(series, "unit_age_steps", layer="1", percentile="90") == 7
+    assert value(series, "of_some_rule", layer="0") == 3
+    assert value(series, "gradient_norm") == 2
+    assert value(series, "player_0_x") == 1
+    assert f"# HELP streamcl_dormant_ratio {LAYERS['dormant_ratio']}" in text
+    assert text.count("# TYPE streamcl_dormant_ratio gauge") == 1
+    assert not any(name.startswith("streamcl_layer_") for name, _ in series)
+
+
+def test_layers_of_several_shards_are_told_apart() -> None:
+    config = settings(0)
+    watcher = Telemetry(config.model_copy(update={"shard": config.shard.model_copy(update={"count": 2})}))
+    for shard in (0, 1):
+        readings = {"layer_0_dead_ratio": 0.25 + shard, "error_memory_0_lambda": 0.5 + shard}
+        watcher.observe(turn(), seconds=0.0, lag={}, readings=readings, shard=shard)
+    found = watcher.registry.get_sample_value
+    assert found("streamcl_dead_ratio", {"layer": "0", "shard": "1"}) == 1.25
+    assert found("streamcl_dead_ratio", {"layer": "0", "shard": "0"}) == 0.25
+    assert found("streamcl_error_memory_lambda", {"stage": "0", "shard": "1"}) == 1.5
+    watcher.left(1)
+    assert found("streamcl_dead_ratio", {"layer": "0", "shard": "1"}) is None
 
 
 def test_ready_is_a_503_with_its_reason_until_the_worker_is(watching: tuple[Telemetry, httpx.Client]) -> None:
