@@ -17,11 +17,13 @@ from streamcl.bench.plasticity_learner import Examples, Learner, Method
 from streamcl.bench.report import Bar, Report, Row, Value, progress
 from streamcl.config import Config
 from streamcl.engine.eager import Eager
-from streamcl.features import Featurizer
+from streamcl.features import Featurizer, Layout
 from streamcl.methods import PLASTICITY
+from streamcl.plasticity import build_diagnostics
 
 INPUTS, HIDDEN, CLASSES = 784, (100, 100, 100), 10
 OFF, LIMIT = "off", 1.15
+DIAGNOSTICS = "diagnostics"
 CONTINUAL = "continual_backprop"
 
 
@@ -41,6 +43,8 @@ NOTES = (
     " which all cases take turns of a few steps; low, high: the least and the greatest quotient",
     f"model mlp {INPUTS}-{'-'.join(map(str, HIDDEN))}-{CLASSES}, numeric features, SGD unless said; every rule with its"
     " default configuration unless said",
+    "diagnostics: as a Learner has them by default; ranks and weights, reckoned once in 10,000 steps, are timed by"
+    " themselves: median of 15, per step",
     "compiled: the learner of this bench's other tasks, which is no part of the product",
 )
 
@@ -61,6 +65,7 @@ def cases() -> list[Case]:
         Case(OFF, OFF),
         *(Case(kind, OFF, {"plasticity": [{"kind": kind}]}) for kind in PLASTICITY),
         Case(f"{CONTINUAL}, exact", OFF, {"plasticity": [{"kind": CONTINUAL, "exact": True}]}),
+        Case(DIAGNOSTICS, OFF, {DIAGNOSTICS: {}}),
         Case("layer_norm", OFF, {"model": {"layer_norm": True}}),
         Case(f"{OFF}, adam", f"{OFF}, adam", adam),
         Case(f"{CONTINUAL}, adam", f"{OFF}, adam", {**adam, **continual}),
@@ -79,7 +84,7 @@ def run(options: Options) -> Report:
         config={"task": "overhead", "quick": options.quick, "rounds": size.rounds, "steps": size.steps, "threads": 1},
         seeds=[0],
         seconds=time.perf_counter() - start,
-        rows=[*rows, *compiled(size)],
+        rows=[*rows, reckoning(), *compiled(size)],
         bars=[Bar(f"a step with {CONTINUAL}, by one without", float(str(ratio)), LIMIT, at_least=False)],
         notes=NOTES,
     )
@@ -115,7 +120,39 @@ def engine(settings: Mapping[str, Any]) -> Eager:
         },
         "bench",
     )
-    return Eager(made, Featurizer(made).layout)
+    return (Watched if DIAGNOSTICS in settings else Eager)(made, Featurizer(made).layout)
+
+
+class Watched(Eager):
+    """Its steps are looked at, as a Learner's are."""
+
+    def __init__(self, config: Config, layout: Layout) -> None:
+        super().__init__(config, layout)
+        self.diagnostics = build_diagnostics(config, self.dense, self.model)
+
+    def step(
+        self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor, share: Tensor, served: float | None = None
+    ) -> bool:
+        done = super().step(ids, weights, dense, y, share, served)
+        if done and self.diagnostics:
+            self.diagnostics.observe(self.gradient_norm)
+        return done
+
+
+def reckoning() -> Row:
+    """What the diagnostics do once in so many steps, per step."""
+    made = engine({DIAGNOSTICS: {"sample_every_steps": 1}})
+    diagnostics = made.diagnostics if isinstance(made, Watched) else None
+    if diagnostics is None:
+        raise ValueError("diagnostics: the model has no hidden layers")
+    for step in range(diagnostics.window):
+        _time(made, [_example(step)])
+    spent = []
+    for _ in range(15):
+        start = time.thread_time()
+        diagnostics.reckon()
+        spent.append((time.thread_time() - start) / diagnostics.report_every * 1e6)
+    return Row(f"{DIAGNOSTICS}, ranks and weights", {"us_per_step": statistics.median(spent)})
 
 
 def _example(step: int) -> tuple[Tensor, ...]:

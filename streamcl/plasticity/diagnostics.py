@@ -95,7 +95,7 @@ class Diagnostics:
         if phase == 0:
             self._sample(gradient_norm)
         if self.steps % self.report_every == 0:
-            self.report = self._weights() | (self._ranks() if self.full else {})
+            self.report = self.reckon()
         self.taps.listen(phase == self.sample_every - 1)
 
     def _sample(self, gradient_norm: Tensor) -> None:
@@ -106,6 +106,10 @@ class Diagnostics:
             said = [*((value != 0.0).to(value.dtype).mean(1) for value in maps), maps[-1].mean(1)]
         torch.cat([*said, gradient_norm.view(1)], out=self.ring[self.sampled % self.window])
         self.sampled += 1
+
+    def reckon(self) -> dict[str, float]:
+        """What a report tells: weights, and the ranks if the window is full."""
+        return self._weights() | (self._ranks() if self.full else {})
 
     def _weights(self) -> dict[str, float]:
         weights = [self.dense.params[f"{layer.incoming}.weight"] for layer in self.taps.layers]
