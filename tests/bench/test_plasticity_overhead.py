@@ -12,7 +12,8 @@ def test_every_rule_of_the_product_stands_beside_a_step_without(monkeypatch: pyt
     report = run("plasticity", Options(quick=True, task="overhead"))
     assert_contract(report.to_json())
     rows = {row.name: row.values for row in report.rows}
-    assert {"off", *PLASTICITY, "layer_norm", "continual_backprop, exact"} <= rows.keys()
+    assert {"off", *PLASTICITY, "layer_norm", "continual_backprop, exact", "diagnostics"} <= rows.keys()
+    assert 0 < float(str(rows.pop("diagnostics, ranks and weights")["us_per_step"])) < 100
     for name, values in rows.items():
         assert float(str(values["us_per_step"])) > 0
         assert ("ratio" in values) != name.startswith(("off", "compiled: off"))

@@ -223,6 +223,7 @@ def test_a_tap_hears_nothing_when_nobody_listens() -> None:
         one.taps[0].value = None
         net(torch.ones(1, 3, dtype=torch.float64))
         assert (one.taps[0].value is not None) == heard
+        assert ("forward" in vars(net[2])) == heard  # type: ignore[index]
 
 
 def test_the_live_example_is_looked_at_and_no_other_row() -> None:
