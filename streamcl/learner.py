@@ -126,8 +126,10 @@ class Learner:
 
     def read(self) -> dict[str, float]:
         held = {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
-        for part in (self.recall, self.diagnostics, *self.rules.values()):
-            held |= part.read() if part is not None else {}
+        held |= self.recall.read() | (self.diagnostics.read() if self.diagnostics else {})
+        for rule in self.rules.values():
+            for name, value in rule.read().items():
+                held[name] = held.get(name, 0.0) + value  # see `Rule.read`
         return held
 
     def state_dict(self) -> State:

@@ -87,7 +87,7 @@ LAYERS = {
     "stable_rank": "Sum of the squares of the layer's singular values divided by the largest square.",
     "absolute_rank": "How many of the layer's largest singular values make up .99 of the sum of all.",
     "weight_magnitude": "Mean absolute incoming weight of the layer.",
-    "replacements": "Units of the layer made anew since the rule began (count).",
+    "replacements": "Units of the layer made anew since the rules began (count).",
 }
 """Readings of a hidden layer, under `layer_N_`; rules may have more."""
 PERCENTILES = {

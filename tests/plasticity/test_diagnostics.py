@@ -389,6 +389,15 @@ def test_replacements_ages_and_utilities_are_told_by_layer() -> None:
     assert [told[name] for name in names] == [utilities[0], utilities[2], utilities[3]]
 
 
+def test_replacements_by_two_rules_add_up() -> None:
+    rule = {"kind": "continual_backprop", "replacement_rate": 0.02, "maturity": 10}
+    learner = learned(looked_at(plasticity=[rule]), stream("binary", 100))
+    once = learner.read()["layer_0_replacements"]
+    assert once > 0
+    learner.rules = {"one": learner.rules["continual_backprop"], "two": learner.rules["continual_backprop"]}
+    assert learner.read()["layer_0_replacements"] == 2 * once
+
+
 def test_every_reading_has_a_text_for_people() -> None:
     rule = {"kind": "continual_backprop", "replacement_rate": 0.02, "maturity": 10}
     told = learned(looked_at(plasticity=[rule]), stream("binary", 100)).read()
