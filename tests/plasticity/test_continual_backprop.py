@@ -509,6 +509,8 @@ def test_a_snapshot_from_before_begins_afresh() -> None:
 @pytest.mark.parametrize(
     ("rules", "text"),
     [
+        ([{"kind": "continual_backprop", "mt": 100}], "plasticity.0.mt: unknown key"),
+        ([{"kind": "continual_backprop", "maturity": -1}], "plasticity.0.maturity"),
         (["continual_backprop", "continual_backprop"], "plasticity: each kind once"),
     ],
 )
