@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from streamcl.plasticity.layers import Hidden, Taps
+from streamcl.plasticity.layers import Taps
+from streamcl.plasticity.reset import Init, Reset
 from streamcl.protocols import State
 from streamcl.random import key_of, uniform_array
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from streamcl.engine.dense import Dense
 
 Utility = Literal["contribution", "mean_corrected", "adaptable", "adaptation", "weight", "random"]
-Init = Literal["kaiming", "xavier", "lecun", "torch"]
 
 
 class _Part(NamedTuple):
@@ -48,7 +48,7 @@ class ContinualBackprop:
         utility: What is averaged; see `_momentary` and `_weighing`.
         exact: Multiply by the weights in every step, as the paper has it, instead of when a reset is due.
         transfer: Move the unit's mean contribution into the next bias.
-        init: The distribution that the layers were built with, see `bound`.
+        init: The distribution that the layers were built with, see `reset.bound`.
         seed: Of the redraws, which are keyed by layer and number of the replacement.
 
     Source:
@@ -78,13 +78,13 @@ class ContinualBackprop:
         init: Init = "kaiming",
         seed: int = 0,
     ) -> None:
-        self.dense, self.module, self.taps = dense, module, taps
+        self.dense, self.taps = dense, taps
         self.layers = layers = taps.layers
         self.rates = [default_rate(layer.units) if rate is None else rate for layer in layers]
-        self.maturity, self.decay, self.init = maturity, decay, init
+        self.maturity, self.decay = maturity, decay
         self.utility, self.exact = utility, exact
         self.transfer = transfer
-        self.keys = [key_of(seed, f"continual_backprop.{i}") for i in range(len(layers))]
+        self.reset = Reset(dense, module, "continual_backprop", len(layers), seed, init)
         self.coins = [key_of(seed, f"continual_backprop.{i}.utility") for i in range(len(layers))]
         starts = [sum(layer.units for layer in layers[:i]) for i in range(len(layers))]
         self._spans = [slice(start, start + layer.units) for start, layer in zip(starts, layers, strict=True)]
@@ -204,50 +204,15 @@ class ContinualBackprop:
         return one
 
     def _reset(self, place: int, units: Tensor) -> None:
-        layer, span = self.layers[place], self._spans[place]
+        span = self._spans[place]
         mean = self.mean[span][units] / self._unbias(self.born[span][units])  # before it is zeroed
-        for name in layer.outgoing:
-            self._disconnect(name, layer, units, mean)
-        self._redraw(layer.incoming, place, units)
-        for name in layer.norms:
-            self._renew_norm(name, layer, units)
+        self.reset(self.layers[place], place, units, self.replaced[place], mean if self.transfer else None)
         self.mean[span].index_fill_(0, units, 0.0)
         self.mean_use[span].index_fill_(0, units, 0.0)
         self.born[span].index_fill_(0, units, self.step)
         self.replaced[place] += len(units)
         self._eligible[place] -= len(units)
         self._young[place].append((self.step, len(units)))
-
-    def _disconnect(self, name: str, layer: Hidden, units: Tensor, mean: Tensor) -> None:
-        """Outgoing weights to 0, and into the bias what they have contributed on average."""
-        weight, bias = f"{name}.weight", f"{name}.bias"
-        shape = (len(self.dense.params[weight]), layer.units, -1)
-        if self.transfer and bias in self.dense.params:
-            for w, b in zip(self.dense.copies(weight), self.dense.copies(bias), strict=True):
-                b.add_((w.reshape(shape).index_select(1, units).sum(2) * mean).sum(1))
-        zero = torch.zeros_like(self.dense.params[weight].detach().view(shape).index_select(1, units))
-        self.dense.renew(weight, units, zero, 1, shape)
-
-    def _redraw(self, name: str, place: int, units: Tensor) -> None:
-        """Incoming weights as they were drawn at first, bias 0."""
-        weight = self.dense.params[f"{name}.weight"]
-        size = weight[0].numel()
-        draw = 2.0 * uniform_array(self.keys[place], len(units) * size, self.replaced[place] * size) - 1.0
-        fresh = torch.from_numpy(draw * bound(self.init, weight)).to(weight).view(len(units), *weight.shape[1:])
-        self.dense.renew(f"{name}.weight", units, fresh)
-        if f"{name}.bias" in self.dense.params:
-            self.dense.renew(f"{name}.bias", units, fresh.new_zeros(len(units)))
-
-    def _renew_norm(self, name: str, layer: Hidden, units: Tensor) -> None:
-        for part, value in (("weight", 1.0), ("bias", 0.0)):
-            param = self.dense.params.get(f"{name}.{part}")
-            if param is not None and len(param) == layer.units:
-                self.dense.renew(f"{name}.{part}", units, torch.full_like(param[: len(units)], value))
-        norm = self.module.get_submodule(name)
-        for part, value in (("running_mean", 0.0), ("running_var", 1.0)):
-            buffer = getattr(norm, part, None)
-            if buffer is not None and len(buffer) == layer.units:
-                buffer.index_fill_(0, units, value)
 
     def read(self) -> dict[str, float]:
         told: dict[str, float] = {}
@@ -282,23 +247,6 @@ class ContinualBackprop:
 def default_rate(units: int) -> float:
     """rho for a layer of so many units; of the authors' range for the paper's tasks, 1e-6 to 1e-4, wider is slower."""
     return 1e-4 if units <= 128 else 1e-5 if units <= 1000 else 1e-6
-
-
-def bound(init: Init, weight: Tensor) -> float:
-    """b of the uniform distribution on (-b, b) that a layer's weights are drawn from.
-
-    kaiming: sqrt(6 / fan_in), for ReLU; xavier: sqrt(6 / (fan_in + fan_out)); lecun: sqrt(3 / fan_in); torch: what
-    `nn.Linear` and `nn.Conv2d` do by default, sqrt(1 / fan_in).
-    """
-    fan_in = weight[0].numel()
-    fan_out = len(weight) * fan_in // weight.shape[1]
-    squares = {
-        "kaiming": 6.0 / fan_in,
-        "xavier": 6.0 / (fan_in + fan_out),
-        "lecun": 3.0 / fan_in,
-        "torch": 1.0 / fan_in,
-    }
-    return math.sqrt(squares[init])
 
 
 def _percentiles(name: str, values: Tensor) -> dict[str, float]:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamcl.config import Config, ConfigError
 from streamcl.learner import Learner
-from streamcl.plasticity.continual_backprop import ContinualBackprop, bound, default_rate
+from streamcl.plasticity.continual_backprop import ContinualBackprop, default_rate
+from streamcl.plasticity.reset import bound
 from streamcl.random import key_of, uniform_array
 from streamcl.state import digest
 from tests.plasticity.nets import Net, convolutional, example, mlp
