@@ -16,7 +16,17 @@ from urllib.parse import urlsplit, urlunsplit
 import orjson
 from pydantic import BaseModel, ValidationError, model_validator
 
-from streamcl.methods import MEMORIES, PLASTICITY, Diagnostics, KeyMemory, Memory, Plasticity
+from streamcl.methods import (
+    MEMORIES,
+    PLASTICITY,
+    Diagnostics,
+    KeyMemory,
+    Memory,
+    Plasticity,
+    Resetting,
+    ShrinkAndPerturb,
+    WeightClipping,
+)
 from streamcl.protocols import StreamclError
 from streamcl.records import EVENTS, LABELS
 from streamcl.services import Kafka, Registry, Serve
@@ -81,7 +91,9 @@ class Config(Station):
     loss: Loss = Loss()
     replay: Replay = Replay()
     error_memory: tuple[Memory, ...] = Stop((), max_length=8, description="forms in a row: knn, sketch, key")
-    plasticity: tuple[Plasticity, ...] = Stop((), max_length=8, description="rules in a row, continual_backprop last")
+    plasticity: tuple[Plasticity, ...] = Stop(
+        (), max_length=8, description="rules in a row; one that resets units is the last"
+    )
     diagnostics: Diagnostics = Diagnostics()
     river: str | None = New(None, description="a River model instead, e.g. river.linear_model:LogisticRegression")
     trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
@@ -172,15 +184,31 @@ class Config(Station):
             elif memory.key not in offered and ":" not in memory.key:
                 known = ", ".join(sorted(offered))
                 raise ValueError(f"{where}: model {self.model.kind} offers {known}, or module:function")
+        if self.loss.kind == "reloop" and (self.task != "binary" or self.river is not None):
+            raise ValueError("loss.kind: reloop is for binary labels, and no River model")
+        return self
+
+    @model_validator(mode="after")
+    def _plasticity_fits(self) -> Self:
         kinds = [rule.kind for rule in self.plasticity]
+        resetting = [rule.kind for rule in self.plasticity if isinstance(rule, Resetting)]
         if self.river is not None and kinds:
             raise ValueError("plasticity: a River model has no hidden units")
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"plasticity: each kind once; these are {', '.join(kinds)}")
-        if "continual_backprop" in kinds[:-1]:
-            raise ValueError("plasticity: continual_backprop comes last, so that nothing is done to units made anew")
-        if self.loss.kind == "reloop" and (self.task != "binary" or self.river is not None):
-            raise ValueError("loss.kind: reloop is for binary labels, and no River model")
+        if len(resetting) > 1:
+            raise ValueError(f"plasticity: one rule makes units anew, not {' and '.join(resetting)}")
+        if resetting and kinds[-1] != resetting[0]:
+            raise ValueError(f"plasticity: {resetting[0]} comes last, so that nothing is done to units made anew")
+        if resetting and self.model.kind == "logistic":
+            raise ValueError(f"model.kind: logistic has no hidden units, which {resetting[0]} would make anew")
+        if resetting and not self.model.hidden:
+            raise ValueError(f"model.hidden: no hidden units, which {resetting[0]} would make anew")
+        if "upgd" in kinds and self.optimizer.kind != "sgd":
+            raise ValueError(f"optimizer.kind: upgd is a form of SGD, which {self.optimizer.kind} would undo; set sgd")
+        for rule in self.plasticity if self.optimizer.kind == "ftrl" else ():
+            if isinstance(rule, WeightClipping) or (isinstance(rule, ShrinkAndPerturb) and not rule.scaled):
+                raise ValueError(f"optimizer.kind: ftrl makes weights of sums, whatever {rule.kind} has done to them")
         return self
 
     def allows(self, label: float) -> bool:

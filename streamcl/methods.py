@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from streamcl.stations import Station, Stop, named_kind
+from streamcl.stations import New, Station, Stop, named_kind
 
 
 class Compensation(Station):
@@ -72,7 +72,87 @@ MEMORIES: dict[str, type[Station]] = {"knn": KNNMemory, "sketch": SketchMemory, 
 Memory = Annotated[KNNMemory | SketchMemory | KeyMemory, Field(discriminator="kind"), BeforeValidator(named_kind)]
 
 
-class ContinualBackprop(Station):
+class L2(Station):
+    """Dense weights are pulled to zero. See `streamcl.plasticity.l2`."""
+
+    kind: Literal["l2"] = "l2"
+    strength: float = Stop(1e-3, ge=0, description="lambda: times the weight, part of its gradient (1 / step)")
+
+
+class L2Init(Station):
+    """Dense weights are pulled to where they began. Source: Kumar et al. 2023, arXiv 2308.11958."""
+
+    kind: Literal["l2_init"] = "l2_init"
+    strength: float = Stop(
+        1e-2, ge=0, description="lambda: times weight - first weight, part of its gradient (1 / step)"
+    )
+
+
+class ShrinkAndPerturb(Station):
+    """Dense weights shrink and are disturbed. Source: Ash & Adams 2020, arXiv 1910.08475; at each step Dohare et al."""
+
+    kind: Literal["shrink_and_perturb"] = "shrink_and_perturb"
+    strength: float = Stop(1e-4, ge=0, description="lambda: times the weight, part of its gradient (1 / step)")
+    sigma: float = Stop(1e-5, ge=0, description="standard deviation of the noise that a weight gets at each step")
+    scaled: bool = Stop(False, description="the noise is part of the gradient, so the learning rate scales it")
+
+
+class WeightClipping(Station):
+    """No dense weight or bias leaves +-bound / sqrt(fan_in). Source: Elsayed et al. 2024, arXiv 2407.01704."""
+
+    kind: Literal["weight_clipping"] = "weight_clipping"
+    bound: float = Stop(2.0, gt=0, description="zeta: in units of PyTorch's bound of initial weights; 1 to 3")
+    output_layer: bool = Stop(True, description="clip what makes the logits too; false where a label is rare")
+
+
+class UPGD(Station):
+    """Useful dense weights are kept, others learned and disturbed. Source: Elsayed & Mahmood 2024, arXiv 2404.00781."""
+
+    kind: Literal["upgd"] = "upgd"
+    decay: float = Stop(0.9999, ge=0, lt=1, description="beta: of the running mean of utilities")
+    sigma: float = Stop(0.1, ge=0, description="standard deviation of the noise in the gradient")
+    strength: float = Stop(0.01, ge=0, description="lambda: times the weight, part of its gradient (1 / step)")
+    local: bool = Stop(False, description="compare utilities among the weights of a unit, not among all")
+    protecting: bool = Stop(True, description="keep useful weights from the gradient too, not from the noise alone")
+
+
+class Resetting(Station):
+    """A rule that makes hidden units anew."""
+
+    layers: tuple[tuple[str, str], ...] | None = Stop(
+        None, min_length=1, description="(layer, the one that reads it) by module name; default: found in the model"
+    )
+
+
+class ReDo(Resetting):
+    """Hidden units that say next to nothing are made anew, all at once. Source: Sokar et al. 2023, arXiv 2302.12902."""
+
+    kind: Literal["redo"] = "redo"
+    tau: float = Stop(0.025, ge=0, description="dormant: at most this share of its layer's mean activation; .025 to .1")
+    every_steps: int = Stop(1000, ge=1, description="learning steps from one look to the next, and averaged over")
+
+
+class SelfNormalizedResets(Resetting):
+    """Hidden units silent for longer than they used to be are made anew. Source: Farias & Jozefiak 2024,
+    arXiv 2410.20098.
+    """
+
+    kind: Literal["self_normalized_resets"] = "self_normalized_resets"
+    percentile: float = Stop(0.99, gt=0, le=1, description="of a unit's silences, that its threshold contracts to")
+    expansion: float = Stop(2.0, ge=1, description="factor of a threshold that was no longer than that")
+    revisit_steps: int = Stop(10_000, ge=1, description="learning steps from one look at the thresholds to the next")
+    initial_steps: int = Stop(1000, ge=1, description="first threshold: learning steps of silence")
+    shortest_steps: int = Stop(100, ge=1, description="no threshold is below")
+    longest_steps: int = New(10_000, ge=1, le=1 << 30, description="no threshold is above")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.shortest_steps <= self.initial_steps <= self.longest_steps:
+            raise ValueError("initial_steps: must lie between shortest_steps and longest_steps")
+        return self
+
+
+class ContinualBackprop(Resetting):
     """Hidden units of the lowest utility are made anew, a few at a time.
 
     Source: Dohare et al. 2024, Nature 632:768-774.
@@ -93,13 +173,20 @@ class ContinualBackprop(Station):
     )
     exact: bool = Stop(False, description="multiply by the weights at every step, not when a reset is due; slower")
     bias_transfer: bool = Stop(True, description="move a replaced unit's mean contribution into the next bias")
-    layers: tuple[tuple[str, str], ...] | None = Stop(
-        None, min_length=1, description="(layer, the one that reads it) by module name; default: found in the model"
-    )
 
 
-PLASTICITY: dict[str, type[Station]] = {"continual_backprop": ContinualBackprop}
-Plasticity = Annotated[ContinualBackprop, BeforeValidator(named_kind)]
+PLASTICITY: dict[str, type[Station]] = {
+    "l2": L2,
+    "l2_init": L2Init,
+    "shrink_and_perturb": ShrinkAndPerturb,
+    "weight_clipping": WeightClipping,
+    "upgd": UPGD,
+    "continual_backprop": ContinualBackprop,
+    "redo": ReDo,
+    "self_normalized_resets": SelfNormalizedResets,
+}
+AnyRule = L2 | L2Init | ShrinkAndPerturb | WeightClipping | UPGD | ContinualBackprop | ReDo | SelfNormalizedResets
+Plasticity = Annotated[AnyRule, Field(discriminator="kind"), BeforeValidator(named_kind)]
 
 
 class Diagnostics(Station):

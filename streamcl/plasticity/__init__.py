@@ -6,23 +6,37 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from streamcl.methods import ContinualBackprop as ContinualBackpropConfig
+from streamcl import methods
 from streamcl.plasticity.continual_backprop import ContinualBackprop
 from streamcl.plasticity.diagnostics import Diagnostics
+from streamcl.plasticity.l2 import L2
+from streamcl.plasticity.l2_init import L2Init
 from streamcl.plasticity.layers import Hidden, LayerError, Taps, find, named
+from streamcl.plasticity.redo import ReDo
 from streamcl.plasticity.rule import Rule
+from streamcl.plasticity.self_normalized_resets import SelfNormalizedResets
+from streamcl.plasticity.shrink_and_perturb import ShrinkAndPerturb
+from streamcl.plasticity.upgd import UPGD
+from streamcl.plasticity.weight_clipping import WeightClipping
 
 if TYPE_CHECKING:
     from streamcl.config import Config
     from streamcl.engine.dense import Dense
 
 __all__ = [
+    "L2",
+    "UPGD",
     "ContinualBackprop",
     "Diagnostics",
     "Hidden",
+    "L2Init",
     "LayerError",
+    "ReDo",
     "Rule",
+    "SelfNormalizedResets",
+    "ShrinkAndPerturb",
     "Taps",
+    "WeightClipping",
     "build_diagnostics",
     "build_rules",
     "find",
@@ -45,18 +59,54 @@ def build_rules(config: Config, dense: Dense, module: nn.Module, taps: Taps) -> 
     return {station.kind: _build(station, config.seed, dense, module, taps) for station in config.plasticity}
 
 
-def _build(station: ContinualBackpropConfig, seed: int, dense: Dense, module: nn.Module, taps: Taps) -> Rule:
-    if station.layers:
+def _build(station: methods.AnyRule, seed: int, dense: Dense, module: nn.Module, taps: Taps) -> Rule:
+    if isinstance(station, methods.Resetting) and station.layers:
         taps = Taps(module, [named(module, incoming, [outgoing]) for incoming, outgoing in station.layers])
-    return ContinualBackprop(
-        dense,
-        module,
-        taps,
-        rate=station.replacement_rate,
-        maturity=station.maturity,
-        decay=station.decay,
-        utility=station.utility,
-        exact=station.exact,
-        transfer=station.bias_transfer,
-        seed=seed,
-    )
+    match station:
+        case methods.L2():
+            return L2(dense, station.strength)
+        case methods.L2Init():
+            return L2Init(dense, station.strength)
+        case methods.ShrinkAndPerturb():
+            return ShrinkAndPerturb(dense, station.strength, station.sigma, scaled=station.scaled, seed=seed)
+        case methods.WeightClipping():
+            hidden = [layer.incoming for layer in taps.layers]
+            return WeightClipping(dense, module, station.bound, None if station.output_layer else hidden)
+        case methods.UPGD():
+            return UPGD(
+                dense,
+                decay=station.decay,
+                sigma=station.sigma,
+                strength=station.strength,
+                local=station.local,
+                protecting=station.protecting,
+                seed=seed,
+            )
+        case methods.ReDo():
+            return ReDo(dense, module, taps, tau=station.tau, every=station.every_steps, seed=seed)
+        case methods.SelfNormalizedResets():
+            return SelfNormalizedResets(
+                dense,
+                module,
+                taps,
+                percentile=station.percentile,
+                expansion=station.expansion,
+                revisit=station.revisit_steps,
+                initial=station.initial_steps,
+                shortest=station.shortest_steps,
+                longest=station.longest_steps,
+                seed=seed,
+            )
+        case methods.ContinualBackprop():
+            return ContinualBackprop(
+                dense,
+                module,
+                taps,
+                rate=station.replacement_rate,
+                maturity=station.maturity,
+                decay=station.decay,
+                utility=station.utility,
+                exact=station.exact,
+                transfer=station.bias_transfer,
+                seed=seed,
+            )
