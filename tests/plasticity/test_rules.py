@@ -1,0 +1,142 @@
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from streamcl.config import Config, ConfigError
+from streamcl.learner import Learner
+from streamcl.methods import PLASTICITY
+from streamcl.plasticity import WeightClipping
+from streamcl.state import digest
+from tests.test_learner import config, learned, stream
+
+LIVELY: dict[str, dict[str, Any]] = {
+    "l2": {"strength": 0.1},
+    "l2_init": {"strength": 0.1},
+    "shrink_and_perturb": {"strength": 0.01, "sigma": 0.01},
+    "weight_clipping": {"bound": 0.3},
+    "upgd": {"decay": 0.9},
+    "continual_backprop": {"replacement_rate": 0.02, "maturity": 10},
+    "redo": {"tau": 0.6, "every_steps": 10},
+    "self_normalized_resets": {"shortest_steps": 2, "initial_steps": 3, "longest_steps": 50, "revisit_steps": 30},
+}
+IDLE: dict[str, dict[str, Any]] = {
+    "l2": {"strength": 0.0},
+    "l2_init": {"strength": 0.0},
+    "shrink_and_perturb": {"strength": 0.0, "sigma": 0.0},
+    "weight_clipping": {"bound": 1e30},
+    "upgd": {"sigma": 0.0, "strength": 0.0, "protecting": False},
+    "continual_backprop": {"replacement_rate": 0.0},
+    "redo": {"every_steps": 1_000_000},
+    "self_normalized_resets": {"initial_steps": 1_000_000, "longest_steps": 1_000_000},
+}
+
+
+def plastic(kind: str, settings: dict[str, Any], optimizer: str = "sgd") -> Config:
+    rules = [{"kind": kind, **settings}] if kind else []
+    return config(plasticity=rules, optimizer={"kind": optimizer}, replay={"per_event": 2}, model={"hidden": [6, 5]})
+
+
+@pytest.mark.parametrize("kind", PLASTICITY)
+def test_a_learner_goes_on_from_a_snapshot_bit_for_bit(kind: str) -> None:
+    outcomes, made = stream("binary", 90), plastic(kind, LIVELY[kind])
+    whole, plain = learned(made, outcomes), learned(plastic("", {}), outcomes)
+    state, other = learned(made, outcomes[:44]).state_dict(), learned(made, outcomes[70:])
+    other.load_state_dict(copy.deepcopy(state))
+    for item in outcomes[44:]:
+        other.learn(item)
+    assert digest(other.state_dict()) == digest(whole.state_dict())
+    assert not torch.equal(whole.engine.dense.flat, plain.engine.dense.flat)
+
+
+@pytest.mark.parametrize("kind", PLASTICITY)
+def test_a_rule_with_nothing_to_do_leaves_training_bit_for_bit_as_it_was(kind: str) -> None:
+    outcomes = stream("binary", 60)
+    made, plain = learned(plastic(kind, IDLE[kind]), outcomes), learned(plastic("", {}), outcomes)
+    assert torch.equal(made.engine.dense.flat, plain.engine.dense.flat)
+    assert torch.equal(made.engine.table, plain.engine.table)
+
+
+@pytest.mark.parametrize("kind", PLASTICITY)
+def test_a_snapshot_from_before_a_rule_begins_it(kind: str) -> None:
+    old, new = learned(plastic("", {}), stream("binary", 20)), Learner(plastic(kind, LIVELY[kind]))
+    new.load_state_dict(old.state_dict())
+    for item in stream("binary", 30)[20:]:
+        assert new.learn(item)
+
+
+@pytest.mark.parametrize("kind", PLASTICITY)
+def test_the_defaults_of_the_config_are_those_of_the_rule(kind: str) -> None:
+    rule = Learner(plastic(kind, {})).engine.rules[kind]
+    names = {
+        "strength": "strength",
+        "sigma": "sigma",
+        "scaled": "scaled",
+        "bound": "bound",
+        "decay": "decay",
+        "local": "local",
+        "protecting": "protecting",
+        "tau": "tau",
+        "every_steps": "every",
+        "percentile": "percentile",
+        "expansion": "expansion",
+        "revisit_steps": "revisit",
+        "initial_steps": "initial",
+        "shortest_steps": "shortest",
+        "longest_steps": "longest",
+        "maturity": "maturity",
+    }
+    defaults = type(rule).__init__.__kwdefaults__ or {}
+    for name, value in PLASTICITY[kind]().model_dump().items():
+        if name in names:
+            assert getattr(rule, names[name]) == value
+            assert defaults.get(names[name], value) == value
+
+
+def test_clipping_can_leave_what_makes_the_logits_alone() -> None:
+    made = plastic("weight_clipping", {"bound": 0.01, "output_layer": False})
+    engine = learned(made, stream("binary", 60)).engine
+    params, rule = engine.dense.params, engine.rules["weight_clipping"]
+    assert isinstance(rule, WeightClipping)
+    assert params["deep.hidden.0.weight"].abs().max() <= 0.01 / math.sqrt(7) + 1e-9
+    for name in ("deep.head.weight", "deep.head.bias", "linear.weight", "linear.bias"):
+        assert engine.dense.part(rule.upper, name).tolist() == torch.full_like(params[name], math.inf).tolist()
+    assert params["linear.bias"].abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"plasticity": ["redo", "continual_backprop"]}, "one rule makes units anew, not redo and continual_backprop"),
+        ({"plasticity": ["self_normalized_resets", "l2"]}, "self_normalized_resets comes last"),
+        ({"plasticity": ["l2", "l2"]}, "each kind once"),
+        ({"plasticity": ["redo"], "model": {"kind": "logistic"}}, "model.kind: logistic has no hidden units"),
+        ({"plasticity": ["continual_backprop"], "model": {"hidden": []}}, "model.hidden: no hidden units"),
+        ({"plasticity": ["upgd"], "optimizer": {"kind": "adam"}}, "optimizer.kind: upgd"),
+        ({"plasticity": ["weight_clipping"], "optimizer": {"kind": "ftrl"}}, "optimizer.kind: ftrl.*weight_clipping"),
+        ({"plasticity": ["shrink_and_perturb"], "optimizer": {"kind": "ftrl"}}, "optimizer.kind: ftrl"),
+        ({"plasticity": ["l3"]}, "plasticity.0: .*'l2', 'l2_init'"),
+        ({"plasticity": [{"kind": "l2", "strenght": 1.0}]}, "plasticity.0.strenght: .*did you mean 'strength'"),
+        ({"plasticity": [{"kind": "upgd", "decay": 1.0}]}, "plasticity.0.decay"),
+        (
+            {"plasticity": [{"kind": "self_normalized_resets", "initial_steps": 9}]},
+            "plasticity.0: initial_steps: must lie between",
+        ),
+    ],
+)
+def test_bad_settings_are_named(more: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        config(**more)
+
+
+def test_noise_in_the_gradient_goes_with_ftrl() -> None:
+    rules = [{"kind": "shrink_and_perturb", "scaled": True}]
+    assert learned(config(plasticity=rules, optimizer={"kind": "ftrl"}), stream("binary", 5))
+
+
+def test_rules_may_be_combined() -> None:
+    rules = ["l2_init", "shrink_and_perturb", "weight_clipping", "upgd", "redo"]
+    made = config(plasticity=rules, optimizer={"kind": "sgd"}, model={"hidden": [6, 5]})
+    assert list(learned(made, stream("binary", 20)).engine.rules) == rules
