@@ -23,7 +23,7 @@ Table of contents, in the order of the journey (start with `worker`):
     engine         how the arithmetic is done: eager
     models         logistic, mlp, deepfm
     memory         replay and its retention policies; the error memory
-    plasticity     what keeps a net able to learn: continual backpropagation; figures of how it fares
+    plasticity     what keeps a net able to learn: continual backpropagation and relatives; figures of how it fares
     metrics        prequential metrics
     drift          detectors, and the signals they emit
     progress       where a shard stands, and a proof of what it has learned from
