@@ -27,6 +27,10 @@ class Update(Protocol):
 
     def step(self, value: Tensor, gradient: Tensor, slots: Sequence[Tensor], /) -> tuple[Tensor, Slots]: ...
 
+    def moved(self, value: Tensor, slots: Sequence[Tensor], /) -> Slots:
+        """The slots, once something else than a step has given a weight this value."""
+        ...
+
 
 class SGD:
     """w <- w - lr * g."""
@@ -39,6 +43,9 @@ class SGD:
 
     def step(self, value: Tensor, gradient: Tensor, _slots: Sequence[Tensor]) -> tuple[Tensor, Slots]:
         return value - self.rate * (gradient + self.l2 * value if self.l2 else gradient), ()
+
+    def moved(self, _value: Tensor, slots: Sequence[Tensor]) -> Slots:
+        return tuple(slots)
 
 
 class Adagrad:
@@ -64,6 +71,9 @@ class Adagrad:
             gradient = gradient + self.l2 * value
         total = torch.addcmul(slots[0], gradient, gradient)
         return torch.addcdiv(value, gradient, total.sqrt(), value=-self.rate), (total,)
+
+    def moved(self, _value: Tensor, slots: Sequence[Tensor]) -> Slots:
+        return tuple(slots)
 
 
 class Adam:
@@ -96,6 +106,9 @@ class Adam:
         scale = (second / unbias2).sqrt() + self.EPSILON
         return value - self.rate * (first / unbias1) / scale, (first, second, steps)
 
+    def moved(self, _value: Tensor, slots: Sequence[Tensor]) -> Slots:
+        return tuple(slots)
+
 
 class FTRL:
     """Follow the regularised leader: per-coordinate rates with exact zeros under `l1`.
@@ -123,6 +136,11 @@ class FTRL:
         z = z + gradient - sigma * value
         shrunk = z - torch.clamp(z, -self.l1, self.l1) if self.l1 else z
         return -shrunk / ((self.BETA + total.sqrt()) / self.rate + self.l2), (z, total)
+
+    def moved(self, value: Tensor, slots: Sequence[Tensor]) -> Slots:
+        n = slots[1]
+        z = -value * ((self.BETA + n.sqrt()) / self.rate + self.l2) - self.l1 * torch.sign(value)
+        return z, n
 
 
 UPDATES: dict[str, type[SGD] | type[Adagrad] | type[Adam] | type[FTRL]] = {

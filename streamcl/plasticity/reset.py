@@ -53,6 +53,7 @@ class Reset:
         if contribution is not None and bias in self.dense.params:
             for w, b in zip(self.dense.copies(weight), self.dense.copies(bias), strict=True):
                 b.add_((w.reshape(shape).index_select(1, units).sum(2) * contribution).sum(1))
+            self.dense.settle(bias)
         zero = torch.zeros_like(self.dense.params[weight].detach().view(shape).index_select(1, units))
         self.dense.renew(weight, units, zero, 1, shape)
 

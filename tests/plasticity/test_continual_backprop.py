@@ -392,6 +392,23 @@ def test_a_constant_unit_leaves_every_next_sum_as_it_was() -> None:
     assert (net.bias("2") != bias).all()
 
 
+@pytest.mark.parametrize("l1", [0.0, 1e-3])
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "ftrl"])  # Adam moves on without a gradient
+def test_what_a_unit_contributed_stays_in_the_next_bias(kind: str, l1: float) -> None:
+    """FTRL makes weights of its sums, so these must know."""
+    net = Net(mlp(3, 4, 2), kind, rate=0.05, l1=l1)
+    rule = net.continual_backprop(rate=1 / 4, maturity=30)
+    net.learn(30)
+    before, x = net.bias("2").clone(), torch.ones(1, 3, dtype=torch.float64)
+    still(net, 1, x)
+    assert rule.replaced == [1]
+    moved = net.bias("2").clone()
+    assert ((moved - before).abs() > 1e-4).all()
+    rule.rates = [0.0]
+    net.dense.step(torch.zeros_like(net.dense.flat))
+    torch.testing.assert_close(net.bias("2"), moved, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_channels_are_units_of_a_convolution(norm: bool) -> None:
     net = Net(convolutional(norm=norm).eval())
