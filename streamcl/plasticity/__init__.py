@@ -56,6 +56,7 @@ def build_diagnostics(config: Config, dense: Dense, module: nn.Module) -> Diagno
 
 def build_rules(config: Config, dense: Dense, module: nn.Module, taps: Taps) -> dict[str, Rule]:
     """The configured rules by kind, in order. Raises LayerError for hidden layers that are named and not there."""
+    taps.listen(any(isinstance(station, methods.Resetting) and not station.layers for station in config.plasticity))
     return {station.kind: _build(station, config.seed, dense, module, taps) for station in config.plasticity}
 
 

@@ -136,6 +136,13 @@ def test_noise_in_the_gradient_goes_with_ftrl() -> None:
     assert learned(config(plasticity=rules, optimizer={"kind": "ftrl"}), stream("binary", 5))
 
 
+@pytest.mark.parametrize("kind", PLASTICITY)
+def test_hidden_layers_are_listened_to_only_by_rules_that_reset_units(kind: str) -> None:
+    assert Learner(plastic(kind, {})).engine.taps.listening == (
+        kind in ("continual_backprop", "redo", "self_normalized_resets")
+    )
+
+
 def test_rules_may_be_combined() -> None:
     rules = ["l2_init", "shrink_and_perturb", "weight_clipping", "upgd", "redo"]
     made = config(plasticity=rules, optimizer={"kind": "sgd"}, model={"hidden": [6, 5]})
