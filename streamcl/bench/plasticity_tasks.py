@@ -52,10 +52,13 @@ class SlowlyChanging:
     def regions(self) -> Iterator[Examples]:
         """For ever: `change_every` examples that share their slow bits."""
         while True:
-            inputs = np.empty((self.change_every, BITS), np.uint8)
-            inputs[:, :SLOW_BITS] = self.rng.integers(0, 2, SLOW_BITS)
-            inputs[:, SLOW_BITS:] = self.rng.integers(0, 2, (self.change_every, BITS - SLOW_BITS))
-            yield Examples(inputs, self.target(inputs))
+            slow = self.rng.integers(0, 2, SLOW_BITS)
+            fast = self.rng.integers(0, 2, (self.change_every, BITS - SLOW_BITS))
+            seen = np.empty((1 << (BITS - SLOW_BITS), BITS), np.uint8)  # every input there can be in this region
+            seen[:, :SLOW_BITS] = slow
+            seen[:, SLOW_BITS:] = np.arange(len(seen))[:, None] >> np.arange(BITS - SLOW_BITS) & 1
+            which = fast @ (1 << np.arange(BITS - SLOW_BITS))
+            yield Examples(seen[which], self.target(seen)[which])
 
     def target(self, inputs: NDArray[np.uint8]) -> Floats:
         """(N,) of inputs (N, 20): whole numbers."""
