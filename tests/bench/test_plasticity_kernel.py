@@ -17,7 +17,18 @@ from streamcl.bench.plasticity_draws import mixed, noise, uniform
 from streamcl.bench.plasticity_learner import Examples, Learner, Method, initial_weights
 from streamcl.engine.dense import Dense
 from streamcl.engine.optimizers import build_update
-from streamcl.plasticity import ContinualBackprop, Rule, Taps, find
+from streamcl.plasticity import (
+    UPGD,
+    ContinualBackprop,
+    L2Init,
+    ReDo,
+    Rule,
+    SelfNormalizedResets,
+    ShrinkAndPerturb,
+    Taps,
+    WeightClipping,
+    find,
+)
 from streamcl.random import bits, key_of, noise_array, uniform_array
 from streamcl.stations import Optimizer
 
@@ -70,7 +81,50 @@ def continual_backprop(product: Product, method: Method, seed: int) -> Rule:
     )
 
 
-RULES: dict[str, Callable[[Product, Method, int], Rule]] = {"cbp": continual_backprop}
+def l2_init(product: Product, method: Method, seed: int) -> Rule:
+    return L2Init(product.dense, method.l2_init)
+
+
+def shrink_and_perturb(product: Product, method: Method, seed: int) -> Rule:
+    return ShrinkAndPerturb(product.dense, 0.0, method.noise, seed=seed)  # the optimiser shrinks
+
+
+def weight_clipping(product: Product, method: Method, seed: int) -> Rule:
+    return WeightClipping(product.dense, product.module, method.clipping)
+
+
+def upgd(product: Product, method: Method, seed: int) -> Rule:
+    decay, sigma, strength = method.upgd_decay, method.upgd_noise, method.upgd_l2
+    return UPGD(product.dense, decay=decay, sigma=sigma, strength=strength, seed=seed)
+
+
+def redo(product: Product, method: Method, seed: int) -> Rule:
+    where = product.dense, product.module, product.taps
+    return ReDo(*where, tau=method.redo_tau, every=method.redo_every, seed=seed)
+
+
+def self_normalized_resets(product: Product, method: Method, seed: int) -> Rule:
+    return SelfNormalizedResets(
+        *(product.dense, product.module, product.taps),
+        percentile=method.percentile,
+        expansion=method.expansion,
+        revisit=method.revisit,
+        initial=method.initial,
+        shortest=method.shortest,
+        longest=method.longest,
+        seed=seed,
+    )
+
+
+RULES: dict[str, Callable[[Product, Method, int], Rule]] = {
+    "cbp": continual_backprop,
+    "l2_init": l2_init,
+    "shrink_and_perturb": shrink_and_perturb,
+    "weight_clipping": weight_clipping,
+    "upgd": upgd,
+    "redo": redo,
+    "self_normalized_resets": self_normalized_resets,
+}
 
 METHODS = [
     Method("backprop"),
@@ -79,6 +133,12 @@ METHODS = [
     Method("cbp", replacement_rate=5e-3, maturity=20),
     Method("cbp", replacement_rate=0.3, maturity=3, bias_transfer=False),  # several of a layer at once
     Method("cbp", replacement_rate=5e-3, maturity=20, l2=1e-3),
+    Method("l2_init", l2_init=1e-2),
+    Method("shrink_and_perturb", l2=1e-3, noise=1e-3),
+    Method("weight_clipping", clipping=0.7),
+    Method("upgd", upgd=True, upgd_decay=0.99),
+    Method("redo", redo_every=40, redo_tau=0.5),
+    Method("self_normalized_resets", silence=True, initial=4, shortest=2, longest=30, revisit=100, percentile=0.8),
 ]
 
 
@@ -116,12 +176,12 @@ def test_the_compiled_learner_is_the_products_rule_to_1e_9(method: Method, width
         np.testing.assert_allclose(weight, layer.weight.detach(), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(bias, layer.bias.detach(), rtol=1e-9, atol=1e-9)
     for rule in product.rules:
-        assert isinstance(rule, ContinualBackprop)
-        assert learner.units.replaced.tolist() == rule.replaced
-        assert min(rule.replaced) > 20
+        if isinstance(rule, ContinualBackprop | ReDo | SelfNormalizedResets):
+            assert learner.units.replaced.tolist() == rule.replaced
+            assert min(rule.replaced) > 20
 
 
-@pytest.mark.parametrize("method", METHODS[:4], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS[:4] + METHODS[6:], ids=lambda method: method.name)
 def test_in_single_precision_it_stays_close(method: Method) -> None:
     _, _, losses, expected = both(method, CLASSES, np.float32)
     np.testing.assert_allclose(losses, expected, rtol=1e-3, atol=1e-3)
