@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from streamcl import __version__, channel, connect, inspection, summary
+from streamcl import __version__, channel, connect, inspection, plasticity, summary
 from streamcl import reshard as resharding
 from streamcl.bench.command import bench
 from streamcl.bootstrap import Bootstrap
@@ -336,6 +336,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
     urls = [*settings.inputs.values(), settings.dead_letters_url]
     urls += settings.published
     urls += [url for url in (settings.deltas_url,) if url and channel.is_topic(url)]
+    plasticity.check(settings)
     findings = channel.check(settings)
     for scheme in sorted({url.partition(":")[0] for url in urls}):
         mine = [url for url in urls if url.partition(":")[0] == scheme]

@@ -44,13 +44,14 @@ class Learner:
         # Weightless rows would still move Adam's moments and what l2 pulls at.
         self.per_event = config.replay.per_event if config.replay.weight else 0
         self.replay_weight = config.replay.weight
-        self.engine = Eager(config, layout)
+        self.engine = Eager(config, layout, serving)
         self.numerics = RunningNorm(len(layout.numerics))
         self.target = RunningNorm(1)  # regression learns standardised labels; idle otherwise
         self.memory = Replay(config.replay, config.seed, len(layout.slot_field), len(layout.numerics))
         self.recall = ErrorMemory(config, layout, self.engine.widths)
-        self.rules = {} if serving else self.engine.rules
-        self.diagnostics = None if serving else build_diagnostics(config, self.engine.dense, self.engine.model)
+        self.rules = self.engine.rules
+        trained = self.engine.dense, self.engine.model, self.engine.layers
+        self.diagnostics = None if serving else build_diagnostics(config, *trained)
         self.version = 0  # learning steps behind the current weights
 
     def predict(self, features: Encoded) -> Scores:

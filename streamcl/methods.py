@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from streamcl.stations import New, Station, Stop, named_kind
+from streamcl.stations import Station, Stop, named_kind
 
 
 class Compensation(Station):
@@ -143,7 +143,7 @@ class SelfNormalizedResets(Resetting):
     revisit_steps: int = Stop(10_000, ge=1, description="learning steps from one look at the thresholds to the next")
     initial_steps: int = Stop(1000, ge=1, description="first threshold: learning steps of silence")
     shortest_steps: int = Stop(100, ge=1, description="no threshold is below")
-    longest_steps: int = New(10_000, ge=1, le=1 << 30, description="no threshold is above")
+    longest_steps: int = Stop(10_000, ge=1, le=1 << 30, description="no threshold is above; another: it begins anew")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -198,7 +198,7 @@ class Diagnostics(Station):
     sample_every_steps: int = Stop(
         16, ge=0, description="learning steps from one sampled example to the next; 0: no figures"
     )
-    window: int = Stop(512, ge=2, le=65_536, description="sampled examples that figures are made of (count)")
+    window: int = Stop(512, ge=2, le=4096, description="sampled examples that figures are made of (count)")
     report_every_steps: int = Stop(
         10_000, ge=1, description="learning steps from one reckoning of ranks and weights to the next"
     )

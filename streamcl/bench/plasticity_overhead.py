@@ -128,7 +128,7 @@ class Watched(Eager):
 
     def __init__(self, config: Config, layout: Layout) -> None:
         super().__init__(config, layout)
-        self.diagnostics = build_diagnostics(config, self.dense, self.model)
+        self.diagnostics = build_diagnostics(config, self.dense, self.model, self.layers)
 
     def step(
         self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor, share: Tensor, served: float | None = None

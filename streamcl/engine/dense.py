@@ -61,11 +61,11 @@ class Dense:
         for column in self.sets.values():
             yield self.part(column, name)
 
-    def settle(self, name: str) -> None:
-        """A parameter has been changed beside the optimiser: let the optimiser go on from what it is now."""
-        slots = [self.part(column, name) for column in self.slots]
-        for slot, new in zip(slots, self.update.moved(self.params[name].detach(), slots), strict=True):
-            slot.copy_(new)
+    def settle(self, name: str, before: Tensor) -> None:
+        """A parameter has been changed beside the optimiser: let it go on from what each weight is that has moved."""
+        now, slots = self.params[name].detach(), [self.part(column, name) for column in self.slots]
+        for slot, new in zip(slots, self.update.moved(now, slots), strict=True):
+            slot.copy_(torch.where(now != before, new, slot))
 
     def renew(self, name: str, index: Tensor, fresh: Tensor, dim: int = 0, shape: Sequence[int] | None = None) -> None:
         """Make slices of a parameter anew: as if they had these values and had never been learned.

@@ -17,7 +17,7 @@ from streamcl.engine.dense import Dense
 from streamcl.engine.optimizers import build_update
 from streamcl.features import Layout
 from streamcl.models import build_model
-from streamcl.plasticity import Taps, build_rules, find
+from streamcl.plasticity import build_rules, of_tower
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
 
@@ -33,12 +33,15 @@ class Eager:
     A row of the table holds the O first-order weights (zero at first), then the D numbers of the embedding (normal,
     `model.init_scale`), as far as the model reads them.
 
+    Args:
+        serving: There will be no step: no rule of plasticity is there.
+
     Shape:
         ids (B, S) int64, weights (B, S) float32, dense (B, N) float32 standardised, y (B,) float32, share (B,)
         float32: the weight of each row's loss.
     """
 
-    def __init__(self, config: Config, layout: Layout) -> None:
+    def __init__(self, config: Config, layout: Layout, serving: bool = False) -> None:
         torch.set_num_threads(config.worker.threads)  # of the process: two are 10 to 40 times slower on a busy box
         self.task = config.task
         self.outputs = config.outputs
@@ -57,8 +60,8 @@ class Eager:
         self.dense = Dense(self.model, build_update(config.optimizer, rate))
         self.row_update = build_update(config.optimizer, config.optimizer.embedding_learning_rate or ROWS_FASTER * rate)
         self.row_slots = self.row_update.slots(self.table)
-        self.taps = Taps(self.model, find(self.model) if config.plasticity else [])
-        self.rules = build_rules(config, self.dense, self.model, self.taps)
+        self.layers = of_tower(self.model, self.model.tower)
+        self.rules = {} if serving else build_rules(config, self.dense, self.model, self.layers)
         self.gradient_norm = torch.zeros(())  # of the dense parameters, in the last step
         self.watch: Callable[[Tensor], None] | None = None  # told which rows a step has changed, each once
 

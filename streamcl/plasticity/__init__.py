@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from streamcl import methods
+from streamcl.features import Featurizer
+from streamcl.models import build_model
 from streamcl.plasticity.continual_backprop import ContinualBackprop
 from streamcl.plasticity.diagnostics import Diagnostics
 from streamcl.plasticity.l2 import L2
 from streamcl.plasticity.l2_init import L2Init
-from streamcl.plasticity.layers import Hidden, LayerError, Taps, find, named
+from streamcl.plasticity.layers import Hidden, LayerError, Taps, among, find, named, of_tower
 from streamcl.plasticity.redo import ReDo
 from streamcl.plasticity.rule import Rule
 from streamcl.plasticity.self_normalized_resets import SelfNormalizedResets
@@ -39,30 +42,44 @@ __all__ = [
     "WeightClipping",
     "build_diagnostics",
     "build_rules",
+    "check",
     "find",
     "named",
+    "of_tower",
 ]
 
 
-def build_diagnostics(config: Config, dense: Dense, module: nn.Module) -> Diagnostics | None:
+def check(config: Config) -> None:
+    """Raises LayerError for hidden layers that a rule names and the configured model hasn't."""
+    model = build_model(config, Featurizer(config).layout)
+    for place, station in enumerate(config.plasticity):
+        if isinstance(station, methods.Resetting):
+            try:
+                among(of_tower(model, model.tower), station.layers or ())
+            except LayerError as error:
+                raise LayerError(f"plasticity.{place}.{error}") from error
+
+
+def build_diagnostics(config: Config, dense: Dense, module: nn.Module, layers: Sequence[Hidden]) -> Diagnostics | None:
     """None when they are switched off, and for a module without hidden layers."""
     station = config.diagnostics
-    layers = find(module) if station.sample_every_steps else []
-    if not layers:
+    if not layers or not station.sample_every_steps:
         return None
     every = station.sample_every_steps, station.report_every_steps
     return Diagnostics(dense, Taps(module, layers), sample_every=every[0], report_every=every[1], window=station.window)
 
 
-def build_rules(config: Config, dense: Dense, module: nn.Module, taps: Taps) -> dict[str, Rule]:
+def build_rules(config: Config, dense: Dense, module: nn.Module, layers: Sequence[Hidden]) -> dict[str, Rule]:
     """The configured rules by kind, in order. Raises LayerError for hidden layers that are named and not there."""
-    taps.listen(any(isinstance(station, methods.Resetting) and not station.layers for station in config.plasticity))
-    return {station.kind: _build(station, config.seed, dense, module, taps) for station in config.plasticity}
+    return {station.kind: _build(station, config.seed, dense, module, layers) for station in config.plasticity}
 
 
-def _build(station: methods.AnyRule, seed: int, dense: Dense, module: nn.Module, taps: Taps) -> Rule:
-    if isinstance(station, methods.Resetting) and station.layers:
-        taps = Taps(module, [named(module, incoming, [outgoing]) for incoming, outgoing in station.layers])
+def _taps(station: methods.Resetting, module: nn.Module, layers: Sequence[Hidden]) -> Taps:
+    places = among(layers, station.layers) if station.layers else list(range(len(layers)))
+    return Taps(module, [layers[place] for place in places], places)
+
+
+def _build(station: methods.AnyRule, seed: int, dense: Dense, module: nn.Module, layers: Sequence[Hidden]) -> Rule:
     match station:
         case methods.L2():
             return L2(dense, station.strength)
@@ -71,7 +88,7 @@ def _build(station: methods.AnyRule, seed: int, dense: Dense, module: nn.Module,
         case methods.ShrinkAndPerturb():
             return ShrinkAndPerturb(dense, station.strength, station.sigma, scaled=station.scaled, seed=seed)
         case methods.WeightClipping():
-            hidden = [layer.incoming for layer in taps.layers]
+            hidden = [layer.incoming for layer in layers]
             return WeightClipping(dense, module, station.bound, None if station.output_layer else hidden)
         case methods.UPGD():
             return UPGD(
@@ -84,12 +101,13 @@ def _build(station: methods.AnyRule, seed: int, dense: Dense, module: nn.Module,
                 seed=seed,
             )
         case methods.ReDo():
+            taps = _taps(station, module, layers)
             return ReDo(dense, module, taps, tau=station.tau, every=station.every_steps, seed=seed)
         case methods.SelfNormalizedResets():
             return SelfNormalizedResets(
                 dense,
                 module,
-                taps,
+                _taps(station, module, layers),
                 percentile=station.percentile,
                 expansion=station.expansion,
                 revisit=station.revisit_steps,
@@ -102,7 +120,7 @@ def _build(station: methods.AnyRule, seed: int, dense: Dense, module: nn.Module,
             return ContinualBackprop(
                 dense,
                 module,
-                taps,
+                _taps(station, module, layers),
                 rate=station.replacement_rate,
                 maturity=station.maturity,
                 decay=station.decay,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +84,14 @@ class ContinualBackprop:
         self.maturity, self.decay = maturity, decay
         self.utility, self.exact = utility, exact
         self.transfer = transfer
-        self.reset = Reset(dense, module, "continual_backprop", len(layers), seed, init)
-        self.coins = [key_of(seed, f"continual_backprop.{i}.utility") for i in range(len(layers))]
+        self.reset = Reset(dense, module, "continual_backprop", taps, seed, init)
+        self.coins = [key_of(seed, f"continual_backprop.{place}.utility") for place in taps.places]
         starts = [sum(layer.units for layer in layers[:i]) for i in range(len(layers))]
         self._spans = [slice(start, start + layer.units) for start, layer in zip(starts, layers, strict=True)]
         outgoing = [module.get_submodule(name) for layer in layers for name in layer.outgoing]
         self._vectors = all(isinstance(reader, nn.Linear) for reader in outgoing) and all(
             module.get_submodule(layer.outgoing[0]).in_features == layer.units for layer in layers
         )
-        self._means = transfer or utility in ("mean_corrected", "adaptable")
         units = sum(layer.units for layer in layers)
         self.mean_use = dense.flat.new_zeros(units)  # (U,) running mean of what is averaged for the utility
         self.mean = dense.flat.new_zeros(units)  # (U,) f, running mean of h
@@ -109,8 +108,9 @@ class ContinualBackprop:
         self.mean_use.zero_()
         self.mean.zero_()
         self.born.fill_(step)
-        self.eligible_steps = [0] * len(self.layers)
+        self.eligible_steps = [0] * len(self.layers)  # at the present rate
         self.replaced = [0] * len(self.layers)
+        self.replaced_before = [0] * len(self.layers)  # at other rates
         self._count_eligible()
 
     def _count_eligible(self) -> None:
@@ -147,8 +147,7 @@ class ContinualBackprop:
     def _average(self, value: Tensor, part: _Part, places: Sequence[int]) -> None:
         """Move the running means by (1, n) or (B, n, S)."""
         h = _over_rows(value)
-        if self._means:
-            part.mean.lerp_(h, 1.0 - self.decay)
+        part.mean.lerp_(h, 1.0 - self.decay)
         if self.utility in ("mean_corrected", "adaptable"):
             mean = part.mean / self._unbias(part.born)
             value = value - (mean if value.dim() == 2 else mean.unsqueeze(2))
@@ -168,7 +167,8 @@ class ContinualBackprop:
             while young and self.step - young[0][0] > self.maturity:
                 self._eligible[place] += young.popleft()[1]
             self.eligible_steps[place] += self._eligible[place]
-            count = math.floor(self.rates[place] * self.eligible_steps[place]) - self.replaced[place]
+            replaced = self.replaced[place] - self.replaced_before[place]
+            count = math.floor(self.rates[place] * self.eligible_steps[place]) - replaced
             if count > 0 and self._eligible[place]:
                 due.append((place, min(count, self._eligible[place])))
         return due
@@ -216,11 +216,11 @@ class ContinualBackprop:
 
     def read(self) -> dict[str, float]:
         told: dict[str, float] = {}
-        for place, (count, span) in enumerate(zip(self.replaced, self._spans, strict=True)):
+        for place, (number, span) in enumerate(zip(self.taps.places, self._spans, strict=True)):
             age = self.step - self.born[span]
-            told[f"layer_{place}_replacements"] = float(count)
-            told |= _percentiles(f"layer_{place}_unit_age_steps", age)
-            told |= _percentiles(f"layer_{place}_unit_utility", self._utility(place)[age > 0])
+            told[f"layer_{number}_replacements"] = float(self.replaced[place])
+            told |= _percentiles(f"layer_{number}_unit_age_steps", age)
+            told |= _percentiles(f"layer_{number}_unit_utility", self._utility(place)[age > 0])
         return told
 
     def state_dict(self) -> State:
@@ -231,16 +231,36 @@ class ContinualBackprop:
             "mean_use": self.mean_use.clone(),
             "eligible_steps": list(self.eligible_steps),
             "replaced": list(self.replaced),
+            "replaced_before": list(self.replaced_before),
+            "layers": self.taps.described(),
+            "rates": list(self.rates),
+            "averaged": self._averaged(),
         }
 
+    def _averaged(self) -> list[Any]:
+        """What the running means are means of."""
+        return [self.utility, self.exact, self.decay]
+
     def load_state_dict(self, state: State) -> None:
-        if not state:
-            self._begin(0)
+        """An empty state, and one of other layers: it begins here.
+
+        A rate that has changed counts from here on, with no debt of the old one. When something else is averaged from
+        here on, all units are young again.
+        """
+        self._begin(0)
+        if state.get("layers") != self.taps.described():
             return
         self.step = int(state["step"])
         for name in ("born", "mean", "mean_use"):
             getattr(self, name).copy_(state[name])
         self.eligible_steps, self.replaced = list(state["eligible_steps"]), list(state["replaced"])
+        self.replaced_before = list(state["replaced_before"])
+        if state["rates"] != self.rates:
+            self.eligible_steps, self.replaced_before = [0] * len(self.layers), list(self.replaced)
+        if state["averaged"] != self._averaged():
+            self.mean.zero_()
+            self.mean_use.zero_()
+            self.born.fill_(self.step)
         self._count_eligible()
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from streamcl.protocols import StreamclError
+
+if TYPE_CHECKING:
+    from streamcl.models import MLP
 
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
@@ -60,6 +64,9 @@ def find(module: nn.Module) -> list[Hidden]:
     activations, pooling, norms, dropout and flattening. So the output, residual streams, what is concatenated, and
     layers that are used twice are none.
 
+    While torch.fx follows the module, it stands in for `nn.Module.__call__` of the whole process: call this before
+    other threads use any module. The built-in models need none of it, see `of_tower`.
+
     Raises:
         LayerError: torch.fx can't follow the module (control flow that depends on data): its layers must be named.
     """
@@ -78,6 +85,25 @@ def find(module: nn.Module) -> list[Hidden]:
         if _follow(node, modules, outgoing, norms) and all(uses[name] == 1 for name in (*outgoing, *norms)):
             found.append(named(module, str(node.target), outgoing, norms))
     return found
+
+
+def of_tower(module: nn.Module, tower: MLP | None) -> list[Hidden]:
+    """The hidden layers of a built-in model, by its tower."""
+    if tower is None:
+        return []
+    names = {id(part): name for name, part in module.named_modules()}
+    stack = [names[id(layer)] for layer in (*tower.hidden, tower.head)]
+    return [named(module, incoming, [outgoing]) for incoming, outgoing in itertools.pairwise(stack)]
+
+
+def among(layers: Sequence[Hidden], pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """The places of some of a model's layers, by the names of each and of one that reads it. LayerError: no such."""
+    known = {(layer.incoming, reader): place for place, layer in enumerate(layers) for reader in layer.outgoing}
+    for pair in pairs:
+        if pair not in known:
+            there = ", ".join(f"({a!r}, {b!r})" for a, b in known) or "none"
+            raise LayerError(f"layers: {pair} is no hidden layer of the model and its reader; there are {there}")
+    return sorted({known[pair] for pair in pairs})
 
 
 def named(module: nn.Module, incoming: str, outgoing: Sequence[str], norms: Sequence[str] = ()) -> Hidden:
@@ -163,10 +189,15 @@ class Taps:
     """What the hidden units' values were in the last step, as the next layer received them.
 
     It listens from the beginning; several may listen to one layer, each to the steps that it wants.
+
+    Args:
+        layers: Those that are listened to, in the order of the computation.
+        places: Their numbers in the model, which people see and draws are keyed by; 0, 1, ... if all are listened to.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[Hidden]) -> None:
+    def __init__(self, module: nn.Module, layers: Sequence[Hidden], places: Sequence[int] | None = None) -> None:
         self.layers = layers
+        self.places = list(range(len(layers)) if places is None else places)
         self.taps = [_tap(module.get_submodule(layer.outgoing[0])) for layer in layers]
         self.listening = False
         self.listen(True)
@@ -177,6 +208,10 @@ class Taps:
             self.listening = listening
             for tap in self.taps:
                 tap.listen(listening)
+
+    def described(self) -> list[str]:
+        """Which units they are: a state of other ones is of no use."""
+        return [f"{layer.units} units: {layer.incoming} > {', '.join(layer.outgoing)}" for layer in self.layers]
 
     def vectors(self) -> list[Tensor]:
         """(B, n * S) of each layer. Raises LayerError before the first step."""

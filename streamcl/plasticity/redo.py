@@ -53,7 +53,7 @@ class ReDo:
         seed: int = 0,
     ) -> None:
         self.taps, self.tau, self.every = taps, tau, every
-        self.reset = Reset(dense, module, "redo", len(taps.layers), seed, init)
+        self.reset = Reset(dense, module, "redo", taps, seed, init)
         self.step = 0
         self.total = dense.flat.new_zeros(sum(layer.units for layer in taps.layers))  # (U,) |h| since the last look
         self.replaced = [0] * len(taps.layers)
@@ -74,12 +74,18 @@ class ReDo:
             self.total.zero_()
 
     def read(self) -> dict[str, float]:
-        return {f"layer_{place}_replacements": float(count) for place, count in enumerate(self.replaced)}
+        return {
+            f"layer_{place}_replacements": float(count)
+            for place, count in zip(self.taps.places, self.replaced, strict=True)
+        }
 
     def state_dict(self) -> State:
-        return {"step": self.step, "total": self.total.clone(), "replaced": list(self.replaced)}
+        told = {"step": self.step, "total": self.total.clone(), "replaced": list(self.replaced)}
+        return {**told, "layers": self.taps.described()}
 
     def load_state_dict(self, state: State) -> None:
+        """An empty state, and one of other layers: it begins here."""
+        state = state if state.get("layers") == self.taps.described() else {}
         self.step = int(state.get("step", 0))
         self.replaced = list(state.get("replaced", [0] * len(self.replaced)))
         if state:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from streamcl.plasticity.layers import Hidden
+from streamcl.plasticity.layers import Hidden, Taps
 from streamcl.random import key_of, uniform_array
 
 if TYPE_CHECKING:
@@ -26,16 +26,18 @@ class Reset:
         init: The distribution that the layers were built with, see `bound`.
     """
 
-    def __init__(self, dense: Dense, module: nn.Module, name: str, layers: int, seed: int, init: Init) -> None:
+    def __init__(self, dense: Dense, module: nn.Module, name: str, taps: Taps, seed: int, init: Init) -> None:
         self.dense, self.module, self.init = dense, module, init
-        self.keys = [key_of(seed, f"{name}.{place}") for place in range(layers)]
+        self.keys = [key_of(seed, f"{name}.{place}") for place in taps.places]
 
     def __call__(
         self, layer: Hidden, place: int, units: Tensor, replaced: int, contribution: Tensor | None = None
     ) -> None:
-        """Make units of layer number `place` anew, of which `replaced` have been already.
+        """Make units of a layer anew.
 
         Args:
+            place: The layer's among those that the rule listens to.
+            replaced: How many of the layer have been made anew already.
             units: (k,) int64, each once.
             contribution: (k,) what the units have said on average: what the next layer made of it moves into its bias.
                 Without it the next layer loses what they contributed.
@@ -51,9 +53,10 @@ class Reset:
         weight, bias = f"{name}.weight", f"{name}.bias"
         shape = (len(self.dense.params[weight]), layer.units, -1)
         if contribution is not None and bias in self.dense.params:
+            before = self.dense.params[bias].detach().clone()
             for w, b in zip(self.dense.copies(weight), self.dense.copies(bias), strict=True):
                 b.add_((w.reshape(shape).index_select(1, units).sum(2) * contribution).sum(1))
-            self.dense.settle(bias)
+            self.dense.settle(bias, before)
         zero = torch.zeros_like(self.dense.params[weight].detach().view(shape).index_select(1, units))
         self.dense.renew(weight, units, zero, 1, shape)
 

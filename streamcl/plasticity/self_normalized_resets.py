@@ -75,7 +75,7 @@ class SelfNormalizedResets:
         self.taps = taps
         self.percentile, self.expansion, self.revisit = percentile, expansion, revisit
         self.initial, self.shortest, self.longest = initial, shortest, longest
-        self.reset = Reset(dense, module, "self_normalized_resets", len(taps.layers), seed, init)
+        self.reset = Reset(dense, module, "self_normalized_resets", taps, seed, init)
         self._sizes = [layer.units for layer in taps.layers]
         ends = {math.ceil(2.0 ** (j / FINENESS)) for j in range(FINENESS * longest.bit_length())}
         bins = sorted({end for end in ends if end < longest} | {longest})
@@ -139,7 +139,10 @@ class SelfNormalizedResets:
         self.histogram.zero_()
 
     def read(self) -> dict[str, float]:
-        return {f"layer_{place}_replacements": float(count) for place, count in enumerate(self.replaced)}
+        return {
+            f"layer_{place}_replacements": float(count)
+            for place, count in zip(self.taps.places, self.replaced, strict=True)
+        }
 
     def state_dict(self) -> State:
         return {
@@ -148,10 +151,12 @@ class SelfNormalizedResets:
             "silence": self.silence.clone(),
             "threshold": self.threshold.clone(),
             "histogram": self.histogram.clone(),
+            "layers": self.taps.described(),
         }
 
     def load_state_dict(self, state: State) -> None:
-        if not state:
+        """An empty state, and one of other layers or another longest threshold: it begins here."""
+        if state.get("layers") != self.taps.described() or state["histogram"].shape != self.histogram.shape:
             self._begin()
             return
         self.step, self.replaced = int(state["step"]), list(state["replaced"])

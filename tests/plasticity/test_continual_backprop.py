@@ -544,3 +544,66 @@ def test_named_layers_are_those_that_are_replaced() -> None:
     rule = learner.engine.rules["continual_backprop"]
     assert isinstance(rule, ContinualBackprop)
     assert ([layer.units for layer in rule.layers], rule.replaced[0] > 0) == ([5], True)
+
+
+def grown_old(**settings: Any) -> tuple[Net, ContinualBackprop]:
+    net = Net(mlp(4, 20, 20, 1))
+    rule = net.continual_backprop(**{"rate": 1e-3, "maturity": 10, **settings})
+    net.learn(400)
+    return net, rule
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e-2])
+def test_another_rate_counts_from_where_it_begins(rate: float) -> None:
+    """Neither is the past made up for, nor does it count as done in advance."""
+    net, rule = grown_old()
+    before = list(rule.replaced)
+    assert min(before) >= 7
+    net.rules.clear()
+    again = net.continual_backprop(rate=rate, maturity=10)
+    again.load_state_dict(copy.deepcopy(rule.state_dict()))
+    net.learn(300, 400)
+    assert again.replaced == [b + math.floor(rate * e) for b, e in zip(before, again.eligible_steps, strict=True)]
+    assert all(300 * 10 < e <= 300 * 20 for e in again.eligible_steps)
+
+
+@pytest.mark.parametrize("change", [{"utility": "adaptable"}, {"exact": True}, {"decay": 0.9}])
+def test_when_something_else_is_averaged_all_units_are_young_again(change: dict[str, Any]) -> None:
+    net, rule = grown_old()
+    net.rules.clear()
+    again = net.continual_backprop(**{"rate": 1e-3, "maturity": 10, **change})
+    again.load_state_dict(copy.deepcopy(rule.state_dict()))
+    assert not again.mean.any()
+    assert not again.mean_use.any()
+    assert (again.born == again.step).all()
+    net.learn(10, 400)
+    assert again.replaced == rule.replaced
+    net.learn(300, 410)
+    assert min(again.replaced) > min(rule.replaced)
+
+
+def test_transferring_may_begin_at_any_time() -> None:
+    net, rule = grown_old(transfer=False)
+    assert rule.mean.any()
+    net.rules.clear()
+    again = net.continual_backprop(rate=1e-3, maturity=10, transfer=True)
+    again.load_state_dict(copy.deepcopy(rule.state_dict()))
+    assert torch.equal(again.mean, rule.mean)
+
+
+def test_a_bias_that_nothing_moves_into_keeps_what_ftrl_has_summed_up() -> None:
+    """With l1, any sum below it stands for a bias of 0: the sum must not be made of the bias."""
+    net = Net(mlp(3, 4, 2), "ftrl", 0.1, l1=1.0)
+    sums = net.dense.part(net.dense.slots[0], "2.bias")
+    with torch.no_grad():
+        sums.fill_(0.9)
+        net.bias("2").zero_()
+        net.weight("2").zero_()
+    net.dense.settle("2.bias", net.bias("2").clone())
+    assert sums.tolist() == [0.9, 0.9]
+    before = net.bias("2").clone()
+    with torch.no_grad():
+        net.bias("2")[0] = 0.5
+    net.dense.settle("2.bias", before)
+    assert float(sums[1]) == 0.9
+    assert float(sums[0]) == pytest.approx(-0.5 * (1.0 / 0.1) - 1.0)

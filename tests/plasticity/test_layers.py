@@ -9,7 +9,7 @@ from torch.nn import functional
 from streamcl.config import Config
 from streamcl.features import Featurizer
 from streamcl.models import build_model
-from streamcl.plasticity import Hidden, LayerError, Taps, find, named
+from streamcl.plasticity import Hidden, LayerError, Taps, find, named, of_tower
 from tests.plasticity.nets import convolutional, mlp
 
 
@@ -100,7 +100,10 @@ def test_the_towers_of_the_built_in_models_are_found(kind: str, layer_norm: bool
     }
     config = Config.parse({**base, "model": {"kind": kind, "hidden": [5, 4], "layer_norm": layer_norm}})
     prefix = "deep." if kind == "deepfm" else ""
-    assert find(build_model(config, Featurizer(config).layout)) == [
+    model = build_model(config, Featurizer(config).layout)
+    known = of_tower(model, model.tower)
+    assert find(model) == known
+    assert known == [
         Hidden(f"{prefix}hidden.0", (f"{prefix}hidden.1",), (), 5),
         Hidden(f"{prefix}hidden.1", (f"{prefix}head",), (), 4),
     ]

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
-from streamcl.config import Config, ConfigError
+from streamcl.config import Config, ConfigError, changes
 from streamcl.learner import Learner
-from streamcl.methods import PLASTICITY
-from streamcl.plasticity import WeightClipping
+from streamcl.methods import PLASTICITY, Diagnostics
+from streamcl.plasticity import LayerError, WeightClipping, check
 from streamcl.state import digest
 from tests.test_learner import config, learned, stream
 
@@ -138,9 +139,88 @@ def test_noise_in_the_gradient_goes_with_ftrl() -> None:
 
 @pytest.mark.parametrize("kind", PLASTICITY)
 def test_hidden_layers_are_listened_to_only_by_rules_that_reset_units(kind: str) -> None:
-    assert Learner(plastic(kind, {})).engine.taps.listening == (
-        kind in ("continual_backprop", "redo", "self_normalized_resets")
+    learner = Learner(plastic(kind, {}).model_copy(update={"diagnostics": Diagnostics(sample_every_steps=0)}))
+    assert listened_to(learner) == (kind in ("continual_backprop", "redo", "self_normalized_resets"))
+
+
+@pytest.mark.parametrize("kind", PLASTICITY)
+def test_a_replica_s_learner_has_no_rules_and_listens_to_nothing(kind: str) -> None:
+    made = plastic(kind, {})
+    state = learned(made, stream("binary", 20)).state_dict()
+    replica = Learner(made, serving=True)
+    replica.load_state_dict(state)
+    assert (replica.engine.rules, listened_to(replica)) == ({}, False)
+
+
+def test_no_module_is_traced_for_a_built_in_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.fx stands in for `nn.Module.__call__` meanwhile, and other threads may be predicting."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("traced")
+
+    monkeypatch.setattr(fx.Tracer, "trace", refuse)
+    assert learned(plastic("continual_backprop", {}), stream("binary", 2)).engine.rules
+
+
+def listened_to(learner: Learner) -> bool:
+    return any("forward" in vars(module) for module in learner.engine.model.modules())
+
+
+RESETTING = [kind for kind in LIVELY if kind in ("continual_backprop", "redo", "self_normalized_resets")]
+
+
+@pytest.mark.parametrize("kind", RESETTING)
+def test_other_layers_after_a_clean_stop_begin_anew(kind: str) -> None:
+    """Of the same number of units, so that nothing but the names tells them apart."""
+    first, second = ["deep.hidden.0", "deep.hidden.1"], ["deep.hidden.1", "deep.head"]
+    settings, model = {"kind": kind, **LIVELY[kind]}, {"hidden": [6, 6]}
+    old = config(model=model, plasticity=[{**settings, "layers": [first]}])
+    for layers in ([second], [first, second], None):
+        new = config(model=model, plasticity=[{**settings, "layers": layers}])
+        assert {change for _, change in changes(old.model_dump(mode="json"), new)} == {"stop"}
+        learner = Learner(new)
+        begun = digest(learner.engine.rules[kind].state_dict())
+        learner.load_state_dict(learned(old, stream("binary", 60)).state_dict())
+        assert digest(learner.engine.rules[kind].state_dict()) == begun
+
+
+def test_another_longest_threshold_begins_anew() -> None:
+    kind = "self_normalized_resets"
+    old, new = (config(plasticity=[{"kind": kind, "longest_steps": n}]) for n in (10_000, 20_000))
+    assert changes(old.model_dump(mode="json"), new) == [("plasticity", "stop")]
+    learner = Learner(new)
+    begun = digest(learner.engine.rules[kind].state_dict())
+    learner.load_state_dict(learned(old, stream("binary", 10)).state_dict())
+    assert digest(learner.engine.rules[kind].state_dict()) == begun
+
+
+@pytest.mark.parametrize("kind", RESETTING)
+def test_a_named_layer_has_the_number_that_it_has_in_the_model(kind: str) -> None:
+    named = {"kind": kind, **LIVELY[kind], "layers": [["deep.hidden.1", "deep.head"]]}
+    told = learned(config(model={"hidden": [6, 5]}, plasticity=[named]), stream("binary", 60)).read()
+    assert told["layer_1_replacements"] > 0
+    assert "layer_0_replacements" not in told
+
+
+@pytest.mark.parametrize(
+    "pair", [["deep.hidden.0", "deep.head"], ["deep.hidden.7", "deep.head"], ["deep.head", "deep.hidden.0"]]
+)
+def test_a_named_pair_that_is_no_hidden_layer_and_its_reader_is_refused(pair: list[str]) -> None:
+    made = config(model={"hidden": [6, 6]}, plasticity=["l2", {"kind": "redo", "layers": [pair]}])
+    with pytest.raises(LayerError, match=r"no hidden layer of the model and its reader; there are \('deep.hidden.0'"):
+        Learner(made)
+    with pytest.raises(LayerError, match=r"plasticity\.1\.layers: "):
+        check(made)
+    check(config(model={"hidden": [6, 6]}, plasticity=[{"kind": "redo", "layers": [["deep.hidden.1", "deep.head"]]}]))
+
+
+def test_naming_a_layer_twice_names_it_once() -> None:
+    pair = ["deep.hidden.1", "deep.head"]
+    once, twice = (
+        learned(config(model={"hidden": [6, 5]}, plasticity=[{"kind": "redo", "layers": layers}]), stream("binary", 30))
+        for layers in ([pair], [pair, pair])
     )
+    assert digest(once.state_dict()) == digest(twice.state_dict())
 
 
 def test_rules_may_be_combined() -> None:
