@@ -1,5 +1,6 @@
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -215,8 +216,11 @@ def test_resets_are_the_whole_part_of_rate_times_eligible_steps_and_never_of_the
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_optimiser_state_of_exactly_the_units_own_weights_is_that_of_new_ones(kind: str) -> None:
-    net, twin = (Net(mlp(4, 6, 5, 1), kind) for _ in range(2))
+@pytest.mark.parametrize("build", [lambda: mlp(4, 6, 5, 1), convolutional], ids=["linear", "convolutional"])
+def test_optimiser_state_of_exactly_the_units_own_weights_is_that_of_new_ones(
+    kind: str, build: Callable[[], nn.Module]
+) -> None:
+    net, twin = (Net(build(), kind) for _ in range(2))
     rule = net.continual_backprop(rate=1 / 200, maturity=20, transfer=False)
     for i in range(1000):
         for each in (net, twin):
@@ -228,13 +232,15 @@ def test_optimiser_state_of_exactly_the_units_own_weights_is_that_of_new_ones(ki
     mine = torch.zeros(len(net.dense.flat), dtype=torch.bool)
     net.dense.part(mine, f"{below}.weight")[r] = True
     net.dense.part(mine, f"{below}.bias")[r] = True
-    net.dense.part(mine, f"{above}.weight")[:, r] = True
+    outgoing = net.dense.part(mine, f"{above}.weight")
+    outgoing.view(len(outgoing), rule.layers[place].units, -1)[:, r] = True
     columns = zip((net.dense.flat, *net.dense.slots), (twin.dense.flat, *twin.dense.slots), strict=True)
     for ours, theirs in columns:
         assert torch.equal(ours[~mine], theirs[~mine])
     for slot, new in zip(net.dense.slots, net.dense.update.slots(net.dense.flat[mine]), strict=True):
         assert torch.equal(slot[mine], new)
-    assert not net.weight(above)[:, r].any()  # the step that came before the reset has left nothing on them
+    # The step that came before the reset has left nothing on them.
+    assert not net.weight(above).view(len(outgoing), rule.layers[place].units, -1)[:, r].any()
 
 
 def test_a_new_units_first_step_is_adams_first() -> None:
