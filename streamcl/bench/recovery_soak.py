@@ -194,7 +194,8 @@ def _row(samples: Sequence[Sample]) -> Row:
 
 def _bars(samples: Sequence[Sample], length: Length) -> Iterator[Bar]:
     found, half = memory_of(samples), samples[len(samples) // 2 :]
-    day = (found.creep * math.log(DAY_S / 3600 / found.began) + found.high * DAY_S / 3600) / found.mib
+    # A negative leak says that the creep ends sooner than the logarithm has it: not to be counted on.
+    day = (found.creep * math.log(DAY_S / 3600 / found.began) + max(found.high, 0.0) * DAY_S / 3600) / found.mib
     yield Bar("soak: minutes", samples[-1].at_s / 60, length.minutes)
     yield Bar("soak: leak of memory, least in its interval (MiB/h)", found.low, length.leak, False)
     yield Bar("soak: growth of memory in a day, most in its interval (share)", day, length.growth, False)

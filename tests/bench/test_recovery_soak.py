@@ -56,6 +56,12 @@ def test_a_leak_is_found_beside_creep_and_noise(minutes: float, leak: float, lea
     assert np.mean([judged(resident(rng, minutes, 0.3, leak)) > 0 for _ in range(300)]) > least
 
 
+def test_a_day_is_not_made_better_by_a_creep_that_ends() -> None:
+    bars = {bar.name: bar for bar in _bars(samples((700.0 + 2.0 * np.log(HOURS) - 5.0 * HOURS).tolist()), FULL)}
+    day = bars["soak: growth of memory in a day, most in its interval (share)"]
+    assert day.value == pytest.approx(2.0 * math.log(24.0 / 0.05) / 693.8, rel=0.05)
+
+
 def test_creep_and_leak_are_told_apart() -> None:
     found = memory_of(samples((700.0 + 2.0 * np.log(HOURS) + 5.0 * HOURS).tolist()))
     assert found.creep == pytest.approx(2.0, abs=0.1)
