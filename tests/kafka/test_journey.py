@@ -23,6 +23,8 @@ dead_letters = "{url}/{dead}"
 features = {{user = {{kind = "categorical", buckets = 31}}, price = "numeric"}}
 model = {{embedding_dim = 2, hidden = [4]}}
 replay = {{retention = "reservoir", capacity = 50, per_event = 2}}
+plasticity = [{{kind = "continual_backprop", replacement_rate = 0.01, maturity = 20}}]
+diagnostics = {{sample_every_steps = 4, window = 32, report_every_steps = 100}}
 checkpoint = {{folder = "{folder}/checkpoints", every_events = 300}}
 join = {{attribution_window_s = 60.0}}
 worker = {{max_records = 50}}
