@@ -15,8 +15,6 @@ from torch.nn import functional
 
 from streamcl.bench.plasticity_draws import mixed, noise, uniform
 from streamcl.bench.plasticity_learner import Examples, Learner, Method, initial_weights
-from streamcl.engine.dense import Dense
-from streamcl.engine.optimizers import build_update
 from streamcl.plasticity import (
     UPGD,
     ContinualBackprop,
@@ -25,18 +23,16 @@ from streamcl.plasticity import (
     Rule,
     SelfNormalizedResets,
     ShrinkAndPerturb,
-    Taps,
     WeightClipping,
-    find,
 )
 from streamcl.random import bits, key_of, noise_array, uniform_array
-from streamcl.stations import Optimizer
+from tests.plasticity.nets import Net
 
 STEPS = 2000
 REGRESSION, CLASSES = (20, 5, 1), (12, 9, 8, 7, 4)
 
 
-class Product:
+class Product(Net):
     """The product's dense parameters, optimiser and rules on a module that begins as the learner does."""
 
     def __init__(self, method: Method, widths: tuple[int, ...], seed: int, dtype: torch.dtype) -> None:
@@ -44,28 +40,19 @@ class Product:
         for a, b in itertools.pairwise(widths):
             norm = nn.LayerNorm(b, elementwise_affine=False) if method.layer_norm else nn.Identity()
             layers += [nn.Linear(a, b), norm, nn.ReLU()]
-        self.module = nn.Sequential(*layers[:-2]).to(dtype)
-        self.linears = [layer for layer in self.module if isinstance(layer, nn.Linear)]
+        module = nn.Sequential(*layers[:-2]).to(dtype)
+        self.linears = [layer for layer in module if isinstance(layer, nn.Linear)]
         with torch.no_grad():
             for layer, weight in zip(self.linears, initial_weights(widths, seed), strict=True):
                 layer.weight.copy_(torch.from_numpy(weight))
                 layer.bias.zero_()
-        optimizer = Optimizer.model_validate({"kind": "sgd", "l2": method.l2})
-        self.dense = Dense(self.module, build_update(optimizer, method.learning_rate))
-        self.taps = Taps(self.module, find(self.module))
-        self.rules: list[Rule] = []
+        super().__init__(module, "sgd", method.learning_rate, l2=method.l2)
 
-    def learn(self, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+    def follow(self, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
         losses = []
         for one, target in zip(x, y, strict=True):
             value = loss(self.module(one[None]), target[None])
-            gradient = self.dense.gradient(torch.autograd.grad(value, list(self.dense.params.values())))
-            with torch.no_grad():
-                for rule in self.rules:
-                    gradient = rule.transform(gradient)
-                self.dense.step(gradient)
-                for rule in self.rules:
-                    rule.after()
+            self.descend(value)
             losses.append(float(value.detach()))
         return losses
 
@@ -162,8 +149,8 @@ def both(method: Method, widths: tuple[int, ...], dtype: Any) -> tuple[Learner, 
     x = torch.from_numpy(examples.inputs.astype(dtype) * dtype(examples.scale))
     y = torch.from_numpy(examples.targets)
     if classes:
-        return learner, product, losses, product.learn(x, y.long(), functional.cross_entropy)
-    error = product.learn(x, y.to(x.dtype), lambda output, target: ((output[:, 0] - target) ** 2).sum())
+        return learner, product, losses, product.follow(x, y.long(), functional.cross_entropy)
+    error = product.follow(x, y.to(x.dtype), lambda output, target: ((output[:, 0] - target) ** 2).sum())
     return learner, product, losses, error
 
 

@@ -31,7 +31,9 @@ class Net:
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One example or several: squared error, gradient 2e."""
-        loss = ((self.module(x) - y) ** 2).sum(1).mean()
+        self.descend(((self.module(x) - y) ** 2).sum(1).mean())
+
+    def descend(self, loss: Tensor) -> None:
         gradient = self.dense.gradient(torch.autograd.grad(loss, list(self.dense.params.values())))
         with torch.no_grad():
             for rule in self.rules:
