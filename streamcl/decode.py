@@ -34,7 +34,7 @@ class Decoder:
         self.codecs = {EVENTS: codec, LABELS: labels_codec or codec}
         self.featurizer = Featurizer(config)
         events, labels = config.events, config.labels
-        self.event_paths = {name: _path(getattr(events, name)) for name in ("id", "key", "time", "label")}
+        self.event_paths = {name: _path(getattr(events, name)) for name in ("id", "key", "time", "label", "segment")}
         self.label_paths = {name: _path(getattr(labels, name)) for name in ("id", "time", "label")} if labels else {}
         named = [p for p in self.event_paths.values() if p] + [tuple(name.split(".")) for name in config.features]
         self.known = frozenset(path[0] for path in named)
@@ -66,6 +66,7 @@ class Decoder:
             features=self.featurizer.encode(payload),
             origin=record.origin,
             label=self._value(payload, paths["label"], None) if paths["label"] else None,
+            segment=_text(payload, paths["segment"], "the segment") or "",
         )
 
     def _label(self, record: Record, payload: Mapping[str, Any]) -> Label:
@@ -124,11 +125,18 @@ def _identity(payload: Mapping[str, Any], path: Path, origin: Origin) -> str:
 
 
 def _key(payload: Mapping[str, Any], path: Path, record: Record, identity: str) -> str:
-    if path is not None:
-        name, value = ".".join(path), lookup(payload, path)
-        if value is not ABSENT and value is not None:
-            return _short(f"field {name!r}: the key", category(name, value))
+    named = _text(payload, path, "the key")
+    if named is not None:
+        return named
     return _short("the record's key", record.key.decode("utf-8", "replace")) if record.key is not None else identity
+
+
+def _text(payload: Mapping[str, Any], path: Path, what: str) -> str | None:
+    """Of a field that may be absent."""
+    if path is None:
+        return None
+    name, value = ".".join(path), lookup(payload, path)
+    return None if value is ABSENT or value is None else _short(f"field {name!r}: {what}", category(name, value))
 
 
 def _short(what: str, text: str) -> str:

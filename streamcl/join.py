@@ -238,6 +238,7 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
         "origin": np.array([t.origin[1:] for t in tickets], np.int64).reshape(len(tickets), 2),
         "version": np.array([t.scores.version for t in tickets], np.int64),
         **{name: np.stack(column) if column else np.zeros((0, 0)) for name, column in columns.items()},
+        **({"segment": [t.segment for t in tickets]} if any(t.segment for t in tickets) else {}),
         **({"recalled": recalled} if recalled else {}),
     }
 
@@ -262,6 +263,7 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
         columns = (stage[name] for name in Recalled._fields)
         for i, key, given, labels, scores, support, version in zip(stage["ticket"].tolist(), *columns, strict=True):
             recalled[i] += (Recalled(key, given, labels, scores, float(support), int(version)),)
+    segments = state.get("segment") or [""] * len(state["id"])
     for i, id in enumerate(state["id"]):
         partition, offset = state["origin"][i].tolist()
         yield Ticket(
@@ -270,4 +272,5 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
             features=Encoded(state["ids"][i], state["weights"][i], state["dense"][i]),
             scores=Scores(state["output"][i], state["served"][i], int(state["version"][i]), recalled[i]),
             origin=Origin(state["input"][i], partition, offset),
+            segment=segments[i],
         )

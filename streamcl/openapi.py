@@ -71,7 +71,8 @@ def instance(config: Config) -> Schema:
             place = place["properties"].setdefault(parent, {"properties": {}})
         place["properties"].setdefault(last, {}).update(_feature(feature))
     if config.events.unknown_fields == "dead_letter":
-        other = (config.events.id, config.events.key, config.events.time, config.events.label)
+        events = config.events
+        other = (events.id, events.key, events.time, events.label, events.segment)
         for name in (name.partition(".")[0] for name in other if name):
             root["properties"].setdefault(name, {"description": "Not read by the model."})
         root["additionalProperties"] = False

@@ -85,7 +85,9 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A decoded, valid, featurized event. `label` is set when it came inline."""
+    """A decoded, valid, featurized event. `label` is set when it came inline, `segment` when it names a part of the
+    stream (a task, a season): a hint for boundaries and evaluators alone, never for the model.
+    """
 
     id: str
     key: str
@@ -93,6 +95,7 @@ class Event:
     features: Encoded
     origin: Origin
     label: float | None = None
+    segment: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ class Ticket:
     features: Encoded
     scores: Scores
     origin: Origin
+    segment: str = ""  # see `Event`
 
 
 class Fate(StrEnum):

@@ -72,6 +72,9 @@ class Events(Station):
     time: FieldPath | None = Stop(None, description="field of the event time; without it the record's timestamp")
     time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field, unless the codec knows it")
     label: FieldPath | None = Stop(None, description="field of an inline label; may be absent in single events")
+    segment: FieldPath | None = Stop(
+        None, description="field that names the part of the stream (task, season): for boundaries and evaluators alone"
+    )
     max_bytes: int = Stop(1_048_576, ge=1, description="a larger payload goes to the dead letters")
     unknown_fields: Literal["ignore", "dead_letter"] = Stop("ignore", description="fields the config does not name")
     max_future_s: float = Stop(

@@ -191,6 +191,21 @@ def test_without_an_id_field_the_place_in_the_log_is_the_id() -> None:
     assert event(decoder(id=None), {}).id == "events:3:17"
 
 
+def test_a_segment_is_a_text_that_may_be_absent_and_no_feature() -> None:
+    made = decoder(segment="task.id", unknown_fields="dead_letter")
+    assert event(made, {"task": {"id": 3}}).segment == "3"
+    assert event(made, {"task": {"id": "spring"}}).segment == "spring"
+    assert event(made, {"task": {"id": None}}).segment == event(made, {}).segment == event(decoder(), {}).segment == ""
+    told, untold = event(made, {"n": 1, "task": {"id": 3}}).features, event(made, {"n": 1}).features
+    assert told.dense.tobytes() == untold.dense.tobytes()
+    assert told.ids.tobytes() == untold.ids.tobytes()
+    assert refusal(made, {"id": 1, "task": {"id": 0.5}}) == (
+        "schema",
+        "field 'task.id': a category must be a string, integer or boolean, not a fraction",
+    )
+    assert refusal(made, {"id": 1, "task": {"id": "x" * (MOST_CHARACTERS + 1)}})[0] == "too_large"
+
+
 def test_the_key_is_the_field_or_else_the_records_key_or_else_the_id() -> None:
     made = decoder(key="user.id")
     assert event(made, {"user": {"id": 5}}, key=b"k").key == "5"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,18 @@ def test_a_joiner_restored_at_any_point_goes_on_bit_for_bit(actions: list[Action
     assert before + after == everything
     assert digest(second.state_dict()) == digest(whole.state_dict())
     assert second.counts == whole.counts
+
+
+@pytest.mark.parametrize("segments", [("", ""), ("a", ""), ("a", "b")])
+def test_a_waiting_ticket_keeps_its_segment_and_an_old_snapshot_knows_of_none(segments: tuple[str, ...]) -> None:
+    first, second = joiner(), joiner()
+    for offset, segment in enumerate(segments):
+        first.add(replace(ticket(str(offset), 0.0, offset), segment=segment))
+    state = first.state_dict()
+    second.load_state_dict(state)
+    assert tuple(t.segment for t in second.tickets.values()) == segments
+    assert digest(second.state_dict()) == digest(state)
+    assert ("segment" in state["tickets"]) == any(segments)
 
 
 @effort(max_examples=150, deadline=None)
