@@ -95,6 +95,7 @@ class Layout:
     slot_base: NDArray[np.int64]  # (S,) the row an empty slot points to, with weight 0
     fields: tuple[str, ...]
     numerics: tuple[str, ...]
+    unscaled: NDArray[np.bool_]  # (N,) numerics that are taken as they come
     rows: int
 
 
@@ -124,13 +125,15 @@ class Featurizer:
             base, slot = base + feature.buckets + 1, slot + slots
         self.categoricals = [f for f in fields if isinstance(config.features[f.name], Categorical)]
         self.bags = [f for f in fields if isinstance(config.features[f.name], Bag)]
-        numerics = sorted(name for name, f in config.features.items() if isinstance(f, Numeric))
+        scales = {name: f.scale for name, f in config.features.items() if isinstance(f, Numeric)}
+        numerics = sorted(scales)
         self.numerics = [(name, tuple(name.split("."))) for name in numerics]
         self.layout = Layout(
             slot_field=np.repeat(np.arange(len(fields), dtype=np.int64), [f.slots for f in fields]),
             slot_base=np.repeat(np.array([f.base for f in fields], np.int64), [f.slots for f in fields]),
             fields=tuple(f.name for f in fields),
             numerics=tuple(numerics),
+            unscaled=np.array([scales[name] == "none" for name in numerics], np.bool_),
             rows=base,
         )
 
@@ -181,19 +184,23 @@ class RunningNorm:
 
     Differs from the source:
         Missing values (NaN) are skipped, and read as the mean; results are clipped to +-`clip` deviations, so that one
-        wild number can't blow up a gradient. Infinity moves nothing and reads as the clip.
+        wild number can't blow up a gradient. Infinity moves nothing and reads as the clip. What is `unscaled` (N,)
+        moves nothing either: its mean stays 0, its deviation 1, and no clip holds it.
     """
 
-    def __init__(self, width: int, clip: float = 10.0) -> None:
+    def __init__(self, width: int, clip: float = 10.0, unscaled: NDArray[np.bool_] | None = None) -> None:
+        self.scaled = None if unscaled is None or not unscaled.any() else ~unscaled
         self.count = np.zeros(width, np.float64)
         self.mean = np.zeros(width, np.float64)
         self.m2 = np.zeros(width, np.float64)
-        self.clip = clip
+        self.clip = clip if self.scaled is None else np.where(self.scaled, clip, FLOAT32_MAX)
 
     def update(self, row: NDArray[np.float32]) -> None:
         if not len(row):
             return
         seen = np.isfinite(row)
+        if self.scaled is not None:
+            seen &= self.scaled
         value = np.where(seen, row, self.mean)  # float64; what is missing stands at the mean, and so adds nothing
         delta = value - self.mean
         # New arrays, never changed in place: whoever holds a state holds it for good.

@@ -45,7 +45,7 @@ class Learner:
         self.per_event = config.replay.per_event if config.replay.weight else 0
         self.replay_weight = config.replay.weight
         self.engine = Eager(config, layout, serving)
-        self.numerics = RunningNorm(len(layout.numerics))
+        self.numerics = RunningNorm(len(layout.numerics), unscaled=layout.unscaled)
         self.target = RunningNorm(1)  # regression learns standardised labels; idle otherwise
         self.memory = Replay(config.replay, config.seed, len(layout.slot_field), len(layout.numerics))
         self.recall = ErrorMemory(config, layout, self.engine.widths)

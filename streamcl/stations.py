@@ -123,9 +123,12 @@ class Bag(Station):
 
 
 class Numeric(Station):
-    """A number, standardised by running mean and deviation. A missing one reads as the mean."""
+    """A number, standardised by running mean and deviation. A missing one reads as the mean, or unscaled as 0."""
 
     kind: Literal["numeric"] = "numeric"
+    scale: Literal["standard", "none"] = New(
+        "standard", description="none: taken as it comes; for what has a scale of its own, such as pixels"
+    )
 
 
 KINDS: dict[str, type[Station]] = {"categorical": Categorical, "bag": Bag, "numeric": Numeric}

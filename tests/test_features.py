@@ -183,6 +183,23 @@ def filled(*values: float) -> RunningNorm:
     return norm
 
 
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=40))
+def test_an_unscaled_number_is_taken_as_it_comes_and_its_neighbour_is_scaled(table: list[tuple[float, float]]) -> None:
+    norm, alone = RunningNorm(2, unscaled=np.array([True, False])), RunningNorm(1)
+    for row in np.array(table, np.float32):
+        first, second = norm.apply(row)
+        assert first == (0.0 if np.isnan(row[0]) else row[0])
+        assert second == alone.apply(row[1:])[0]
+        norm.update(row)
+        alone.update(row[1:])
+    assert digest({name: column[1:] for name, column in norm.state_dict().items()}) == digest(alone.state_dict())
+
+
+def test_what_is_unscaled_stands_in_the_config_by_name() -> None:
+    layout = featurizer(b={"kind": "numeric", "scale": "none"}, a="numeric", c="categorical").layout
+    assert layout.unscaled.tolist() == [False, True]
+
+
 def test_a_missing_number_reads_as_the_mean_and_a_wild_one_as_the_clip() -> None:
     wild = np.array([[np.nan], [3.0], [1e30], [-1e30], [np.inf], [-np.inf]], np.float32)
     np.testing.assert_allclose(filled(1.0, 3.0).apply(wild)[:, 0], [0.0, 1.0, 10.0, -10.0, 10.0, -10.0])
