@@ -233,6 +233,7 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
     recalled = _recalled_to_state([t.scores for t in tickets])
     return {
         "id": [t.id for t in tickets],
+        "key": [t.key for t in tickets],
         "input": [t.origin.input for t in tickets],
         "time_s": np.array([t.time_s for t in tickets], np.float64),
         "origin": np.array([t.origin[1:] for t in tickets], np.int64).reshape(len(tickets), 2),
@@ -264,6 +265,7 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
         for i, key, given, labels, scores, support, version in zip(stage["ticket"].tolist(), *columns, strict=True):
             recalled[i] += (Recalled(key, given, labels, scores, float(support), int(version)),)
     segments = state.get("segment") or [""] * len(state["id"])
+    keys = state.get("key", [""] * len(state["id"]))
     for i, id in enumerate(state["id"]):
         partition, offset = state["origin"][i].tolist()
         yield Ticket(
@@ -273,4 +275,5 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
             scores=Scores(state["output"][i], state["served"][i], int(state["version"][i]), recalled[i]),
             origin=Origin(state["input"][i], partition, offset),
             segment=segments[i],
+            key=keys[i],
         )

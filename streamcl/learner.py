@@ -14,9 +14,10 @@ from streamcl.config import Config
 from streamcl.engine.eager import Eager, as_tensors
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
 from streamcl.memory import ErrorMemory, Replay, Vectors
+from streamcl.memory.owners import Owners
 from streamcl.plasticity import build_diagnostics
 from streamcl.protocols import State
-from streamcl.records import Encoded, Outcome, Scores
+from streamcl.records import Encoded, Outcome, Scores, Selector
 
 
 class Learner:
@@ -102,10 +103,16 @@ class Learner:
             return False
         self.version += 1
         if self.diagnostics:
-            self.diagnostics.observe(self.engine.gradient_norm)
-        self.memory.write(features, outcome.label)
-        self.recall.observe(outcome.ticket.scores, outcome.label)
+            self.diagnostics.observe(self.engine.gradient_norm, Owners.of(outcome.ticket))
+        self.memory.write(outcome.ticket, outcome.label)
+        if self.recall.stages:
+            self.recall.observe(outcome.ticket.scores, outcome.label, owner=Owners.of(outcome.ticket))
         return True
+
+    def forget(self, who: Selector) -> dict[str, int]:
+        """Erase what examples have left behind, by part; what the weights have learned of them stays."""
+        diagnostics = {"diagnostics": self.diagnostics.forget(who)} if self.diagnostics else {}
+        return {"replay": self.memory.forget(who), "error_memory": self.recall.forget(who), **diagnostics}
 
     def _step(self, features: Encoded, label: float, served: float) -> bool:
         replayed = self.per_event if len(self.memory) else 0

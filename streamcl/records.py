@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 EVENTS = "events"
@@ -148,6 +149,40 @@ class Ticket:
     scores: Scores
     origin: Origin
     segment: str = ""  # see `Event`
+    key: str = ""
+    """Whose event it is; "" where that is not known, as in a ticket of an old snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Whose events are to be forgotten. All conditions that are given must hold; at least one is.
+
+    What does not say whose it is, or of when, meets every condition on that: too much is erased, never too little.
+    Times are event times, from `from_s` on and before `until_s`.
+    """
+
+    key: str | None = None
+    ids: tuple[str, ...] = ()
+    from_s: float | None = None
+    until_s: float | None = None
+
+    def meets(self, key: str, id: str, time_s: float) -> bool:
+        """Whether an event of this key ("" if that is not known), id and time is meant."""
+        return self.of_key(key) and (not self.ids or id in self.ids) and self.in_time(time_s)
+
+    def of_key(self, key: str) -> bool:
+        return self.key is None or key in ("", self.key)
+
+    def in_time(self, time_s: float) -> bool:
+        """True for NaN."""
+        early = self.from_s is not None and time_s < self.from_s
+        late = self.until_s is not None and time_s >= self.until_s
+        return not (early or late)
+
+
+def mark(text: str) -> int:
+    """A hash by which a row knows its owner's key or id again: 64 bits, signed; 0 stands for "", which is nobody's."""
+    return int.from_bytes(xxhash.xxh3_64_digest(text.encode()), "big", signed=True) or 1 if text else 0
 
 
 class Fate(StrEnum):

@@ -13,7 +13,7 @@ import torch
 from streamcl.config import Config, ConfigError
 from streamcl.features import Featurizer
 from streamcl.protocols import State
-from streamcl.records import Encoded, Outcome, Scores
+from streamcl.records import Encoded, Outcome, Scores, Selector
 from streamcl.stations import Task
 
 
@@ -64,6 +64,10 @@ class RiverLearner:
                 name = f"{field}={row}"
                 x[name] = x.get(name, 0.0) + weight  # a bag may hold one category twice
         return x
+
+    def forget(self, _who: Selector) -> dict[str, int]:
+        """Nothing: whether a River model holds examples, and whose, is its own affair."""
+        return {}
 
     def read(self) -> dict[str, float]:
         return {"weights_version": float(self.version)}

@@ -191,7 +191,7 @@ class Worker:
         scores = self.learner.predict(event.features)
         work.predictions.append(Prediction(event.id, event.key, event.time_s, scores, event.origin))
         self.counts["predicted"] += 1
-        ticket = Ticket(event.id, event.time_s, event.features, scores, event.origin, event.segment)
+        ticket = Ticket(event.id, event.time_s, event.features, scores, event.origin, event.segment, event.key)
         if event.label is not None:
             self.counts["inline"] += 1
             return Outcome(ticket, event.label, Fate.INLINE, 0.0)

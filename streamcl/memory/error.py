@@ -18,10 +18,11 @@ from streamcl.features import Layout
 from streamcl.memory.compensation import GRID, Choice
 from streamcl.memory.forms import FORMS, Floats, Form
 from streamcl.memory.keys import Keys, keys_of
+from streamcl.memory.owners import NOBODY, Owner
 from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
 from streamcl.protocols import State
 from streamcl.random import key_of
-from streamcl.records import Encoded, Recalled, Scores
+from streamcl.records import Encoded, Recalled, Scores, Selector
 from streamcl.stations import Task
 
 COUNTS = ("reads", "hits", "support", "moved", "stale", "refused", "resets")
@@ -64,7 +65,7 @@ class Stage:
             for b in range(len(batch))
         ]
 
-    def observe(self, recalled: Recalled, target: Floats, judged: Recalled | None) -> None:
+    def observe(self, recalled: Recalled, target: Floats, judged: Recalled | None, owner: Owner) -> None:
         """`judged` is what lambda's losses are of; None: of nothing."""
         counts = self.counts
         counts["reads"] += 1
@@ -74,13 +75,13 @@ class Stage:
             counts["moved"] += float(abs(self.choice.serve(recalled) - recalled.given).max())
         if judged:
             self.choice.observe(judged, target)
-        self.write(recalled, target)
+        self.write(recalled, target, owner)
 
-    def write(self, recalled: Recalled, target: Floats) -> None:
+    def write(self, recalled: Recalled, target: Floats, owner: Owner) -> None:
         counts = self.counts
         if recalled.version != self.version:
             counts["stale"] += 1
-        elif not self.form.write(recalled.key, np.concatenate((target, recalled.given))):
+        elif not self.form.write(recalled.key, np.concatenate((target, recalled.given)), owner):
             counts["refused"] += 1
 
     def renew(self, version: int) -> None:
@@ -156,7 +157,7 @@ class ErrorMemory:
             given = _rows([stage.choice.serve(recalled) for recalled in found[-1]])
         return given, [tuple(of_event) for of_event in zip(*found, strict=True)] if found else [()] * len(batch)
 
-    def observe(self, scores: Scores, label: float, judged: Recalls | None = None) -> None:
+    def observe(self, scores: Scores, label: float, judged: Recalls | None = None, owner: Owner = NOBODY) -> None:
         """A label has come: first lambda's losses, then the write, of what the ticket says, as served.
 
         `judged`: what was known when the event was served, where the ticket can't say it; () judges nothing.
@@ -168,12 +169,16 @@ class ErrorMemory:
         target = self._target(label)
         known = scores.recalled if judged is None else judged or [None] * len(self.stages)
         for stage, recalled, each in zip(self.stages, scores.recalled, known, strict=True):
-            stage.observe(recalled, target, each)
+            stage.observe(recalled, target, each, owner)
 
-    def write(self, recalls: Recalls, label: float) -> None:
+    def write(self, recalls: Recalls, label: float, owner: Owner = NOBODY) -> None:
         """Without any judgement."""
         for stage, recalled in zip(self.stages, recalls, strict=True):
-            stage.write(recalled, self._target(label))
+            stage.write(recalled, self._target(label), owner)
+
+    def forget(self, who: Selector) -> int:
+        """Erase rows, and sums that may hold some; returns how many. Lambda's losses stay: they are nobody's."""
+        return sum(stage.form.forget(who) for stage in self.stages)
 
     def recall_again(self, asked: Recalls, choices: Sequence[Choice]) -> Recalls:
         """What this memory knows under the same keys, its stages' scores put right as `choices` say."""

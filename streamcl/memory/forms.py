@@ -1,7 +1,8 @@
 """Three ways to remember which errors were made where: rows, a sketch, and sums by key.
 
 A form takes `write(key, values)` and answers `read(keys)`: for each key a support and the weighted means of the values
-written near it (V numbers: the label, then the score that was given). It forgets all by `reset`.
+written near it (V numbers: the label, then the score that was given). It forgets all by `reset`, and what
+somebody's events have left behind by `forget`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.memory.kernels import read_rows, read_sketch, write_sketch
+from streamcl.memory.owners import NOBODY, Owner, Owners, close_ranks
 from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
+from streamcl.records import Selector, mark
 
 Floats = NDArray[np.float32]
 CENTRE_RATE = 0.001
@@ -29,11 +32,15 @@ class Form(Protocol):
         """(B, 1 + V): the support, 0 for none, and the means."""
         ...
 
-    def write(self, key: NDArray[Any], values: Floats, /) -> bool:
+    def write(self, key: NDArray[Any], values: Floats, owner: Owner = NOBODY, /) -> bool:
         """False, and nothing has changed, for a key that can't be used."""
         ...
 
     def reset(self) -> None: ...
+
+    def forget(self, who: Selector, /) -> int:
+        """Erase what is meant, and whatever can't be told apart from it; returns how many rows or sums that was."""
+        ...
 
     def __len__(self) -> int:
         """Records that a read may still see (count); of a sketch, those written since the reset."""
@@ -79,6 +86,9 @@ class KNN:
 
     Differs from the source:
         First in, first out, where the paper thins at random to bound memory. Centred. Optional half-life.
+
+    After a forget the others keep their order; ages are counted in rows, so they are younger by those erased between.
+    The mean that centres keys stays, unless no row is left: it is of all records, and nobody's.
     """
 
     def __init__(self, config: KNNMemory, dim: int, width: int, _seed: int) -> None:
@@ -87,6 +97,7 @@ class KNN:
         self.centre = Centre(dim)
         self.rows = np.zeros((config.capacity, dim), np.float32)
         self.values = np.zeros((config.capacity, width), np.float32)
+        self.owners = Owners(config.capacity)
         self.writes = 0  # since the reset
 
     def __len__(self) -> int:
@@ -100,7 +111,7 @@ class KNN:
             read_rows(keys, self.centre.mean, self.rows, self.values, size, head, k, self.config.tau, self.fade, out)
         return out
 
-    def write(self, key: NDArray[Any], values: Floats) -> bool:
+    def write(self, key: NDArray[Any], values: Floats, owner: Owner = NOBODY, /) -> bool:
         threshold, half = self.config.error_threshold, len(values) // 2
         if threshold and float(np.abs(values[:half] - values[half:]).max()) <= threshold:
             return True
@@ -112,21 +123,38 @@ class KNN:
         slot = self.writes % self.config.capacity
         np.divide(moved, norm, out=self.rows[slot])
         self.values[slot] = values
+        self.owners.write(slot, owner)
         self.writes += 1
         return True
 
     def reset(self) -> None:
         self.writes = 0
 
+    def forget(self, who: Selector, /) -> int:
+        size = len(self)
+        erased = self.owners.meant(who, size)
+        if erased.any():
+            order = np.roll(np.arange(size), -(self.writes % size))  # the oldest first
+            kept = order[~erased[order]]
+            for column in (self.rows, self.values):
+                close_ranks(column, kept, size)
+            self.owners.close_ranks(kept, size)
+            self.writes = len(kept)
+            if not self.writes:
+                self.centre = Centre(self.rows.shape[1])
+        return int(erased.sum())
+
     def state_dict(self) -> State:
         size = len(self)
         held = {"rows": self.rows[:size].copy(), "values": self.values[:size].copy()}
+        held |= self.owners.state_dict(size)
         return {**held, "centre": self.centre.state_dict(), "writes": self.writes}
 
     def load_state_dict(self, state: State) -> None:
         self.writes = int(state["writes"])
         self.centre.load_state_dict(state["centre"])
         self.rows[: len(self)], self.values[: len(self)] = state["rows"], state["values"]
+        self.owners.load_state_dict(state, len(self))
 
 
 class Sketch:
@@ -142,6 +170,8 @@ class Sketch:
         Read-outs are pooled (sum of sums by sum of counts), for how the paper weighs them is not clear. It decays by a
         half-life, lazily. Keys are centred by a mean that is latched, for a moving one would re-map the buckets: at
         every reset, and after 1, 2, 4, 8, ... keys.
+
+    A record can't be taken out of a sum, nor is it known whose are in: every forget, of whomever, begins it anew.
     """
 
     def __init__(self, config: SketchMemory, dim: int, width: int, seed: int) -> None:
@@ -165,7 +195,7 @@ class Sketch:
         read_sketch(keys, *where, self.writes, self.since, self.fade, float(self.config.min_support), out)
         return out
 
-    def write(self, key: NDArray[Any], values: Floats) -> bool:
+    def write(self, key: NDArray[Any], values: Floats, _owner: Owner = NOBODY, /) -> bool:
         where = self.latched, self.planes, self.sums, self.touched
         written = write_sketch(key, *where, self.writes + 1, self.since, self.fade, values)
         self.writes += written
@@ -177,6 +207,14 @@ class Sketch:
         """O(1): what was touched before reads as empty."""
         self.since = self.writes
         self.latched = self.centre.mean.copy()
+
+    def forget(self, _who: Selector, /) -> int:
+        erased = len(self)
+        for each in (self.sums, self.touched, self.latched):
+            each[:] = 0
+        self.centre = Centre(len(self.latched))
+        self.writes = self.since = 0
+        return erased
 
     def state_dict(self) -> State:
         arrays = {"sums": self.sums.copy(), "touched": self.touched.copy(), "latched": self.latched.copy()}
@@ -195,6 +233,9 @@ class ByKey:
         keys (B, 1) int64, `NO_KEY` for none. Means are sums by (count + shrinkage).
 
     The key seen longest ago gives way when more than `capacity` are held.
+
+    A record can't be taken out of a sum. A forget by key erases the sums of records of that owner alone, and those of
+    several owners; one by event ids or time erases every sum.
     """
 
     def __init__(self, config: KeyMemory, _dim: int, width: int, _seed: int) -> None:
@@ -204,6 +245,7 @@ class ByKey:
         self.shrinkage, self.least = config.shrinkage, config.min_support
         self.columns = range(1, 1 + width)
         self.sums: dict[int, list[float]] = {}  # key -> [last touch, count, sums of values...]; oldest first
+        self.owners: dict[int, int] = {}  # key -> mark of the one owner of its records; 0 for several
         self.writes = 0
 
     def __len__(self) -> int:
@@ -224,17 +266,19 @@ class ByKey:
                     out[b, v] = entry[1 + v] * share
         return out
 
-    def write(self, key: NDArray[Any], values: Floats) -> bool:
+    def write(self, key: NDArray[Any], values: Floats, owner: Owner = NOBODY, /) -> bool:
         name = key.item()
         if name == NO_KEY:
             return False
         self.writes += 1
         entry = self.sums.pop(name, None)
         if entry is None:
-            self.sums[name] = [self.writes, 1.0, *values.tolist()]
+            self.sums[name], self.owners[name] = [self.writes, 1.0, *values.tolist()], owner.key
             if len(self.sums) > self.config.capacity:
-                del self.sums[next(iter(self.sums))]
+                self._erase(next(iter(self.sums)))
             return True
+        if self.owners[name] != owner.key:
+            self.owners[name] = 0
         factor = 2.0 ** (-self.halving * (self.writes - entry[0]))
         entry[0], entry[1] = self.writes, entry[1] * factor + 1.0
         at = 2
@@ -244,18 +288,32 @@ class ByKey:
         self.sums[name] = entry  # the newest again
         return True
 
+    def _erase(self, name: int) -> None:
+        del self.sums[name], self.owners[name]
+
     def reset(self) -> None:
         self.sums.clear()
+        self.owners.clear()
+
+    def forget(self, who: Selector, /) -> int:
+        meant = None if who.key is None else (0, mark(who.key))
+        erased = [name for name, owner in self.owners.items() if meant is None or owner in meant]
+        for name in erased:
+            self._erase(name)
+        return len(erased)
 
     def state_dict(self) -> State:
         return {
             "keys": np.array(list(self.sums), np.int64),
             "sums": np.array(list(self.sums.values()), np.float64).reshape(-1, 2 + self.width),
+            "owners": np.array([self.owners[name] for name in self.sums], np.int64),
             "writes": self.writes,
         }
 
     def load_state_dict(self, state: State) -> None:
-        self.sums = dict(zip(state["keys"].tolist(), state["sums"].tolist(), strict=True))
+        keys = state["keys"].tolist()
+        self.sums = dict(zip(keys, state["sums"].tolist(), strict=True))
+        self.owners = dict(zip(keys, state.get("owners", np.zeros(len(keys), np.int64)).tolist(), strict=True))
         self.writes = int(state["writes"])
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from streamcl.memory.owners import NOBODY, Owner, Owners, close_ranks
 from streamcl.plasticity.layers import Taps
 from streamcl.protocols import State
+from streamcl.records import Selector
 
 if TYPE_CHECKING:
     from streamcl.engine.dense import Dense
@@ -46,6 +49,8 @@ class Diagnostics:
         window: Examples, >= 2.
         report_every: Steps.
 
+    After a forget the window is of the other examples, and is not full before as many have come.
+
     Memory: window x (units + 1) numbers, part of every checkpoint: 200 kB for layers of 64 and 32 units, 12 MB for
     three of 2,000.
 
@@ -72,6 +77,7 @@ class Diagnostics:
         self._last = slice(total - last, total) if self._vectors else slice(total, total + last)
         # A row for each example: units' values (with maps: firing shares, then the last layer's values), the norm.
         self.ring = torch.zeros(window, self._last.stop + 1, dtype=dense.flat.dtype, device=dense.flat.device)
+        self.owners = Owners(window)
         self._begin()
 
     def _begin(self) -> None:
@@ -88,11 +94,12 @@ class Diagnostics:
     def full(self) -> bool:
         return self.sampled >= self.window
 
-    def observe(self, gradient_norm: Tensor) -> None:
+    def observe(self, gradient_norm: Tensor, owner: Owner = NOBODY) -> None:
         """A learning step has been taken, its live example in row 0; the norm () is of the dense parameters."""
         self.steps += 1
         phase = self.steps % self.sample_every
         if phase == 0:
+            self.owners.write(self.sampled % self.window, owner)
             self._sample(gradient_norm)
         if self.steps % self.report_every == 0:
             self.report = self.reckon()
@@ -106,6 +113,18 @@ class Diagnostics:
             said = [*((value != 0.0).to(value.dtype).mean(1) for value in maps), maps[-1].mean(1)]
         torch.cat([*said, gradient_norm.view(1)], out=self.ring[self.sampled % self.window])
         self.sampled += 1
+
+    def forget(self, who: Selector) -> int:
+        """Erase what the units said of somebody's examples; returns of how many."""
+        size = min(self.sampled, self.window)
+        erased = self.owners.meant(who, size)
+        if erased.any():
+            order = np.roll(np.arange(size), -(self.sampled % size))  # the oldest first
+            kept = order[~erased[order]]
+            close_ranks(self.ring.numpy(), kept, size)
+            self.owners.close_ranks(kept, size)
+            self.sampled = len(kept)
+        return int(erased.sum())
 
     def reckon(self) -> dict[str, float]:
         """What a report tells: weights, and the ranks if the window is full."""
@@ -140,6 +159,7 @@ class Diagnostics:
             "sampled": self.sampled,
             "ring": self.ring.clone(),
             "report": dict(self.report),
+            **self.owners.state_dict(min(self.sampled, self.window)),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -149,6 +169,7 @@ class Diagnostics:
             return
         self.ring.copy_(state["ring"])
         self.steps, self.sampled, self.report = int(state["steps"]), int(state["sampled"]), dict(state["report"])
+        self.owners.load_state_dict(state, min(self.sampled, self.window))
         self._look_ahead()
 
 

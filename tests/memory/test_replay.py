@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamcl.memory import Replay
-from streamcl.records import Encoded
+from streamcl.records import Encoded, Origin, Scores, Selector, Ticket
 from streamcl.state import digest, flatten, unflatten
 from streamcl.stations import Replay as ReplayConfig
 
@@ -23,9 +23,15 @@ def example(i: int) -> Encoded:
     return Encoded(ids, (ids / 4).astype(np.float32), np.array([np.nan if i % 2 else i, -i], np.float32))
 
 
+def ticket(i: int) -> Ticket:
+    """Of user i % 3."""
+    nothing = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32), 0)
+    return Ticket(f"e{i}", float(i), example(i), nothing, Origin("events", 0, i), key=f"user-{i % 3}")
+
+
 def fill(memory: Replay, numbers: Any) -> Replay:
     for i in numbers:
-        memory.write(example(i), float(i % 2))
+        memory.write(ticket(i), float(i % 2))
     return memory
 
 
@@ -117,3 +123,70 @@ def test_a_state_stays_what_it_was_while_the_memory_moves_on() -> None:
     state, before = memory.state_dict(), digest(memory.state_dict())
     fill(memory, range(5, 9))
     assert digest(state) == before
+
+
+def numbers(memory: Replay) -> list[int]:
+    """Which examples are held, by slot; every column agrees on it."""
+    held: list[int] = memory.ids[: len(memory), 0].tolist()
+    for slot, i in enumerate(held):
+        for name, column in zip(("ids", "weights", "dense"), example(i), strict=True):
+            np.testing.assert_array_equal(getattr(memory, name)[slot], column, strict=True)
+        assert (memory.y[slot], memory.owners.times[slot]) == (i % 2, i)
+    return held
+
+
+def selectors() -> Any:
+    keys, ids = st.none() | st.integers(0, 4).map("user-{}".format), st.lists(st.integers(0, 30), max_size=4)
+    bound = st.none() | st.integers(0, 30).map(float)
+    return st.builds(lambda k, i, a, b: Selector(k, tuple(map("e{}".format, i)), a, b), keys, ids, bound, bound)
+
+
+@pytest.mark.parametrize("retention", RETENTIONS)
+@settings(deadline=None)
+@given(capacity=st.integers(1, 9), end=st.integers(0, 25), who=selectors(), after=st.integers(0, 25))
+def test_a_forget_takes_out_what_is_meant_and_nothing_else(
+    retention: str, capacity: int, end: int, who: Selector, after: int
+) -> None:
+    memory = fill(replay(retention, capacity), range(end))
+    before = numbers(memory)
+    kept = {i for i in before if not who.meets(f"user-{i % 3}", f"e{i}", float(i))}
+    assert memory.forget(who) == len(before) - len(kept)
+    assert set(numbers(memory)) == kept
+    columns: list[Any] = [memory.ids, memory.weights, memory.dense, memory.y, *memory.owners.columns()]
+    assert not any(column[len(kept) : len(before)].any() for column in columns)
+    fill(memory, range(100, 100 + after))
+    held = numbers(memory)
+    assert len(set(held)) == len(held) <= capacity
+
+
+@given(capacity=st.integers(1, 9), end=st.integers(0, 25), who=selectors(), after=st.integers(0, 25))
+def test_recency_goes_on_as_if_it_had_been_given_the_others_only(
+    capacity: int, end: int, who: Selector, after: int
+) -> None:
+    memory, oracle = fill(replay("recency", capacity), range(end)), replay("recency", capacity)
+    memory.forget(who)
+    held = [i for i in range(max(0, end - capacity), end) if not who.meets(f"user-{i % 3}", f"e{i}", float(i))]
+    fill(memory, range(100, 100 + after))
+    fill(oracle, [*held, *range(100, 100 + after)])
+    assert sorted(numbers(memory)) == sorted(numbers(oracle))
+
+
+@pytest.mark.parametrize("retention", RETENTIONS)
+@given(end=st.integers(0, 9), who=selectors(), after=st.integers(0, 25))
+def test_before_a_memory_is_full_forgetting_undoes_writing(retention: str, end: int, who: Selector, after: int) -> None:
+    """To the bit, whatever comes afterwards."""
+    memory, oracle = (replay(retention, 10) for _ in range(2))
+    fill(memory, range(end)).forget(who)
+    fill(oracle, [i for i in range(end) if not who.meets(f"user-{i % 3}", f"e{i}", float(i))])
+    for each in (memory, oracle):
+        fill(each, range(100, 100 + after))
+    assert digest(memory.state_dict()) == digest(oracle.state_dict())
+
+
+def test_rows_of_nobody_knows_whom_are_erased_by_every_forget() -> None:
+    memory = fill(replay(capacity=9), range(6))
+    state = {name: value for name, value in memory.state_dict().items() if not name.startswith("owner_")}
+    memory.load_state_dict(state)
+    fill(memory, range(6, 9))
+    assert memory.forget(Selector(key="user-0")) == 6 + 1
+    assert numbers(memory) == [7, 8]

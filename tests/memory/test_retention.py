@@ -24,6 +24,13 @@ def hold(policy: Retention, labels: list[float]) -> dict[int, int]:
     return held
 
 
+def forget(policy: Retention, held: dict[int, int], who: set[int]) -> dict[int, int]:
+    """`held` afterwards."""
+    kept = policy.forget(np.array([held[slot] in who for slot in range(len(held))], np.bool_))
+    assert len(policy) == len(kept)
+    return {new: held[old] for new, old in enumerate(kept.tolist())}
+
+
 def make(name: str, capacity: int, seed: int = 0) -> Any:
     return RETENTIONS[name](capacity, seed)
 
@@ -61,6 +68,54 @@ def test_a_reservoir_holds_each_of_n_with_probability_capacity_over_n() -> None:
     # Kept or not: each cell is a binomial, so its squared deviation is measured in its own variance.
     deviation = sum((times[i] - expected) ** 2 / (expected * (1 - capacity / seen)) for i in range(seen))
     assert deviation < limit(seen)
+
+
+def test_after_a_forget_a_reservoir_holds_the_others_with_the_same_probability() -> None:
+    """Before and behind it, capacity / seen each; that of the erased is 0."""
+    runs, capacity, before, seen = 3000, 8, 16, 24
+    erased, times = {3, 7, 8, 15}, Counter[int]()
+    for seed in range(runs):
+        policy = Reservoir(capacity, seed)
+        held = forget(policy, hold(policy, [0.0] * before), erased)
+        held |= {slot: before + i for slot, i in hold(policy, [0.0] * (seen - before)).items()}
+        assert sorted(held) == list(range(len(policy)))
+        times.update(held.values())
+    expected = runs * capacity / seen
+    others = [i for i in range(seen) if i not in erased]
+    deviation = sum((times[i] - expected) ** 2 / (expected * (1 - capacity / seen)) for i in others)
+    assert deviation < limit(len(others))
+    assert not erased & times.keys()
+
+
+def test_after_a_forget_a_class_holds_its_others_with_the_same_probability() -> None:
+    """As of an unforgetful twin: two samples of equal chance, whose difference has the variance of both."""
+    labels, runs, before, erased = [float(i % 4 == 0) for i in range(40)], 2000, 28, {0, 5, 6, 8, 9, 20}
+    mine, twins = Counter[int](), Counter[int]()
+    for seed in range(runs):
+        twin, policy = ClassBalanced(8, runs + seed), ClassBalanced(8, seed)
+        twins.update(hold(twin, labels).values())
+        held = forget(policy, hold(policy, labels[:before]), erased)
+        held |= {slot: before + i for slot, i in hold(policy, labels[before:]).items()}
+        assert sorted(held) == list(range(len(policy)))
+        mine.update(held.values())
+    for i in set(range(40)) - erased:
+        chance = (mine[i] + twins[i]) / (2 * runs)
+        assert abs(mine[i] - twins[i]) < 5.0 * math.sqrt(2.0 * runs * chance * (1 - chance)), i
+    assert not erased & mine.keys()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(capacity=st.integers(1, 9), before=LABELS, after=LABELS, who=st.sets(st.integers(0, 59)))
+def test_a_forgetful_policy_is_restored_to_the_bit(
+    name: str, capacity: int, before: list[float], after: list[float], who: set[int]
+) -> None:
+    whole, restored = make(name, capacity), make(name, capacity)
+    held = hold(whole, before)
+    if held:
+        forget(whole, held, who)
+    restored.load_state_dict(unflatten(*flatten(whole.state_dict())))
+    assert hold(restored, after) == hold(whole, after)
+    assert digest(restored.state_dict()) == digest(whole.state_dict())
 
 
 def test_pairs_share_a_reservoir_as_often_as_chance_says() -> None:
