@@ -66,7 +66,7 @@ class FileSource:
     def streams(self) -> Sequence[Stream]:
         return list(self._cursors)
 
-    def poll(self, limit: int, timeout_s: float, only: Stream | None = None) -> Sequence[Record]:  # noqa: ARG002 - no row comes later
+    def poll(self, limit: int, timeout_s: float, only: Stream | None = None) -> Sequence[Record]:
         cursors = list(self._cursors.values()) if only is None else [self._cursor(only)]
         taken: list[Record] = []
         try:

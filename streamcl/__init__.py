@@ -12,13 +12,15 @@ Table of contents, in the order of the journey (start with `worker`):
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec
     stations       one pydantic model per station of the journey
     methods        the stations of what learns or mends beside the optimiser
+    plugin         the points where a method of continual learning takes part, and what it is told
     services       the stations that face outside: brokers, the schema registry, HTTP
     config         all stations together: read, checked, compared with a checkpoint's
     connect        URL to connector, name to codec: through entry points
     decode         record to event or label
     features       event to arrays
     join           tickets waiting for labels
-    learner        model, memories and engine: predict and learn
+    learner        model, memories, plug-ins and engine: predict and learn
+    continual      methods of continual learning, one module for each idea
     river_learner  a River model in the learner's place
     engine         how the arithmetic is done: eager
     models         logistic, mlp, deepfm

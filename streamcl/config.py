@@ -10,12 +10,13 @@ import hashlib
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import orjson
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, SerializeAsAny, ValidationError, model_validator
 
+from streamcl import plugin
 from streamcl.methods import (
     MEMORIES,
     PLASTICITY,
@@ -63,6 +64,9 @@ class ConfigError(StreamclError):
     """What is wrong with the configuration, one line per fault, each with its path."""
 
 
+AnyPlugin = Annotated[SerializeAsAny[Station], BeforeValidator(plugin.options)]
+
+
 class Config(Station):
     """A worker, from Kafka to Kafka.
 
@@ -95,6 +99,9 @@ class Config(Station):
         (), max_length=8, description="rules in a row; one that resets units is the last"
     )
     diagnostics: Diagnostics = Diagnostics()
+    plugins: tuple[AnyPlugin, ...] = Stop(
+        (), max_length=32, description="methods of continual learning in a row, by kind or module:Class"
+    )
     river: str | None = New(None, description="a River model instead, e.g. river.linear_model:LogisticRegression")
     trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
     metrics: Metrics = Metrics()
@@ -209,6 +216,20 @@ class Config(Station):
         for rule in self.plasticity if self.optimizer.kind == "ftrl" else ():
             if isinstance(rule, WeightClipping) or (isinstance(rule, ShrinkAndPerturb) and not rule.scaled):
                 raise ValueError(f"optimizer.kind: ftrl makes weights of sums, whatever {rule.kind} has done to them")
+        return self
+
+    @model_validator(mode="after")
+    def _plugins_fit(self) -> Self:
+        found = [plugin.resolve(str(station.kind)) for station in self.plugins]  # type: ignore[attr-defined]
+        if self.river is not None and found:
+            raise ValueError("plugins: a River model is none of theirs")
+        keepers = sum(issubclass(each, plugin.Retention) for each in found)
+        if keepers != (self.replay.retention == "plugin"):
+            raise ValueError(f"replay.retention: {self.replay.retention}, and {keepers} of the plugins say who stays")
+        if sum(issubclass(each, plugin.Draw) for each in found) > 1:
+            raise ValueError("plugins: one says which rows are drawn, not several")
+        if self.deltas.url and any(issubclass(each, plugin.Recall) for each in found):
+            raise ValueError("deltas.url: deltas don't carry what plugins recall; its replicas follow snapshots alone")
         return self
 
     def allows(self, label: float) -> bool:

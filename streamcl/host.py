@@ -49,7 +49,7 @@ class FixedShards:
     def settled(self) -> bool:
         return True
 
-    def fenced(self, shard: int) -> bool:  # noqa: ARG002 - the protocol's signature
+    def fenced(self, shard: int) -> bool:
         return False
 
     def close(self) -> None:

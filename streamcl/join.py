@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.protocols import State
-from streamcl.records import Encoded, Fate, Label, Origin, Outcome, Recalled, Scores, Stream, Ticket
+from streamcl.records import Encoded, Fate, Label, Notes, Origin, Outcome, Recalled, Scores, Stream, Ticket
 from streamcl.stations import Join
 
 
@@ -231,6 +231,7 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
         "served": [t.scores.served for t in tickets],
     }
     recalled = _recalled_to_state([t.scores for t in tickets])
+    notes = _notes_to_state([t.scores.notes for t in tickets])
     return {
         "id": [t.id for t in tickets],
         "key": [t.key for t in tickets],
@@ -241,6 +242,7 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
         **{name: np.stack(column) if column else np.zeros((0, 0)) for name, column in columns.items()},
         **({"segment": [t.segment for t in tickets]} if any(t.segment for t in tickets) else {}),
         **({"recalled": recalled} if recalled else {}),
+        **({"notes": notes} if notes else {}),
     }
 
 
@@ -258,6 +260,18 @@ def _recalled_to_state(scores: Sequence[Scores]) -> list[State]:
     return found
 
 
+def _notes_to_state(notes: Sequence[Notes]) -> list[State]:
+    """Columns by name and by shape: plug-ins may have come or gone."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for ticket, each in enumerate(notes):
+        for name, value in each.items():
+            groups.setdefault((name, str(value.dtype), value.shape), []).append(ticket)
+    return [
+        {"name": name, "ticket": np.array(having, np.int64), "values": np.stack([notes[i][name] for i in having])}
+        for (name, _, _), having in sorted(groups.items())
+    ]
+
+
 def tickets_from_state(state: State) -> Iterator[Ticket]:
     recalled: list[tuple[Recalled, ...]] = [()] * len(state["id"])
     for stage in state.get("recalled", ()):
@@ -266,13 +280,17 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
             recalled[i] += (Recalled(key, given, labels, scores, float(support), int(version)),)
     segments = state.get("segment") or [""] * len(state["id"])
     keys = state.get("key", [""] * len(state["id"]))
+    notes: list[dict[str, NDArray[Any]]] = [{} for _ in state["id"]]
+    for column in state.get("notes", ()):
+        for i, value in zip(column["ticket"].tolist(), column["values"], strict=True):
+            notes[i][column["name"]] = value
     for i, id in enumerate(state["id"]):
         partition, offset = state["origin"][i].tolist()
         yield Ticket(
             id=id,
             time_s=float(state["time_s"][i]),
             features=Encoded(state["ids"][i], state["weights"][i], state["dense"][i]),
-            scores=Scores(state["output"][i], state["served"][i], int(state["version"][i]), recalled[i]),
+            scores=Scores(state["output"][i], state["served"][i], int(state["version"][i]), recalled[i], notes[i]),
             origin=Origin(state["input"][i], partition, offset),
             segment=segments[i],
             key=keys[i],

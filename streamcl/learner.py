@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,9 +16,11 @@ from streamcl.engine.eager import Eager, as_tensors
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
 from streamcl.memory import ErrorMemory, Replay, Vectors
 from streamcl.memory.owners import Owners
+from streamcl.memory.replay import held_columns
 from streamcl.plasticity import build_diagnostics
+from streamcl.plugin import Context, Out, Plan, Planner, Plugin, Query, Recall, Rows, Shape, Step, build
 from streamcl.protocols import State
-from streamcl.records import Encoded, Outcome, Scores, Selector
+from streamcl.records import Encoded, Notes, Outcome, Scores, Selector, Signal
 
 
 class Learner:
@@ -39,21 +42,31 @@ class Learner:
         without them.
     """
 
-    def __init__(self, config: Config, serving: bool = False) -> None:
+    def __init__(self, config: Config, serving: bool = False, plugins: Sequence[Plugin] = ()) -> None:
         layout = Featurizer(config).layout
         self.task = config.task
         # Weightless rows would still move Adam's moments and what l2 pulls at.
         self.per_event = config.replay.per_event if config.replay.weight else 0
         self.replay_weight = config.replay.weight
-        self.engine = Eager(config, layout, serving)
+        self.plugins = named([*build(config.plugins), *plugins])
+        self.engine = Eager(config, layout, serving, list(self.plugins.values()))
         self.numerics = RunningNorm(len(layout.numerics), unscaled=layout.unscaled)
         self.target = RunningNorm(1)  # regression learns standardised labels; idle otherwise
-        self.memory = Replay(config.replay, config.seed, len(layout.slot_field), len(layout.numerics))
+        columns = held_columns(self.plugins.values(), Shape(config.outputs, self.engine.widths[1]))
+        self.memory = Replay(config.replay, config.seed, len(layout.slot_field), len(layout.numerics), columns)
+        self.notes_hidden = "hidden" in columns
         self.recall = ErrorMemory(config, layout, self.engine.widths)
         self.rules = self.engine.rules
         trained = self.engine.dense, self.engine.model, self.engine.layers
         self.diagnostics = None if serving else build_diagnostics(config, *trained)
-        self.version = 0  # learning steps behind the current weights
+        self.version = 0  # events that the current weights have learned from
+        self.loss = 0.0  # of the event that was learned last
+        self.steps = 0  # taken; more than `version` where a planner wants several for one event
+        for plugin in self.plugins.values():
+            plugin.bind(Context(config, self.engine, self.memory))
+        self.recalls = [plugin for plugin in self.plugins.values() if isinstance(plugin, Recall)]
+        self.planners = [plugin for plugin in self.plugins.values() if isinstance(plugin, Planner)]
+        self.memory.take_over(self.plugins.values())
 
     def predict(self, features: Encoded) -> Scores:
         ids, weights, dense = as_tensors(features.ids, features.weights, self.numerics.apply(features.dense))
@@ -69,12 +82,24 @@ class Learner:
         return self._scores(batch, *rows)
 
     def _scores(self, batch: Sequence[Encoded], ids: Tensor, weights: Tensor, dense: Tensor) -> list[Scores]:
-        if not self.recall.stages:
+        if not (self.recall.stages or self.recalls or self.notes_hidden):
             output = self.engine.predict(ids, weights, dense).numpy()
             return [Scores(*each, self.version) for each in zip(output, self._served(output), strict=True)]
-        output, *vectors = (each.numpy() for each in self.engine.look(ids, weights, dense))
-        served, recalled = self.recall.recall(batch, self._served(output), Vectors(*vectors))
-        return [Scores(output[b], served[b], self.version, recalled[b]) for b in range(len(batch))]
+        looked = self.engine.look(ids, weights, dense)
+        output, notes = self._recalled(Query(self.engine, (ids, weights, dense), Out(looked[0], looked[2])))
+        served = self._served(output)
+        served, recalled = self.recall.recall(batch, served, Vectors(*(each.numpy() for each in looked[1:])))
+        return [Scores(output[b], served[b], self.version, recalled[b], notes[b]) for b in range(len(batch))]
+
+    def _recalled(self, query: Query) -> tuple[NDArray[np.float32], list[Notes]]:
+        """(B, O) of what the plug-ins make of raw outputs, and what each ticket is to carry."""
+        output = query.out().output
+        for plugin in self.recalls:
+            output = plugin.apply(output, query)
+        if self.notes_hidden:
+            query.notes["hidden"] = query.out().hidden
+        columns = {name: value.numpy() for name, value in query.notes.items()}
+        return output.numpy(), [{name: value[b] for name, value in columns.items()} for b in range(len(output))]
 
     def _served(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, P) of raw outputs (B, O)."""
@@ -88,23 +113,30 @@ class Learner:
             served = self.target.mean + raw * self.target.deviation()
         return np.asarray(served, np.float32)
 
-    def learn(self, outcome: Outcome) -> bool:
-        """Learn from one outcome; False when it had to be left out."""
+    def learn(self, outcome: Outcome, signals: Sequence[Signal] = ()) -> bool:
+        """Learn from one outcome, and from what it has told of the stream; False when it had to be left out."""
+        for signal in signals:
+            for plugin in self.plugins.values():
+                plugin.on_signal(signal)
         if not abs(outcome.label) <= FLOAT32_MAX:
             return False
-        features = outcome.ticket.features
+        plan = Plan(draw=self.per_event)
+        for planner in self.planners:
+            plan = planner.plan(plan, outcome, signals)
         before = self.numerics.state_dict(), self.target.state_dict()
-        self.numerics.update(features.dense)
+        self.numerics.update(outcome.ticket.features.dense)
         if self.task == "regression":
             self.target.update(np.array([outcome.label], np.float32))
-        if not self._step(features, outcome.label, float(outcome.ticket.scores.served[0])):
+        if not self._passes(outcome, plan):
             self.numerics.load_state_dict(before[0])
             self.target.load_state_dict(before[1])
             return False
         self.version += 1
         if self.diagnostics:
             self.diagnostics.observe(self.engine.gradient_norm, Owners.of(outcome.ticket))
-        self.memory.write(outcome.ticket, outcome.label)
+        for plugin in self.recalls:
+            plugin.observe(outcome)
+        self.memory.write(outcome.ticket, outcome.label, self.steps, self.loss)
         if self.recall.stages:
             self.recall.observe(outcome.ticket.scores, outcome.label, owner=Owners.of(outcome.ticket))
         return True
@@ -112,25 +144,49 @@ class Learner:
     def forget(self, who: Selector) -> dict[str, int]:
         """Erase what examples have left behind, by part; what the weights have learned of them stays."""
         diagnostics = {"diagnostics": self.diagnostics.forget(who)} if self.diagnostics else {}
-        return {"replay": self.memory.forget(who), "error_memory": self.recall.forget(who), **diagnostics}
+        plugins = {name: plugin.forget(who) for name, plugin in self.plugins.items()}
+        erased = {"replay": self.memory.forget(who), "error_memory": self.recall.forget(who)}
+        return {**erased, **diagnostics, **plugins}
 
-    def _step(self, features: Encoded, label: float, served: float) -> bool:
-        replayed = self.per_event if len(self.memory) else 0
-        if self.engine.step(*self._batch(features, label, replayed), served):
+    def _passes(self, outcome: Outcome, plan: Plan) -> bool:
+        """The steps that are planned; False when not even the event alone can be learned."""
+        if plan.skip:
             return True
-        return replayed > 0 and self.engine.step(*self._batch(features, label, 0), served)
+        for turn in range(plan.passes):
+            replayed = plan.draw if len(self.memory) else 0
+            step = self._step(outcome, plan, replayed)
+            taken = step is not None and self.engine.step(step)
+            if not taken and replayed and plan.live:  # is it the event, or what is replayed?
+                step = self._step(outcome, plan, 0)
+                taken = step is not None and self.engine.step(step)
+            if step is not None and taken:
+                self.memory.touch(step)
+                self.loss = float(step.losses[0]) if step.losses is not None else 0.0
+                self.steps += 1
+            if not taken and not turn and plan.live:
+                return False
+        return True
 
-    def _batch(self, features: Encoded, label: float, replayed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        ids, weights, dense = as_tensors(*features)
-        y, share = torch.tensor([label]), torch.ones(1)
-        if replayed:
-            old = self.memory.draw(replayed, self.version)
-            ids, weights, dense, y = (torch.cat(pair) for pair in zip((ids, weights, dense, y), old, strict=True))
-            share = torch.tensor([1.0] + [self.replay_weight / replayed] * replayed)
+    def _step(self, outcome: Outcome, plan: Plan, replayed: int) -> Step | None:
+        """None when it would have no row."""
+        live, served, share = None, None, torch.ones(1 if plan.live else 0)
+        if plan.live:
+            ids, weights, dense = as_tensors(*outcome.ticket.features)
+            live = self._rows(ids, weights, dense, torch.tensor([outcome.label]))
+            served = float(outcome.ticket.scores.served[0])
+        if not replayed:
+            return Step(self.steps, plan, live, None, share, served=served, outcome=outcome) if live else None
+        index, weight = self.memory.pick(replayed, self.steps)
+        share = torch.cat((share, weight * (self.replay_weight / replayed)))
+        replay, columns = self._rows(*self.memory.examples(index)), self.memory.columns_of(index)
+        return Step(self.steps, plan, live, replay, share, index=index, columns=columns, served=served, outcome=outcome)
+
+    def _rows(self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor) -> Rows:
+        """As the model reads them."""
         dense = torch.from_numpy(self.numerics.apply(dense.numpy()))
         if self.task == "regression":
             y = torch.from_numpy(self.target.apply(y.unsqueeze(1).numpy())).squeeze(1)
-        return ids, weights, dense, y, share
+        return Rows(ids, weights, dense, y)
 
     def read(self) -> dict[str, float]:
         held = {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
@@ -138,6 +194,8 @@ class Learner:
         for rule in self.rules.values():
             for name, value in rule.read().items():
                 held[name] = held.get(name, 0.0) + value  # see `Rule.read`
+        for name, plugin in self.plugins.items():
+            held |= {f"{name}_{what}": value for what, value in plugin.read().items()}
         return held
 
     def state_dict(self) -> State:
@@ -147,6 +205,12 @@ class Learner:
             "target": self.target.state_dict(),
             "memory": self.memory.state_dict(),
             "version": self.version,
+            "steps": self.steps,
+            **(
+                {"plugins": {name: plugin.state_dict() for name, plugin in self.plugins.items()}}
+                if self.plugins
+                else {}
+            ),
             **({"recall": self.recall.state_dict()} if self.recall.stages else {}),
             **({"diagnostics": self.diagnostics.state_dict()} if self.diagnostics else {}),
         }
@@ -158,6 +222,20 @@ class Learner:
         if self.diagnostics:
             self.diagnostics.load_state_dict(state.get("diagnostics", {}))
         self.version = int(state["version"])
+        self.steps = int(state.get("steps", self.version))
+        kept = state.get("plugins", {})
+        for name, plugin in self.plugins.items():
+            plugin.load_state_dict(kept.get(name, {}))
+
+
+def named(plugins: Sequence[Plugin]) -> dict[str, Plugin]:
+    """By kind, as it stands in states and metrics; of several of one kind the second is `kind_2`."""
+    found: dict[str, Plugin] = {}
+    for plugin in plugins:
+        kind = re.sub(r"\W", "_", plugin.kind.rpartition(":")[2])
+        count = sum(name == kind or re.fullmatch(rf"{kind}_\d+", name) is not None for name in found)
+        found[f"{kind}_{count + 1}" if count else kind] = plugin
+    return found
 
 
 def _sigmoid(logit: float) -> float:

@@ -120,6 +120,10 @@ class Recalled(NamedTuple):
     version: int  # of the memory: records of other weights are not read
 
 
+Notes = Mapping[str, NDArray[Any]]
+"""What a plug-in wants to hear of again when the label comes, by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What the model said. `output` is raw (O,): logits, or a standardised value for regression.
@@ -132,6 +136,7 @@ class Scores:
     served: NDArray[np.float32]
     version: int
     recalled: tuple[Recalled, ...] = ()
+    notes: Notes = field(default_factory=dict)
 
     @property
     def base(self) -> NDArray[np.float32]:

@@ -156,7 +156,9 @@ class Optimizer(Station):
 
 
 class Replay(Station):
-    retention: Literal["none", "reservoir", "recency", "class_balanced"] = New("none", description="who stays")
+    retention: Literal["none", "reservoir", "recency", "class_balanced", "plugin"] = New(
+        "none", description="who stays; plugin: one of [[plugins]] says"
+    )
     capacity: int = New(20_000, ge=1, description="most examples held (count)")
     per_event: int = Stop(0, ge=0, description="rows replayed beside each live example")
     weight: float = Stop(1.0, ge=0, description="weight of the replayed rows' mean loss; the live example's is 1")

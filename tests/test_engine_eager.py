@@ -14,6 +14,7 @@ from streamcl.engine.eager import ROWS_FASTER, Eager
 from streamcl.engine.optimizers import Adagrad
 from streamcl.features import Featurizer
 from streamcl.state import digest
+from tests.steps import take
 
 RATE, ROW_RATE = 0.05, 0.02
 RULES = ["sgd", "adagrad", "adam", "ftrl"]
@@ -100,7 +101,7 @@ def test_steps_are_those_of_torch_on_a_dense_table(rule: str, kind: str, task: s
     made = engine(kind, task, rule)
     slow = Slow(made, task, rule)
     for step in range(12):
-        assert made.step(*batch(task, step))
+        assert take(made, *batch(task, step))
         slow.step(*batch(task, step))
     torch.testing.assert_close(made.table, slow.table.detach(), rtol=1e-4, atol=1e-5)
     for name, param in made.dense.params.items():
@@ -115,7 +116,7 @@ def test_adam_is_that_of_torch_where_every_step_touches_every_row(task: str) -> 
         _, _, dense, y, share = batch(task, step, rows=5)
         ids = torch.tensor([[i % 3, 3 + i, 3 + (i + 1) % 5, 3 + i] for i in range(5)])
         weights = torch.full((5, 4), 0.5)
-        assert made.step(ids, weights, dense, y, share)
+        assert take(made, ids, weights, dense, y, share)
         slow.step(ids, weights, dense, y, share)
     torch.testing.assert_close(made.table, slow.table.detach(), rtol=1e-3, atol=1e-4)
     for name, param in made.dense.params.items():
@@ -132,7 +133,7 @@ def test_rows_step_like_their_rule_on_the_summed_gradient(rule: str) -> None:
         assert slow.table.grad is not None
         state = [slot[touched] for slot in made.row_slots]
         expected, _ = made.row_update.step(made.table[touched], slow.table.grad[touched], state)
-        assert made.step(*args)
+        assert take(made, *args)
         torch.testing.assert_close(made.table[touched], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -151,7 +152,7 @@ def test_only_touched_rows_and_their_history_change(rule: str, l2: float) -> Non
     made = engine(rule=rule, l2=l2)
     before = [t.clone() for t in (made.table, *made.row_slots)]
     ids, weights, dense, y, share = batch("binary", 0)
-    assert made.step(ids, weights, dense, y, share)
+    assert take(made, ids, weights, dense, y, share)
     others = torch.ones(len(made.table), dtype=torch.bool)
     others[ids] = False
     assert others.sum() > 2
@@ -184,7 +185,7 @@ def spying() -> Iterator[Spy]:
 def test_no_operation_of_a_step_walks_the_table(rule: str) -> None:
     made = engine(rule=rule, buckets=10_000)
     with spying() as spy:
-        assert made.step(*batch("binary", 0))
+        assert take(made, *batch("binary", 0))
         made.predict(*(t[:1] for t in batch("binary", 0)[:3]))
     rows = len(made.table)
     walking = {name for name, taken, given in spy.seen if taken >= rows or given >= rows}
@@ -210,9 +211,9 @@ def spoiled(fault: str) -> Batch:
 @pytest.mark.parametrize("fault", ["label", "number", "overflow", "large"])
 def test_an_unusable_gradient_changes_nothing(fault: str, rule: str) -> None:
     made = engine(task="regression", rule=rule, max_grad_norm=100.0)
-    assert made.step(*batch("regression", 5))
+    assert take(made, *batch("regression", 5))
     before = digest(made.state_dict())
-    assert not made.step(*spoiled(fault))
+    assert not take(made, *spoiled(fault))
     assert digest(made.state_dict()) == before
 
 
@@ -223,8 +224,8 @@ def test_the_limit_is_the_norm_of_the_whole_gradient() -> None:
     torch.autograd.backward(slow.loss(*args))
     parts = [p.grad.flatten() for p in (slow.table, *slow.params.values()) if p.grad is not None]
     norm = float(torch.cat(parts).norm())
-    assert engine(rule="sgd", max_grad_norm=norm * 1.001).step(*args)
-    assert not engine(rule="sgd", max_grad_norm=norm * 0.999).step(*args)
+    assert take(engine(rule="sgd", max_grad_norm=norm * 1.001), *args)
+    assert not take(engine(rule="sgd", max_grad_norm=norm * 0.999), *args)
 
 
 def test_rows_learn_faster_than_dense_weights_unless_told() -> None:
@@ -232,8 +233,8 @@ def test_rows_learn_faster_than_dense_weights_unless_told() -> None:
     plain = made.model_copy(update={"optimizer": made.optimizer.model_copy(update={"embedding_learning_rate": None})})
     slow, fast = (Eager(c, Featurizer(made).layout) for c in (made, plain))
     start, args = slow.table.clone(), batch("binary", 0)
-    assert slow.step(*args)
-    assert fast.step(*args)
+    assert take(slow, *args)
+    assert take(fast, *args)
     ratio = ROWS_FASTER * RATE / ROW_RATE
     torch.testing.assert_close(fast.table - start, ratio * (slow.table - start), rtol=1e-3, atol=1e-6)
 
@@ -250,18 +251,18 @@ def test_empty_slots_of_a_bag_take_no_part() -> None:
 def test_a_restored_engine_goes_on_to_the_bit(rule: str) -> None:
     whole, other = engine(rule=rule), engine(rule=rule)
     for step in range(3):
-        whole.step(*batch("binary", step))
+        take(whole, *batch("binary", step))
     other.load_state_dict(whole.state_dict())
     for step in range(3, 6):
-        whole.step(*batch("binary", step))
-        other.step(*batch("binary", step))
+        take(whole, *batch("binary", step))
+        take(other, *batch("binary", step))
     assert digest(other.state_dict()) == digest(whole.state_dict())
 
 
 def test_a_state_stays_what_it_was_while_learning_goes_on() -> None:
     made = engine(rule="adam")
     state, before = made.state_dict(), digest(made.state_dict())
-    made.step(*batch("binary", 0))
+    take(made, *batch("binary", 0))
     assert digest(state) == before
     assert digest(made.state_dict()) != before
 
@@ -269,6 +270,6 @@ def test_a_state_stays_what_it_was_while_learning_goes_on() -> None:
 def test_the_parameters_of_the_model_are_the_ones_that_learn() -> None:
     made = engine()
     before = made.dense.flat.clone()
-    assert made.step(*batch("binary", 0))
+    assert take(made, *batch("binary", 0))
     assert not torch.equal(made.dense.flat, before)
     assert torch.equal(torch.cat([p.detach().reshape(-1) for p in made.model.parameters()]), made.dense.flat)

@@ -10,6 +10,7 @@ from streamcl.engine.eager import Eager
 from streamcl.features import Featurizer
 from streamcl.models import MODELS, DeepFM, Logistic, Shape, build_model
 from streamcl.state import digest
+from tests.steps import take
 
 KINDS = sorted(MODELS)
 TASKS = ["binary", "multiclass", "regression"]
@@ -159,5 +160,5 @@ def test_every_kind_and_task_learns_from_one_sort_of_features_alone(kind: str, t
     before = loss()
     assert engine.predict(*row).shape == (1, 3 if task == "multiclass" else 1)
     for _ in range(20):
-        assert engine.step(*row, y, torch.ones(1))
+        assert take(engine, *row, y, torch.ones(1))
     assert loss() < 0.9 * before

@@ -20,10 +20,12 @@ from streamcl.engine.eager import Eager
 from streamcl.features import Featurizer, Layout
 from streamcl.methods import PLASTICITY
 from streamcl.plasticity import build_diagnostics
+from streamcl.plugin import Plan, Rows, Step
 
 INPUTS, HIDDEN, CLASSES = 784, (100, 100, 100), 10
 OFF, LIMIT = "off", 1.15
 DIAGNOSTICS = "diagnostics"
+PLAN = Plan()
 CONTINUAL = "continual_backprop"
 
 
@@ -130,10 +132,8 @@ class Watched(Eager):
         super().__init__(config, layout)
         self.diagnostics = build_diagnostics(config, self.dense, self.model, self.layers)
 
-    def step(
-        self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor, share: Tensor, served: float | None = None
-    ) -> bool:
-        done = super().step(ids, weights, dense, y, share, served)
+    def step(self, step: Step) -> bool:
+        done = super().step(step)
         if done and self.diagnostics:
             self.diagnostics.observe(self.gradient_norm)
         return done
@@ -165,7 +165,7 @@ def _example(step: int) -> tuple[Tensor, ...]:
 def _time(made: Eager, examples: Sequence[tuple[Tensor, ...]]) -> float:
     start = time.thread_time()
     for ids, weights, dense, y, share in examples:
-        made.step(ids, weights, dense, y, share)
+        made.step(Step(0, PLAN, Rows(ids, weights, dense, y), None, share))
     return time.thread_time() - start
 
 

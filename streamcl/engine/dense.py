@@ -44,12 +44,12 @@ class Dense:
         """(P,) of gradients in the order of `params`."""
         return torch.cat([g.reshape(-1) for g in by_param])
 
-    def step(self, gradient: Tensor) -> None:
-        """One update by the optimiser; the gradient is (P,)."""
+    def step(self, gradient: Tensor, only: Tensor | None = None) -> None:
+        """One update by the optimiser; the gradient is (P,), and `only` (P,) bool says which weights move at all."""
         with torch.no_grad():
             flat, slots = self.update.step(self.flat, gradient, self.slots)
             for column, new in zip((self.flat, *self.slots), (flat, *slots), strict=True):
-                column.copy_(new)
+                column.copy_(new if only is None else torch.where(only, new, column))
 
     def part(self, column: Tensor, name: str) -> Tensor:
         """What a column of shape (P,) holds of one parameter, as a view of the parameter's shape."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from streamcl.config import Config
 from streamcl.engine.dense import Dense
 from streamcl.engine.optimizers import build_update
+from streamcl.engine.weights import WeightSet
 from streamcl.features import Layout
 from streamcl.models import build_model
 from streamcl.plasticity import build_rules, of_tower
+from streamcl.plugin import Grads, Out, Plugin, PluginError, Rows, Rule, Shape, Step, Term
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
 
@@ -35,13 +38,14 @@ class Eager:
 
     Args:
         serving: There will be no step: no rule of plasticity is there.
+        plugins: Whose terms and rules take part; bound by whoever made them.
 
     Shape:
         ids (B, S) int64, weights (B, S) float32, dense (B, N) float32 standardised, y (B,) float32, share (B,)
         float32: the weight of each row's loss.
     """
 
-    def __init__(self, config: Config, layout: Layout, serving: bool = False) -> None:
+    def __init__(self, config: Config, layout: Layout, serving: bool = False, plugins: Sequence[Plugin] = ()) -> None:
         torch.set_num_threads(config.worker.threads)  # of the process: two are 10 to 40 times slower on a busy box
         self.task = config.task
         self.outputs = config.outputs
@@ -51,9 +55,10 @@ class Eager:
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.model = build_model(config, layout)
-        self._last_hidden: dict[int, Tensor] = {}  # by thread: a replica predicts for requests and for its memory
+        self._hidden: dict[int, Tensor] = {}  # by thread: a replica predicts for requests and for its memory
         if self.model.tower is not None:
             self.model.tower.head.register_forward_pre_hook(self._note_hidden)
+        self.own = self._modules_of(plugins)
         self.first = self.outputs if self.model.first_order else 0
         self.table = self._fresh_table(config, layout.rows)  # (R, W)
         rate = config.optimizer.learning_rate
@@ -61,9 +66,23 @@ class Eager:
         self.row_update = build_update(config.optimizer, config.optimizer.embedding_learning_rate or ROWS_FASTER * rate)
         self.row_slots = self.row_update.slots(self.table)
         self.layers = of_tower(self.model, self.model.tower)
-        self.rules = {} if serving else build_rules(config, self.dense, self.model, self.layers)
+        self.rules: dict[str, Rule] = {} if serving else build_rules(config, self.dense, self.model, self.layers)
+        # Continual backpropagation and its like come last, so that nothing is done to units made anew.
+        self.around = [plugin for plugin in plugins if isinstance(plugin, Rule)] + list(self.rules.values())
+        self.terms = [plugin for plugin in plugins if isinstance(plugin, Term) and plugin.options.weight]
+        self.task_weight = 0.0 if any(term.replaces_task for term in self.terms) else 1.0
+        self.sets: dict[str, WeightSet] = {}  # other weights of this model; see `streamcl.engine.weights`
         self.gradient_norm = torch.zeros(())  # of the dense parameters, in the last step
         self.watch: Callable[[Tensor], None] | None = None  # told which rows a step has changed, each once
+
+    def _modules_of(self, plugins: Sequence[Plugin]) -> dict[str, nn.Module]:
+        """Modules of the plug-ins' own, by kind: on the model, behind its own parameters."""
+        shape = Shape(self.outputs, self.widths[1])
+        made = {plugin.kind.replace(".", "_").replace(":", "_"): plugin.module(shape) for plugin in plugins}
+        own = {name: module for name, module in made.items() if module is not None}
+        if own:
+            self.model.add_module("plugins", nn.ModuleDict(own))
+        return own
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
         dim = config.model.embedding_dim if self.model.embedding else 0
@@ -86,12 +105,35 @@ class Eager:
     def predict(self, ids: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
         """(B, O)"""
         with torch.inference_mode():
-            return self.forward(self.table[ids], weights, dense)
+            output = self.forward(self.table[ids], weights, dense)
+        self._take_hidden(output)
+        return output
 
     def forward(self, rows: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
         """(B, O) of rows (B, S, W)."""
         output: Tensor = self.model(*self._pooled(rows, weights), dense)
         return output
+
+    def out(self, rows: Rows, weights: str = "live") -> Out:
+        """What `live` weights, or those of a weight set, make of rows; no gradient.
+
+        Raises:
+            PluginError: there is no set of this name.
+        """
+        with torch.inference_mode():
+            if weights == "live":
+                output = self.forward(self.table[rows.ids], rows.weights, rows.dense)
+            else:
+                pooled = self._pooled(self._set(weights).rows(rows.ids), rows.weights)
+                output = functional_call(self.model, self._set(weights).params(), (*pooled, rows.dense))
+        return Out(
+            output.clone(), self._take_hidden(output).clone()
+        )  # a tensor of inference mode can't be learned from
+
+    def _set(self, name: str) -> WeightSet:
+        if name not in self.sets:
+            raise PluginError(f"there are no weights {name!r}; there are {', '.join(['live', *self.sets])}")
+        return self.sets[name]
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -108,11 +150,14 @@ class Eager:
             output = self.model(first, vectors, dense)
             if self.model.tower is None:
                 return output, output[:, :0], output[:, :0]
-            return output, torch.cat((vectors.flatten(1), dense), 1), self._last_hidden.pop(get_ident())
+            return output, torch.cat((vectors.flatten(1), dense), 1), self._take_hidden(output)
 
     def _note_hidden(self, _head: nn.Module, inputs: tuple[Tensor]) -> None:
-        if torch.is_inference_mode_enabled():  # a step's would hold its graph
-            self._last_hidden[get_ident()] = inputs[0]
+        self._hidden[get_ident()] = inputs[0]
+
+    def _take_hidden(self, output: Tensor) -> Tensor:
+        """(B, H) of the forward pass that has just been made; it holds the graph of a step, so it is not left there."""
+        return self._hidden.pop(get_ident(), output[:, :0])
 
     def _pooled(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """First-order weights (B, F, O) and embeddings (B, F, D)."""
@@ -136,41 +181,78 @@ class Eager:
             return functional.cross_entropy(output, y.long(), reduction="none")
         return 0.5 * (output[:, 0] - y) ** 2
 
-    def step(
-        self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor, share: Tensor, served: float | None = None
-    ) -> bool:
-        """One update on sum(share * loss); `served` as in `losses`.
-
-        Returns False, and changes nothing, when the gradient is unusable.
-        """
-        rows = self.table[ids].requires_grad_()  # (B, S, W)
-        loss = self.losses(self.forward(rows, weights, dense), y, served).dot(share)
-        by_slot, *by_param = torch.autograd.grad(loss, [rows, *self.dense.params.values()], materialize_grads=True)
-        touched, inverse = torch.unique(ids, return_inverse=True)
-        row_gradient = self.table.new_zeros(len(touched), self.table.shape[1])  # (U, W): one sum for a row's every use
-        row_gradient.index_add_(0, inverse.view(-1), by_slot.reshape(-1, self.table.shape[1]))
-        gradient = self.dense.gradient(by_param)  # (P,)
-        self.gradient_norm = torch.linalg.vector_norm(gradient)
-        norm = torch.hypot(torch.linalg.vector_norm(row_gradient), self.gradient_norm)
+    def step(self, step: Step) -> bool:
+        """One update on the plan's rows. Returns False, and changes nothing, when the gradient is unusable."""
+        step.engine = self
+        loss, rows = self._loss(step)
+        grads = self._grads(loss, rows, step.rows.ids, step.touched)
+        self.gradient_norm = torch.linalg.vector_norm(grads.dense)
+        norm = torch.hypot(torch.linalg.vector_norm(grads.rows), self.gradient_norm)
         if not float(norm) <= self.max_grad_norm:  # also when the norm is NaN
             return False
         with torch.no_grad():
-            self._update(touched, row_gradient, gradient)
+            self._update(grads, step)
         return True
 
-    def _update(self, touched: Tensor, row_gradient: Tensor, gradient: Tensor) -> None:
+    def _loss(self, step: Step) -> tuple[Tensor, Tensor]:
+        """What is pulled down, and the rows (B, S, W) of the table that it was computed from."""
+        read = step.rows
+        rows = self.table[read.ids].requires_grad_()
+        output = self.forward(rows, read.weights, read.dense)
+        hidden = self._take_hidden(output)
+        losses = self.losses(output, read.y, step.served)
+        step.losses = losses.detach()
+        loss = losses.dot(step.share) if self.task_weight else losses.new_zeros(())
+        if self.terms:
+            live = 0 if step.live is None else 1
+            step.outs["live", "live"] = Out(output[:live], hidden[:live])
+            step.outs["replay", "live"] = Out(output[live:], hidden[live:])
+            for term in self.terms:
+                loss = loss + term.options.weight * term.loss(step)
+        return loss, rows
+
+    def _grads(self, loss: Tensor, rows: Tensor, ids: Tensor, touched: Tensor) -> Grads:
+        by_slot, *by_param = torch.autograd.grad(
+            loss, [rows, *self.dense.params.values()], allow_unused=True, materialize_grads=True
+        )
+        width = self.table.shape[1]
+        gradient = self.table.new_zeros(len(touched), width)  # (U, W): one sum for a row's every use
+        gradient.index_add_(0, torch.searchsorted(touched, ids.reshape(-1)), by_slot.reshape(-1, width))
+        return Grads(self.dense.gradient(by_param), touched, gradient)
+
+    def gradient(self, read: Rows) -> Grads:
+        """Of the mean task loss of these rows."""
+        rows = self.table[read.ids].requires_grad_()
+        output = self.forward(rows, read.weights, read.dense)
+        self._take_hidden(output)
+        return self._grads(self.losses(output, read.y).mean(), rows, read.ids, torch.unique(read.ids))
+
+    def _update(self, grads: Grads, step: Step) -> None:
+        for rule in self.around:
+            rule.before(step)
+        for rule in self.around:
+            grads = rule.transform(grads, step)
+        trainable = step.plan.trainable
+        if trainable is None or "table" in trainable:
+            self._move_rows(grads.touched, grads.rows)
+        self.dense.step(grads.dense, None if trainable is None else self._mask(trainable))
+        for rule in self.around:
+            rule.after(step)
+        if self.watch:
+            self.watch(grads.touched)
+
+    def _move_rows(self, touched: Tensor, gradient: Tensor) -> None:
         rows, row_slots = self.row_update.step(
-            self.table[touched], row_gradient, [slot[touched] for slot in self.row_slots]
+            self.table[touched], gradient, [slot[touched] for slot in self.row_slots]
         )
         for column, new in zip((self.table, *self.row_slots), (rows, *row_slots), strict=True):
             column.index_copy_(0, touched, new)
-        for rule in self.rules.values():
-            gradient = rule.transform(gradient)
-        self.dense.step(gradient)
-        for rule in self.rules.values():
-            rule.after()
-        if self.watch:
-            self.watch(touched)
+
+    def _mask(self, trainable: tuple[str, ...]) -> Tensor:
+        """(P,) bool: dense parameters whose names begin so, or have a part that does."""
+        moves = [any(f".{each}" in f".{name}" for each in trainable) for name in self.dense.params]
+        sizes = [param.numel() for param in self.dense.params.values()]
+        return torch.tensor(moves).repeat_interleave(torch.tensor(sizes))
 
     def state_dict(self) -> State:
         return {

@@ -1,19 +1,52 @@
-"""A table of past examples, from which each live example draws a few to be learned again beside it."""
+"""A table of past examples, from which each live example draws a few to be learned again beside it.
+
+Beside the example and whose it is, a row holds the columns that plug-ins need, and no others:
+
+    output      (O,) raw output that the event was answered with
+    hidden      (H,) what entered the model's last layer then
+    loss        () of the task in the last step that the row took part in, nats
+    hits        () how often it has been replayed
+    written     () number of learning steps before it was written
+    last_seen   () the same of the last step that it took part in
+
+and what plug-ins keep there of their own (`Plugin.columns`), 0 in a fresh row. `time_s`, of the event, and `key`, a
+64-bit mark of the event's key, are there for all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcl.memory.owners import Owners, close_ranks
 from streamcl.memory.retention import RETENTIONS
+from streamcl.plugin import Draw, Plugin, Retention, Shape, Step
 from streamcl.protocols import State
 from streamcl.random import below, key_of
 from streamcl.records import Selector, Ticket
 from streamcl.stations import Replay as ReplayConfig
 
-COLUMNS = ("ids", "weights", "dense", "y")
+EXAMPLE = ("ids", "weights", "dense", "y")
+COLUMNS = ("output", "hidden", "loss", "hits", "written", "last_seen")
+
+Spec = Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
+"""Shape of a row and dtype of the columns beside the example, by name."""
+
+
+def held_columns(plugins: Iterable[Plugin], shape: Shape) -> Spec:
+    """The columns that these plug-ins need. Raises PluginError for one that nobody provides."""
+    plugins = list(plugins)
+    own = {name: size for plugin in plugins for name, size in plugin.columns(shape).items()}
+    wanted = frozenset[str]().union(*(plugin.needs for plugin in plugins))
+    shapes = {"output": (shape.outputs,), "hidden": (shape.hidden,)}
+    kinds: dict[str, type[np.generic]] = dict.fromkeys(("hits", "written", "last_seen"), np.int64)
+    found = {name: (shapes.get(name, ()), kinds.get(name, np.float32)) for name in COLUMNS if name in wanted}
+    return found | {name: (size, np.float32) for name, size in own.items()}
 
 
 class Replay:
@@ -30,54 +63,128 @@ class Replay:
         IndexError: `draw` from an empty memory.
     """
 
-    def __init__(self, config: ReplayConfig, seed: int, slots: int, numerics: int) -> None:
-        capacity = config.capacity if config.retention != "none" else 0
-        self.policy = RETENTIONS[config.retention](capacity, seed) if capacity else None
+    def __init__(
+        self, config: ReplayConfig, seed: int, slots: int, numerics: int, columns: Spec = MappingProxyType({})
+    ) -> None:
+        self.capacity = capacity = config.capacity if config.retention != "none" else 0
+        built_in = capacity and config.retention != "plugin"
+        self.policy = RETENTIONS[config.retention](capacity, seed) if built_in else None
+        self.keeper: Retention | None = None
+        self.drawer: Draw | None = None
         self.key = key_of(seed, "replay.draw")
         self.ids = np.zeros((capacity, slots), np.int64)
         self.weights = np.zeros((capacity, slots), np.float32)
         self.dense = np.zeros((capacity, numerics), np.float32)
         self.y = np.zeros(capacity, np.float32)
         self.owners = Owners(capacity)
+        self.columns = {name: np.zeros((capacity, *size), kind) for name, (size, kind) in columns.items()}
+        self.kept = 0  # rows held, where a plug-in says who stays
+
+    def take_over(self, plugins: Iterable[Plugin]) -> None:
+        """Let those of the plug-ins say who stays and who is drawn that are there for it."""
+        for plugin in plugins:
+            if isinstance(plugin, Retention):
+                self.keeper = plugin
+            if isinstance(plugin, Draw):
+                self.drawer = plugin
 
     def __len__(self) -> int:
-        return len(self.policy) if self.policy is not None else 0
+        return len(self.policy) if self.policy is not None else self.kept
 
-    def draw(self, n: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pick(self, n: int, step: int) -> tuple[Tensor, Tensor]:
+        """(n,) places of rows, and what each row's loss is multiplied by beside the others', mean 1."""
         size = len(self)
         if not size:
             raise IndexError("nothing is held that could be replayed")
-        index = np.array([below(size, self.key, step, i) for i in range(n)], np.int64)
-        ids, weights, dense, y = self.ids[index], self.weights[index], self.dense[index], self.y[index]
-        return torch.from_numpy(ids), torch.from_numpy(weights), torch.from_numpy(dense), torch.from_numpy(y)
+        if self.drawer is not None:
+            return self.drawer.pick(n, step, self)
+        return torch.tensor([below(size, self.key, step, i) for i in range(n)]), torch.ones(n)
 
-    def write(self, ticket: Ticket, label: float) -> None:
-        slot = self.policy.place(label) if self.policy is not None else None
-        if slot is not None:
-            self.ids[slot], self.weights[slot], self.dense[slot] = ticket.features
-            self.y[slot] = label
-            self.owners.write(slot, Owners.of(ticket))
+    def examples(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(n, S), (n, S), (n, N), (n,) raw features and labels of these rows."""
+        rows = index.numpy()
+        ids, weights, dense, y = (torch.from_numpy(getattr(self, name)[rows]) for name in EXAMPLE)
+        return ids, weights, dense, y
+
+    def columns_of(self, index: Tensor) -> dict[str, Tensor]:
+        rows = index.numpy()
+        own = {"key": self.owners.keys, "time_s": self.owners.times}
+        return {name: torch.from_numpy(column[rows]) for name, column in (own | self.columns).items()}
+
+    def draw(self, n: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.examples(self.pick(n, step)[0])
+
+    def write(self, ticket: Ticket, label: float, step: int = 0, loss: float = 0.0) -> None:
+        slot = self._place(label)
+        if slot is None:
+            return
+        self.ids[slot], self.weights[slot], self.dense[slot] = ticket.features
+        self.y[slot] = label
+        for name, column in self.columns.items():
+            column[slot] = 0
+            match name:
+                case "output":
+                    column[slot] = ticket.scores.output
+                case "hidden":
+                    column[slot] = ticket.scores.notes["hidden"]
+                case "loss":
+                    column[slot] = loss
+                case "written" | "last_seen":
+                    column[slot] = step
+        self.owners.write(slot, Owners.of(ticket))
 
     def forget(self, who: Selector) -> int:
         """Erase rows, and close the ranks; returns how many. What the retention policy says of the rest still holds."""
         size = len(self)
         erased = self.owners.meant(who, size)
-        if self.policy is not None and erased.any():
-            kept = self.policy.forget(erased)
-            for name in COLUMNS:
-                close_ranks(getattr(self, name), kept, size)
+        if erased.any():
+            kept = self.policy.forget(erased) if self.policy is not None else self._closed(erased)
+            for column in (*(getattr(self, name) for name in EXAMPLE), *self.columns.values()):
+                close_ranks(column, kept, size)
             self.owners.close_ranks(kept, size)
         return int(erased.sum())
 
+    def _closed(self, erased: NDArray[np.bool_]) -> NDArray[np.int64]:
+        kept = np.flatnonzero(~erased) if self.keeper is None else self.keeper.closed(erased)
+        self.kept = len(kept)
+        return kept
+
+    def _place(self, label: float) -> int | None:
+        if self.keeper is not None:
+            slot = self.keeper.place(label, self) if self.capacity else None
+            self.kept = self.kept if slot is None else max(self.kept, slot + 1)
+            return slot
+        return self.policy.place(label) if self.policy is not None else None
+
+    def touch(self, step: Step) -> None:
+        """These rows have taken part in a step."""
+        if step.index is None or step.losses is None:
+            return
+        rows = step.index.numpy()
+        if "hits" in self.columns:
+            np.add.at(self.columns["hits"], rows, 1)
+        if "last_seen" in self.columns:
+            self.columns["last_seen"][rows] = step.number
+        if "loss" in self.columns:
+            self.columns["loss"][rows] = step.losses[-len(rows) :].numpy()
+
     def state_dict(self) -> State:
         size = len(self)
-        held = {name: getattr(self, name)[:size].copy() for name in COLUMNS}
+        held = {name: getattr(self, name)[:size].copy() for name in EXAMPLE}
+        columns = {name: column[:size].copy() for name, column in self.columns.items()}
+        held |= {"columns": columns} if columns else {}
         held |= self.owners.state_dict(size)
+        held |= {} if self.keeper is None else {"kept": self.kept}
         return {**held, "policy": self.policy.state_dict() if self.policy is not None else {}}
 
     def load_state_dict(self, state: State) -> None:
+        """A column that the state hasn't begins at 0."""
         if self.policy is not None:  # an empty one is false
             self.policy.load_state_dict(state["policy"])
-        for name in COLUMNS:
+        self.kept = int(state.get("kept", 0))
+        for name in EXAMPLE:
             getattr(self, name)[: len(self)] = state[name]
         self.owners.load_state_dict(state, len(self))
+        kept = state.get("columns", {})
+        for name, column in self.columns.items():
+            column[: len(self)] = kept.get(name, 0)

@@ -16,11 +16,11 @@ from streamcl.plasticity.l2 import L2
 from streamcl.plasticity.l2_init import L2Init
 from streamcl.plasticity.layers import Hidden, LayerError, Taps, among, find, named, of_tower
 from streamcl.plasticity.redo import ReDo
-from streamcl.plasticity.rule import Rule
 from streamcl.plasticity.self_normalized_resets import SelfNormalizedResets
 from streamcl.plasticity.shrink_and_perturb import ShrinkAndPerturb
 from streamcl.plasticity.upgd import UPGD
 from streamcl.plasticity.weight_clipping import WeightClipping
+from streamcl.plugin import Rule
 
 if TYPE_CHECKING:
     from streamcl.config import Config
@@ -35,7 +35,6 @@ __all__ = [
     "L2Init",
     "LayerError",
     "ReDo",
-    "Rule",
     "SelfNormalizedResets",
     "ShrinkAndPerturb",
     "Taps",

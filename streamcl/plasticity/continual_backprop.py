@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from streamcl.plasticity.layers import Taps
 from streamcl.plasticity.reset import Init, Reset
+from streamcl.plugin import Rule, Step
 from streamcl.protocols import State
 from streamcl.random import key_of, uniform_array
 
@@ -29,7 +30,7 @@ class _Part(NamedTuple):
     born: Tensor
 
 
-class ContinualBackprop:
+class ContinualBackprop(Rule):
     """Resets the hidden units of the lowest utility that are older than the maturity threshold.
 
     After each step of the optimiser, for each hidden layer of n units, in the paper's letters: ages a += 1; units with
@@ -122,10 +123,7 @@ class ContinualBackprop:
         self._eligible = [sum(n for t, n in found.items() if self.step - t > self.maturity) for found in births]
         self._young = [deque((t, n) for t, n in sorted(b.items()) if self.step - t <= self.maturity) for b in births]
 
-    def transform(self, gradient: Tensor) -> Tensor:
-        return gradient
-
-    def after(self) -> None:
+    def after(self, step: Step) -> None:
         if not any(self.rates):
             return
         self.step += 1

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from streamcl.protocols import State
+from streamcl.plugin import Grads, Rule, Step
 
 if TYPE_CHECKING:
     from streamcl.engine.dense import Dense
 
 
-class L2:
+class L2(Rule):
     """g <- g + lambda w, so with SGD w <- w - lr (g + lambda w), biases included.
 
     Other optimisers scale the pull as they scale the gradient: Adagrad and Adam make it weaker where gradients are
@@ -32,17 +30,5 @@ class L2:
     def __init__(self, dense: Dense, strength: float = 1e-3) -> None:
         self.dense, self.strength = dense, strength
 
-    def transform(self, gradient: Tensor) -> Tensor:
-        return gradient.add(self.dense.flat, alpha=self.strength) if self.strength else gradient
-
-    def after(self) -> None:
-        pass
-
-    def read(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return {}
-
-    def load_state_dict(self, state: State) -> None:
-        pass
+    def transform(self, grads: Grads, step: Step) -> Grads:
+        return grads.with_dense(grads.dense.add(self.dense.flat, alpha=self.strength)) if self.strength else grads

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from streamcl.plugin import Grads, Rule, Step
 from streamcl.protocols import State
 
 if TYPE_CHECKING:
     from streamcl.engine.dense import Dense
 
 
-class L2Init:
+class L2Init(Rule):
     """g <- g + lambda (w - w0), so with SGD w <- w - lr (g + lambda (w - w0)), biases included.
 
     w0 is what a weight was when the rule began; of a weight that is made anew, what it was made. The optimiser scales
@@ -34,14 +33,10 @@ class L2Init:
         self.dense, self.strength = dense, strength
         self.anchor = dense.anchors["l2_init"] = dense.flat.clone()  # (P,) w0
 
-    def transform(self, gradient: Tensor) -> Tensor:
-        return gradient.add(self.dense.flat - self.anchor, alpha=self.strength) if self.strength else gradient
-
-    def after(self) -> None:
-        pass
-
-    def read(self) -> dict[str, float]:
-        return {}
+    def transform(self, grads: Grads, step: Step) -> Grads:
+        if not self.strength:
+            return grads
+        return grads.with_dense(grads.dense.add(self.dense.flat - self.anchor, alpha=self.strength))
 
     def state_dict(self) -> State:
         return {"anchor": self.anchor.clone()}

@@ -9,13 +9,14 @@ from torch import nn
 
 from streamcl.plasticity.layers import Taps
 from streamcl.plasticity.reset import Init, Reset
+from streamcl.plugin import Rule, Step
 from streamcl.protocols import State
 
 if TYPE_CHECKING:
     from streamcl.engine.dense import Dense
 
 
-class ReDo:
+class ReDo(Rule):
     """Every F steps, each hidden unit whose share of its layer's mean activation is at most tau is made anew.
 
     In step t = 1, 2, ..., after the optimiser's: the total of each unit grows by its |h| (mean over rows, and over the
@@ -58,10 +59,7 @@ class ReDo:
         self.total = dense.flat.new_zeros(sum(layer.units for layer in taps.layers))  # (U,) |h| since the last look
         self.replaced = [0] * len(taps.layers)
 
-    def transform(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
-
-    def after(self) -> None:
+    def after(self, step: Step) -> None:
         self.step += 1
         self.total.add_(torch.cat([value.abs().mean((0, 2)) for value in self.taps]))
         if self.step % self.every == 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from streamcl.plasticity.layers import Taps
 from streamcl.plasticity.reset import Init, Reset
+from streamcl.plugin import Rule, Step
 from streamcl.protocols import State
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 FINENESS = 8  # bins of a histogram per doubling
 
 
-class SelfNormalizedResets:
+class SelfNormalizedResets(Rule):
     """Each hidden unit has a threshold of its own: how many steps it may be silent before it is made anew.
 
     In step t = 1, 2, ..., after the optimiser's:
@@ -98,10 +99,7 @@ class SelfNormalizedResets:
         """Set the first step in which any unit can have been silent for long enough; this asks the device."""
         self._due = self.step + max(1, int((self.threshold - self.silence).min()))
 
-    def transform(self, gradient: Tensor) -> Tensor:
-        return gradient
-
-    def after(self) -> None:
+    def after(self, step: Step) -> None:
         self.step += 1
         fires = torch.cat([(value > 0).any(2).any(0) for value in self.taps])  # (U,)
         self._note(fires & (self.silence > 0))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamcl.plugin import Grads, Rule, Step
 from streamcl.protocols import State
 from streamcl.random import key_of, noise_array
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from streamcl.engine.dense import Dense
 
 
-class ShrinkAndPerturb:
+class ShrinkAndPerturb(Rule):
     """With SGD w <- w - lr (g + lambda w) + sigma xi; with `scaled` w <- w - lr (g + lambda w + sigma xi).
 
     In step t = 0, 1, ... of this rule: the gradient becomes g + lambda w (+ sigma xi, if `scaled`); the optimiser takes
@@ -45,12 +46,15 @@ class ShrinkAndPerturb:
         self.key = key_of(seed, "shrink_and_perturb")
         self.step = 0
 
-    def transform(self, gradient: Tensor) -> Tensor:
+    def transform(self, grads: Grads, step: Step) -> Grads:
+        gradient = grads.dense
         if self.strength:
             gradient = gradient.add(self.dense.flat, alpha=self.strength)
-        return gradient.add(self._noise(), alpha=self.sigma) if self.sigma and self.scaled else gradient
+        if self.sigma and self.scaled:
+            gradient = gradient.add(self._noise(), alpha=self.sigma)
+        return grads.with_dense(gradient)
 
-    def after(self) -> None:
+    def after(self, step: Step) -> None:
         if self.sigma and not self.scaled:
             self.dense.flat.add_(self._noise(), alpha=self.sigma)
         self.step += 1
@@ -58,9 +62,6 @@ class ShrinkAndPerturb:
     def _noise(self) -> Tensor:
         flat = self.dense.flat
         return torch.from_numpy(noise_array(self.key, self.step, len(flat))).to(flat)
-
-    def read(self) -> dict[str, float]:
-        return {}
 
     def state_dict(self) -> State:
         return {"step": self.step}

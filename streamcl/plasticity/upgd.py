@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamcl.plugin import Grads, Rule, Step
 from streamcl.protocols import State
 from streamcl.random import key_of, noise_array
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from streamcl.engine.dense import Dense
 
 
-class UPGD:
+class UPGD(Rule):
     """First-order UPGD: w <- (1 - lr lambda) w - lr (g + sigma xi) (1 - s), s near 1 for weights of much utility.
 
     In step t = 1, 2, ... of this rule, with the gradient and weights before the optimiser's step and for every
@@ -67,12 +68,13 @@ class UPGD:
         lengths = [p.numel() // n[0] for p, n in zip(dense.params.values(), rows, strict=True) for _ in range(n[0])]
         self._lengths = torch.tensor(lengths, device=dense.flat.device)  # (rows,)
 
-    def transform(self, gradient: Tensor) -> Tensor:
+    def transform(self, grads: Grads, step: Step) -> Grads:
+        gradient = grads.dense
         self.utility.lerp_(-(gradient * self.dense.flat), 1.0 - self.decay)
         open_ = torch.sigmoid(-self._scaled())  # 1 - s
         noise = self._noise()
         taken = (gradient + noise) * open_ if self.protecting else torch.addcmul(gradient, noise, open_)
-        return taken.add_(self.dense.flat, alpha=self.strength) if self.strength else taken
+        return grads.with_dense(taken.add_(self.dense.flat, alpha=self.strength) if self.strength else taken)
 
     def _scaled(self) -> Tensor:
         utility = self.utility / (1.0 - self.decay ** (self.step + 1))
@@ -87,11 +89,8 @@ class UPGD:
             return torch.zeros_like(flat)
         return torch.from_numpy(noise_array(self.key, self.step, len(flat))).to(flat).mul_(self.sigma)
 
-    def after(self) -> None:
+    def after(self, step: Step) -> None:
         self.step += 1
-
-    def read(self) -> dict[str, float]:
-        return {}
 
     def state_dict(self) -> State:
         return {"step": self.step, "utility": self.utility.clone()}

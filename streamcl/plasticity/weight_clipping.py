@@ -7,15 +7,15 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from streamcl.protocols import State
+from streamcl.plugin import Rule, Step
 
 if TYPE_CHECKING:
     from streamcl.engine.dense import Dense
 
 
-class WeightClipping:
+class WeightClipping(Rule):
     """After each step of the optimiser every weight and bias is brought into +-zeta / sqrt(fan_in) of its layer.
 
     1 / sqrt(fan_in) is the bound of PyTorch's initial weights and biases; a convolution's fan_in counts its kernel. A
@@ -48,17 +48,5 @@ class WeightClipping:
                 dense.part(self.upper, part).fill_(bound / math.sqrt(weight[0].numel()))
         self.lower = -self.upper
 
-    def transform(self, gradient: Tensor) -> Tensor:
-        return gradient
-
-    def after(self) -> None:
+    def after(self, step: Step) -> None:
         torch.clamp(self.dense.flat, self.lower, self.upper, out=self.dense.flat)
-
-    def read(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return {}
-
-    def load_state_dict(self, state: State) -> None:
-        pass

@@ -20,11 +20,11 @@ from streamcl.plasticity import (
     ContinualBackprop,
     L2Init,
     ReDo,
-    Rule,
     SelfNormalizedResets,
     ShrinkAndPerturb,
     WeightClipping,
 )
+from streamcl.plugin import Rule
 from streamcl.random import bits, key_of, noise_array, uniform_array
 from tests.plasticity.nets import Net
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamcl.config import Config, ConfigError
+from streamcl.engine.eager import as_tensors
 from streamcl.features import Featurizer
 from streamcl.join import Joiner
 from streamcl.learner import Learner
@@ -20,6 +22,7 @@ from streamcl.memory import ErrorMemory
 from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Scores, Ticket
 from streamcl.state import digest, flatten, unflatten
 from tests import journey
+from tests.steps import take
 
 TASKS = ["binary", "multiclass", "regression"]
 STAGES: list[dict[str, Any]] = [
@@ -301,11 +304,13 @@ def test_reloop_pulls_towards_what_was_better_when_served() -> None:
     for label in (0.0, 1.0):
         for served in (0.1, 0.9):
             learner = Learner(made)
-            learner.engine.step(*learner._batch(features, label, 0), 0.5)
+            ids, weights, dense = as_tensors(*features)
+            event = ids, weights, dense, torch.tensor([label]), torch.ones(1)
+            take(learner.engine, *event, 0.5)
             bias = learner.engine.dense.params["linear.bias"]
-            p = float(learner.engine.predict(*learner._batch(features, label, 0)[:3]).sigmoid())
+            p = float(learner.engine.predict(ids, weights, dense).sigmoid())
             before = float(bias.detach())
-            learner.engine.step(*learner._batch(features, label, 0), served)
+            take(learner.engine, *event, served)
             sign = -1.0 if label == 1.0 and p < served else 1.0 if label == 0.0 and p > served else 0.0
             expected = 0.7 * (p - label) + 0.3 * p * (1 - p) * sign
             assert (before - float(bias.detach())) / made.optimizer.learning_rate == pytest.approx(expected, rel=1e-4)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamcl.memory import Replay
-from streamcl.records import Encoded, Origin, Scores, Selector, Ticket
+from streamcl.records import EVENTS, Encoded, Origin, Scores, Selector, Ticket
 from streamcl.state import digest, flatten, unflatten
 from streamcl.stations import Replay as ReplayConfig
 
@@ -27,6 +27,8 @@ def ticket(i: int) -> Ticket:
     """Of user i % 3."""
     nothing = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32), 0)
     return Ticket(f"e{i}", float(i), example(i), nothing, Origin("events", 0, i), key=f"user-{i % 3}")
+    nothing = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32), 0)
+    return Ticket(str(i), float(i), example(i), nothing, Origin(EVENTS, 0, i))
 
 
 def fill(memory: Replay, numbers: Any) -> Replay:

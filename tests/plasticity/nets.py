@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from streamcl.engine.dense import Dense
 from streamcl.engine.optimizers import build_update
-from streamcl.plasticity import ContinualBackprop, Rule, Taps, find
+from streamcl.plasticity import ContinualBackprop, Taps, find
+from streamcl.plugin import Grads, Plan, Rule, Step
 from streamcl.stations import Optimizer
+
+STEP = Step(0, Plan(), None, None, torch.ones(1))
+"""One that plasticity has no question about."""
+
+
+def transformed(rule: Rule, gradient: Tensor) -> Tensor:
+    """(P,) what a rule makes of a gradient of no row of the table."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return rule.transform(Grads(gradient, none, torch.zeros(0, 1)), STEP).dense
 
 
 class Net:
@@ -37,10 +47,12 @@ class Net:
         gradient = self.dense.gradient(torch.autograd.grad(loss, list(self.dense.params.values())))
         with torch.no_grad():
             for rule in self.rules:
-                gradient = rule.transform(gradient)
+                rule.before(STEP)
+            for rule in self.rules:
+                gradient = transformed(rule, gradient)
             self.dense.step(gradient)
             for rule in self.rules:
-                rule.after()
+                rule.after(STEP)
 
     def learn(self, steps: int, start: int = 0, rows: int = 1) -> None:
         """Steps `start` to `start + steps` of one endless stream of noise."""

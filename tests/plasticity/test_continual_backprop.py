@@ -17,7 +17,7 @@ from streamcl.plasticity.continual_backprop import ContinualBackprop, default_ra
 from streamcl.plasticity.reset import bound
 from streamcl.random import key_of, uniform_array
 from streamcl.state import digest
-from tests.plasticity.nets import Net, convolutional, example, mlp
+from tests.plasticity.nets import STEP, Net, convolutional, example, mlp
 from tests.test_learner import config, learned, stream
 
 UTILITIES = ["contribution", "mean_corrected", "adaptable", "adaptation", "weight"]
@@ -469,7 +469,7 @@ def test_nothing_is_asked_of_the_device_in_a_step_not_even_when_a_unit_is_reset(
     for i in range(30):
         net.learn(1, i)
         with torch.no_grad(), NoQuestions():  # type: ignore[no-untyped-call]
-            rule.after()
+            rule.after(STEP)
     assert min(rule.replaced) > 0
 
 

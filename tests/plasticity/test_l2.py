@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from streamcl.plasticity import L2, L2Init
-from tests.plasticity.nets import Net, example, mlp
+from tests.plasticity.nets import Net, example, mlp, transformed
 
 
 def descend(net: Net, rate: float, strength: float, home: list[torch.Tensor] | None, i: int) -> None:
@@ -35,9 +35,9 @@ def test_one_step_by_hand() -> None:
         net.dense.flat.copy_(torch.tensor([2.0, 0.0, 3.0, 1.0]))
     rules = L2(net.dense, 0.1), L2Init(net.dense, 0.1)
     gradient = torch.tensor([1.0, -1.0, 0.0, 2.0], dtype=torch.float64)
-    assert rules[0].transform(gradient).tolist() == pytest.approx([1.2, -1.0, 0.3, 2.1])
+    assert transformed(rules[0], gradient).tolist() == pytest.approx([1.2, -1.0, 0.3, 2.1])
     net.dense.flat.add_(1.0)
-    assert rules[1].transform(gradient).tolist() == pytest.approx([1.1, -0.9, 0.1, 2.1])
+    assert transformed(rules[1], gradient).tolist() == pytest.approx([1.1, -0.9, 0.1, 2.1])
     assert gradient.tolist() == [1.0, -1.0, 0.0, 2.0]
 
 

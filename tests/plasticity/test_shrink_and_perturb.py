@@ -5,7 +5,7 @@ import torch
 
 from streamcl.plasticity import ShrinkAndPerturb
 from streamcl.random import key_of, noise_array
-from tests.plasticity.nets import Net, example, mlp
+from tests.plasticity.nets import STEP, Net, example, mlp, transformed
 
 
 def made(seed: int = 0, kind: str = "sgd", **settings: float) -> tuple[Net, ShrinkAndPerturb]:
@@ -40,8 +40,8 @@ def test_one_step_by_hand() -> None:
     net, rule = made(strength=0.1, sigma=0.5)
     net.dense.flat.fill_(2.0)
     gradient = torch.ones_like(net.dense.flat)
-    assert rule.transform(gradient).tolist() == pytest.approx([1.2] * len(gradient))
-    rule.after()
+    assert transformed(rule, gradient).tolist() == pytest.approx([1.2] * len(gradient))
+    rule.after(STEP)
     noise = noise_array(key_of(5, "shrink_and_perturb"), 0, len(gradient))
     assert net.dense.flat.tolist() == pytest.approx((2.0 + 0.5 * noise).tolist())
     assert rule.step == 1

@@ -6,7 +6,7 @@ import torch
 
 from streamcl.plasticity import UPGD
 from streamcl.random import key_of, noise_array
-from tests.plasticity.nets import Net, convolutional, example, mlp
+from tests.plasticity.nets import Net, convolutional, example, mlp, transformed
 
 
 def sigmoid(x: float) -> float:
@@ -64,7 +64,7 @@ def test_one_step_by_hand() -> None:
     net = Net(mlp(1, 1, 1))
     net.dense.flat.copy_(torch.tensor([2.0, 1.0, -1.0, 0.0]))
     rule = UPGD(net.dense, decay=0.5, sigma=0.0, strength=0.1)
-    taken = rule.transform(torch.tensor([-4.0, 2.0, 4.0, 3.0], dtype=torch.float64))
+    taken = transformed(rule, torch.tensor([-4.0, 2.0, 4.0, 3.0], dtype=torch.float64))
     # u = half of 8, -2, 4, 0; unbiased 8, -2, 4, 0; the largest u is 4: ratios 2, -1/2, 1, 0.
     assert rule.utility.tolist() == [4.0, -1.0, 2.0, 0.0]
     closed = [sigmoid(r) for r in (2.0, -0.5, 1.0, 0.0)]
@@ -81,7 +81,7 @@ def test_where_no_utility_is_positive_nothing_harmful_is_protected() -> None:
     net = Net(mlp(1, 1, 1))
     net.dense.flat.copy_(torch.tensor([2.0, 1.0, 0.0, 0.0]))
     rule = UPGD(net.dense, sigma=0.0, strength=0.0)
-    taken = rule.transform(torch.tensor([4.0, 1.0, 5.0, 0.0], dtype=torch.float64))
+    taken = transformed(rule, torch.tensor([4.0, 1.0, 5.0, 0.0], dtype=torch.float64))
     assert taken.tolist() == [4.0, 1.0, 2.5, 0.0]
 
 

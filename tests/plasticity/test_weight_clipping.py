@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from streamcl.plasticity import WeightClipping
-from tests.plasticity.nets import Net, convolutional, mlp
+from tests.plasticity.nets import STEP, Net, convolutional, mlp
 
 
 def test_no_number_leaves_its_layers_bound() -> None:
@@ -30,7 +30,7 @@ def test_one_step_by_hand() -> None:
     net = Net(mlp(4, 1, 1))
     rule = WeightClipping(net.dense, net.module, 3.0)  # 1.5 below, 3 above
     net.dense.flat.copy_(torch.tensor([1.4, 1.6, -9.0, 0.0, 2.0, 2.9, -3.1]))
-    rule.after()
+    rule.after(STEP)
     assert net.dense.flat.tolist() == pytest.approx([1.4, 1.5, -1.5, 0.0, 1.5, 2.9, -3.0])
 
 
@@ -47,14 +47,14 @@ def test_only_what_is_named_is_clipped() -> None:
     net = Net(mlp(4, 3, 1))
     rule = WeightClipping(net.dense, net.module, 0.1, only=["0"])
     net.dense.flat.fill_(7.0)
-    rule.after()
+    rule.after(STEP)
     assert net.weight("2").tolist() == [[7.0] * 3]
     assert net.bias("0").tolist() == pytest.approx([0.05] * 3)
 
 
 def test_a_layer_that_is_the_module_itself_is_clipped() -> None:
     net = Net(nn.Linear(4, 1).double())
-    WeightClipping(net.dense, net.module, 0.1).after()
+    WeightClipping(net.dense, net.module, 0.1).after(STEP)
     assert net.dense.flat.abs().max() <= 0.05
 
 
