@@ -42,6 +42,7 @@ from streamcl.stations import Station, Stop
 if TYPE_CHECKING:
     from streamcl.config import Config
     from streamcl.engine.eager import Eager
+    from streamcl.features import RunningNorm
     from streamcl.memory.replay import Replay
 
 GROUP = "streamcl.plugins"
@@ -66,6 +67,13 @@ class Context:
     config: Config
     engine: Eager
     memory: Replay
+    target: RunningNorm
+
+    def y(self, label: float) -> float:
+        """A label as the model's outputs are judged by it: standardised if the task is regression."""
+        if self.config.task != "regression":
+            return label
+        return float(self.target.apply(np.array([label], np.float32))[0])
 
     def key(self, component: str) -> int:
         """Of counter-based draws; give it the plug-in's own name first: `ewc.sample`."""

@@ -1,0 +1,147 @@
+"""Other weights beside the live ones: averages that are served or teach, and which of them to serve."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamcl.engine.weights import WeightSet
+from streamcl.plugin import Context, PluginError, Query, Recall, Rule, Step
+from streamcl.protocols import State
+from streamcl.records import Outcome
+from streamcl.stations import Stop
+
+
+class Average(WeightSet):
+    """w' <- d w' + (1 - d) w after each step, of every weight, at the cost of the rows that were touched.
+
+    A row that is not touched stands still, so k steps later its average is w + d^k (w' - w): it is brought up to date
+    when it is read, or before it changes.
+    """
+
+    def __init__(self, context: Context, name: str, decay: float) -> None:
+        super().__init__(context.engine, name)
+        self.decay = decay
+        self.step = 0
+        self.at = torch.zeros(len(self.table), dtype=torch.int64)  # (R,) step that a row's average is of
+
+    def rows(self, ids: Tensor) -> Tensor:
+        live = self.engine.table[ids]
+        share = self.decay ** (self.step - self.at[ids]).to(live.dtype)
+        return torch.lerp(live, self.table[ids], share.unsqueeze(-1))
+
+    def before(self, touched: Tensor) -> None:
+        """These rows are about to change."""
+        self.table[touched] = self.rows(touched)
+        self.at[touched] = self.step
+
+    def after(self, touched: Tensor) -> None:
+        """A step has been taken."""
+        self.step += 1
+        self.flat.lerp_(self.engine.dense.flat, 1.0 - self.decay)
+        self.table[touched] = torch.lerp(self.table[touched], self.engine.table[touched], 1.0 - self.decay)
+        self.at[touched] = self.step
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), "at": self.at.clone(), "step": self.step}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        self.step = int(state.get("step", 0))
+        if state:
+            self.at.copy_(state["at"])
+        else:
+            self.at.zero_()
+
+
+class EMA(Rule):
+    """Keeps an exponential moving average of the weights as the set `ema`: served (see `served`), or a teacher.
+
+    Source:
+        Temporal ensembles: Soutif-Cormerais et al. 2023, arXiv 2306.16817, section 4: the EMA of the weights is what
+        predicts, the live weights go on learning.
+
+    Differs from the source:
+        Rows of the table are averaged too, as if each step had averaged all of them.
+    """
+
+    class Options(Rule.Options):
+        kind: Literal["ema"] = "ema"
+        decay: float = Stop(0.99, ge=0, lt=1, description="of the average; 1 / (1 - decay) steps are its memory")
+
+    options: Options
+    provides = frozenset({"ema"})
+
+    def bind(self, context: Context) -> None:
+        self.average = Average(context, "ema", self.options.decay)
+
+    def before(self, step: Step) -> None:
+        self.average.before(step.touched)
+
+    def after(self, step: Step) -> None:
+        self.average.after(step.touched)
+
+    def state_dict(self) -> State:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        self.average.load_state_dict(state)
+
+
+class Served(Recall):
+    """Answers with one of several weight sets: with the one of the lowest recent loss.
+
+    Every set answers every event; the losses are those of the answers, half a weight after `half_life_events` labelled
+    events. Live weights that catch up fast are served right behind a drift, an average otherwise.
+    """
+
+    class Options(Recall.Options):
+        kind: Literal["served"] = "served"
+        sets: tuple[str, ...] = Stop(("live", "ema"), min_length=1, description="weight sets; of equal ones the first")
+        half_life_events: float = Stop(500.0, gt=0, description="how long a loss counts (labelled events)")
+
+    options: Options
+
+    def bind(self, context: Context) -> None:
+        for name in self.options.sets:
+            if name != "live" and name not in context.engine.sets:
+                known = ", ".join(["live", *context.engine.sets])
+                raise PluginError(f"plugins: served: no weights {name!r} before it; there are {known}")
+        self.context = context
+        self.losses = np.zeros(len(self.options.sets))  # decayed sums, nats
+
+    @property
+    def chosen(self) -> int:
+        return int(self.losses.argmin())
+
+    def apply(self, output: Tensor, query: Query) -> Tensor:
+        outputs = [output if name == "live" else query.out(name).output for name in self.options.sets]
+        query.notes["served"] = torch.stack(outputs, 1)  # (B, K, O)
+        return outputs[self.chosen]
+
+    def observe(self, outcome: Outcome) -> None:
+        noted: NDArray[np.float32] | None = outcome.ticket.scores.notes.get("served")
+        if noted is None or len(noted) != len(self.losses):  # served before this was configured
+            return
+        y = torch.full((len(noted),), self.context.y(outcome.label))
+        losses = self.context.engine.losses(torch.from_numpy(noted), y).double().numpy()
+        self.losses = self.losses * 0.5 ** (1.0 / self.options.half_life_events) + losses
+
+    def read(self) -> dict[str, float]:
+        return {f"is_{name}": float(place == self.chosen) for place, name in enumerate(self.options.sets)}
+
+    def state_dict(self) -> State:
+        return {"sets": list(self.options.sets), "losses": self.losses.copy()}
+
+    def load_state_dict(self, state: State) -> None:
+        same = state.get("sets") == list(self.options.sets)
+        self.losses = np.array(state["losses"]) if same else np.zeros(len(self.options.sets))
+
+
+PRESETS = {
+    "temporal_ensembles": {"plugins": [{"kind": "ema", "decay": 0.99}, {"kind": "served", "sets": ["ema"]}]},
+}
