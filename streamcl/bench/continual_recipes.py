@@ -1,0 +1,143 @@
+"""What `bench continual` compares: recipes, each a piece of configuration, and which of them on which stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Recipe = Mapping[str, Any]
+
+BALANCED: Recipe = {"replay": {"retention": "class_balanced"}}
+RESERVOIR: Recipe = {"replay": {"retention": "reservoir"}}
+RECENCY: Recipe = {"replay": {"retention": "recency"}}
+
+RECIPES: dict[str, Recipe] = {
+    "no memory": {},
+    "reservoir": RESERVOIR,
+    "balanced": BALANCED,
+    "recency": RECENCY,
+    "recency 300": {"replay": {"retention": "recency", "capacity": 300}},
+    "balanced, rows weigh alike": {
+        "replay": {"retention": "class_balanced", "weight": 10.0},
+        "optimizer": {"learning_rate": 0.05 / 11},
+    },
+    "balanced + cbp": {**BALANCED, "plasticity": [{"kind": "continual_backprop"}]},
+    "recency + cbp": {**RECENCY, "plasticity": [{"kind": "continual_backprop"}]},
+    "recency + error memory": {**RECENCY, "error_memory": [{"kind": "knn"}]},
+    "recency + user error memory": {**RECENCY, "error_memory": [{"kind": "key", "key": "user"}]},
+    "recency + item error memory": {**RECENCY, "error_memory": [{"kind": "key", "key": "item"}]},
+    "reservoir + error memory": {**RESERVOIR, "error_memory": [{"kind": "knn"}]},
+    "recency, reloop loss": {**RECENCY, "loss": {"kind": "reloop"}},
+}
+"""By name. `replay` without capacity and per_event takes the stream's; the configuration has no other default here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Who takes part on a stream: the control first; what --quick runs; anchors and peers, by their names."""
+
+    control: str
+    recipes: tuple[str, ...]
+    quick: tuple[str, ...]
+    anchors: tuple[str, ...] = ()
+    quick_anchors: tuple[str, ...] = ()
+    main: str = "final"  # the figure that recipes are judged by
+
+    def names(self, quick: bool) -> tuple[str, ...]:
+        """The control first, each once."""
+        return tuple(dict.fromkeys((self.control, *(self.quick if quick else self.recipes))))
+
+    def others(self, quick: bool) -> tuple[str, ...]:
+        return self.quick_anchors if quick else self.anchors
+
+
+PLAIN = ("plain torch er", "plain torch er, batch 10", "plain torch er-ace, batch 10")
+
+FIELDS: dict[str, Field] = {
+    "split-digits": Field(
+        control="balanced",
+        recipes=("no memory", "reservoir", "balanced, rows weigh alike", "balanced + cbp"),
+        quick=("no memory", "reservoir"),
+        anchors=PLAIN,
+        quick_anchors=PLAIN[:1],
+    ),
+    "split-mnist": Field(
+        control="reservoir",
+        recipes=("no memory", "balanced"),
+        quick=(),
+        anchors=(*PLAIN, "avalanche er, batch 10"),
+    ),
+    "permuted-mnist": Field(
+        control="reservoir",
+        recipes=("no memory",),
+        quick=(),
+        anchors=("plain torch er, batch 10", "plain torch gem, batch 10"),
+        main="acc",
+    ),
+    "recommender": Field(
+        control="recency",
+        recipes=(
+            "no memory",
+            "reservoir",
+            "recency 300",
+            "recency + cbp",
+            "recency + error memory",
+            "recency + user error memory",
+            "recency + item error memory",
+            "reservoir + error memory",
+            "recency, reloop loss",
+        ),
+        quick=("no memory", "reservoir"),
+        anchors=("constant", "item click rate"),
+        quick_anchors=("constant", "item click rate"),
+        main="regret",
+    ),
+    "recurring-sea": Field(
+        control="reservoir",
+        recipes=("no memory", "recency", "recency + error memory"),
+        quick=("recency",),
+        anchors=("river adaptive tree",),
+        main="accuracy",
+    ),
+    "recurring-agrawal": Field(
+        control="reservoir",
+        recipes=("no memory", "recency", "recency + error memory"),
+        quick=(),
+        anchors=("river adaptive tree",),
+        main="accuracy",
+    ),
+    "elec2": Field(
+        control="recency",
+        recipes=("no memory", "reservoir", "recency + error memory", "recency + cbp"),
+        quick=("no memory",),
+        anchors=("no-change", "river adaptive tree", "river adaptive forest"),
+        quick_anchors=("no-change",),
+        main="accuracy",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A bar: the mean figure of a recipe on a stream, or how far it lies above `minus`'s, paired over seeds."""
+
+    stream: str
+    recipe: str
+    figure: str
+    limit: float
+    quick_limit: float
+    minus: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.stream}: {self.figure} of {self.recipe}" + (f" - {self.minus}" if self.minus else "")
+
+
+PROMISES = (
+    Promise("split-digits", "reservoir", "final", 82.0, 75.0),
+    Promise("split-digits", "balanced + ema served", "min_acc", 25.0, 15.0, minus="balanced"),
+    Promise("split-digits", "balanced + ema served", "final", 0.0, -2.0, minus="balanced"),
+    Promise("split-mnist", "reservoir", "final", 92.0, 75.0),
+    Promise("permuted-mnist", "reservoir", "acc", 82.0, 40.0),
+    Promise("permuted-mnist", "plain torch gem, batch 10", "acc", 82.0, 40.0),
+)
