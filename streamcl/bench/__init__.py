@@ -22,6 +22,7 @@ BENCHES = {
     "serve": "streamcl.bench.serve",
     "error-memory": "streamcl.bench.error_memory",
     "plasticity": "streamcl.bench.plasticity",
+    "continual": "streamcl.bench.continual",
 }
 """Module by bench name. A module has `READS`, the options that it heeds, and `run(options) -> Report`."""
 

@@ -35,14 +35,20 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Who takes part on a stream: the control first; what --quick runs; anchors and peers, by their names."""
+    """Who takes part on a stream, by name: recipes, of which --quick runs some, and anchors and peers beside them.
+
+    `compared`: the figures that are told apart from the control's; `shown`: what the plot shows.
+    """
 
     control: str
     recipes: tuple[str, ...]
     quick: tuple[str, ...]
     anchors: tuple[str, ...] = ()
     quick_anchors: tuple[str, ...] = ()
-    main: str = "final"  # the figure that recipes are judged by
+    peers: bool = False  # those that need a Python of their own take part too, where they are
+    compared: tuple[str, ...] = ("final", "min_acc")
+    shown: str = "accuracy (%) on what was seen"
+    seeds: int = 5
 
     def names(self, quick: bool) -> tuple[str, ...]:
         """The control first, each once."""
@@ -61,19 +67,23 @@ FIELDS: dict[str, Field] = {
         quick=("no memory", "reservoir"),
         anchors=PLAIN,
         quick_anchors=PLAIN[:1],
+        peers=True,
+        seeds=10,
     ),
     "split-mnist": Field(
         control="reservoir",
         recipes=("no memory", "balanced"),
         quick=(),
-        anchors=(*PLAIN, "avalanche er, batch 10"),
+        anchors=PLAIN,
+        peers=True,
+        seeds=3,
     ),
     "permuted-mnist": Field(
         control="reservoir",
         recipes=("no memory",),
         quick=(),
         anchors=("plain torch er, batch 10", "plain torch gem, batch 10"),
-        main="acc",
+        compared=("acc", "bwt"),
     ),
     "recommender": Field(
         control="recency",
@@ -91,21 +101,24 @@ FIELDS: dict[str, Field] = {
         quick=("no memory", "reservoir"),
         anchors=("constant", "item click rate"),
         quick_anchors=("constant", "item click rate"),
-        main="regret",
+        compared=("regret", "regret_after_drift"),
+        shown="regret (nats)",
     ),
     "recurring-sea": Field(
         control="reservoir",
         recipes=("no memory", "recency", "recency + error memory"),
         quick=("recency",),
         anchors=("river adaptive tree",),
-        main="accuracy",
+        compared=("accuracy", "accuracy_after_drift"),
+        shown="accuracy (%)",
     ),
     "recurring-agrawal": Field(
         control="reservoir",
         recipes=("no memory", "recency", "recency + error memory"),
         quick=(),
         anchors=("river adaptive tree",),
-        main="accuracy",
+        compared=("accuracy", "accuracy_after_drift"),
+        shown="accuracy (%)",
     ),
     "elec2": Field(
         control="recency",
@@ -113,7 +126,9 @@ FIELDS: dict[str, Field] = {
         quick=("no memory",),
         anchors=("no-change", "river adaptive tree", "river adaptive forest"),
         quick_anchors=("no-change",),
-        main="accuracy",
+        compared=("accuracy",),
+        shown="accuracy (%)",
+        seeds=3,
     ),
 }
 

@@ -53,7 +53,8 @@ class Ours:
     def predict(self, i: int) -> Served:
         features = self.features[i]
         scores = self.learner.predict(features)
-        self.tickets.append(Ticket(str(i), float(i), features, scores, Origin(EVENTS, 0, i)))
+        segment = str(self.course.segments[i])
+        self.tickets.append(Ticket(str(i), float(i), features, scores, Origin(EVENTS, 0, i), segment))
         return scores.served
 
     def learn(self, i: int) -> None:

@@ -29,10 +29,14 @@ PACKAGES = ("streamcl", "torch", "numpy", "river", "vowpalwabbit")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing measured, ours or a peer's. Metrics carry their unit in the name."""
+    """One thing measured, ours or a peer's. Metrics carry their unit in the name.
+
+    People see the rows of one `table` together, in columns of their own.
+    """
 
     name: str
     values: Mapping[str, Value] = field(default_factory=dict)
+    table: str = ""
 
     def to_json(self) -> dict[str, Value]:
         return {"name": self.name, **self.values}
@@ -142,8 +146,11 @@ def emit(report: Report, *, as_json: bool, plot: Path | None) -> None:
 
 
 def _print_tables(report: Report, console: Console) -> None:
-    columns = list(dict.fromkeys(key for row in report.rows for key in row.values))
-    _print_table(console, f"bench {report.bench}", ["name", *columns], [row.to_json() for row in report.rows])
+    for table in dict.fromkeys(row.table for row in report.rows):
+        rows = [row for row in report.rows if row.table == table]
+        columns = list(dict.fromkeys(key for row in rows for key in row.values))
+        title = f"bench {report.bench} {table}".rstrip()
+        _print_table(console, title, ["name", *columns], [row.to_json() for row in rows])
     for title, bars in (("bars", report.bars), ("aims (not promised)", report.aims)):
         if bars:
             _print_table(console, title, ["name", "value", "limit", "ok"], [bar.to_json() for bar in bars])

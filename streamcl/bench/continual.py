@@ -1,0 +1,193 @@
+"""`bench continual`: methods against forgetting, on streams that forget and streams that drift, paired over seeds."""
+
+from __future__ import annotations
+
+import functools
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from streamcl.bench.continual_anchors import ANCHORS
+from streamcl.bench.continual_avalanche import AVALANCHE, MISSING, avalanche_er, interpreter
+from streamcl.bench.continual_course import Course
+from streamcl.bench.continual_plain import PLAIN
+from streamcl.bench.continual_recipes import FIELDS, PROMISES, RECIPES, Field, Promise
+from streamcl.bench.continual_run import DEFINITIONS, Ours, Run, measure
+from streamcl.bench.continual_streams import STREAMS
+from streamcl.bench.options import Options
+from streamcl.bench.quality import Floats, paired_p
+from streamcl.bench.report import Bar, Curve, Report, Row, Value, progress
+from streamcl.bench.streams import DataError
+
+READS = {"data", "stream", "method", "seeds"}
+
+QUICK_SEEDS = 2
+ONCE = {"river adaptive forest"}
+"""So slow that one seed has to do."""
+
+ENTRANTS: dict[str, Callable[[Course, int], Run]] = {
+    **{name: lambda c, s, of=recipe: measure(c, Ours(c, of, s)) for name, recipe in RECIPES.items()},
+    **{name: lambda c, s, of=build: measure(c, of(c, s)) for name, build in ANCHORS.items()},
+    **{name: lambda c, s, of=build: measure(c, of(c, s)) for name, build in PLAIN.items()},
+    AVALANCHE: avalanche_er,
+}
+"""Everybody who may take part, by name: what one pass over (stream, seed) comes to."""
+
+PAPERS = (
+    "published figures, not measured here: GEM .83, permuted MNIST, 20 x 1,000 (Lopez-Paz & Ranzato 2017); ER .92,"
+    " split MNIST, one pass, 1,000 remembered (ContinualAI's baselines); Elec2: adaptive random forest 89.3 % (CapyMOA)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One entrant on one seed of a stream: what a process of its own can do."""
+
+    stream: str
+    name: str
+    seed: int
+    quick: bool
+    data: Path | None
+
+    def __call__(self) -> Run:
+        progress(f"{self.stream}, seed {self.seed}: {self.name}")
+        return ENTRANTS[self.name](_course(self.stream, self.data, self.seed, self.quick), self.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _course(stream: str, data: Path | None, seed: int, quick: bool) -> Course:
+    return STREAMS[stream](data, seed, quick)
+
+
+def run(options: Options) -> Report:
+    """All streams whose data is there, or the one that is asked for; all entrants, or the control and `--method`."""
+    start = time.perf_counter()
+    courses, missing = _courses(options)
+    missing += [] if interpreter() else [f"left out: {MISSING}"]
+    names = {stream: _names(options, FIELDS[stream]) for stream in courses}
+    seeds = {stream: options.seed_list(QUICK_SEEDS if options.quick else FIELDS[stream].seeds) for stream in courses}
+    jobs = [
+        Job(stream, name, seed, options.quick, options.data)
+        for stream in courses
+        for seed in seeds[stream]
+        for name in names[stream]
+        if seed == 0 or name not in ONCE
+    ]
+    found = Findings(dict(zip(jobs, _side_by_side(jobs), strict=True)))
+    return Report(
+        bench="continual",
+        config={
+            "quick": options.quick,
+            "streams": {stream: _described(course) for stream, course in courses.items()},
+            "recipes": {name: RECIPES[name] for stream in courses for name in names[stream] if name in RECIPES},
+        },
+        seeds=max(seeds.values(), key=len),
+        seconds=time.perf_counter() - start,
+        rows=[found.row(stream, name) for stream in courses for name in names[stream]],
+        bars=found.bars(options.quick),
+        notes=[*DEFINITIONS, *_chosen(courses), PAPERS, *missing],
+        curves=[found.curve(stream, name) for stream in courses for name in names[stream]],
+        axes=("events", "figure named above"),
+    )
+
+
+def _courses(options: Options) -> tuple[dict[str, Course], list[str]]:
+    """Seed 0 of each stream; and what is left out, with the reason. Raises DataError if that was asked for by name."""
+    if options.stream:
+        stream = options.choice("stream", STREAMS, "split-digits")
+        return {stream: _course(stream, options.data, 0, options.quick)}, []
+    courses, missing = {}, []
+    for stream in STREAMS:
+        try:
+            courses[stream] = STREAMS[stream](options.data, 0, options.quick)
+        except DataError as error:
+            missing.append(f"left out: {stream}: {error}")
+    return courses, missing
+
+
+def _names(options: Options, field: Field) -> list[str]:
+    if options.method:
+        wanted = options.choice("method", ENTRANTS, field.control)
+        return list(dict.fromkeys((field.control, wanted)))
+    peers = [AVALANCHE] if field.peers and not options.quick and interpreter() else []
+    return [*field.names(options.quick), *field.others(options.quick), *peers]
+
+
+def _described(course: Course) -> dict[str, object]:
+    settings = {name: value for name, value in course.settings.items() if name != "features"}
+    sizes = {"events": len(course.rows), "held_out": sum(map(len, course.held_out)), "delay": course.delay}
+    return {"source": course.source, **sizes, **settings, "memory": dict(course.memory)}
+
+
+def _chosen(courses: Mapping[str, Course]) -> list[str]:
+    return [f"{stream}: {course.source}; {course.chosen}" for stream, course in courses.items() if course.chosen]
+
+
+def _side_by_side(jobs: Sequence[Job]) -> list[Run]:
+    workers = min(len(jobs), os.cpu_count() or 1)
+    if workers == 1:
+        return [job() for job in jobs]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(Job.__call__, jobs))
+
+
+class Findings:
+    """All runs, by stream and entrant."""
+
+    def __init__(self, runs: Mapping[Job, Run]) -> None:
+        self.runs: dict[tuple[str, str], dict[int, Run]] = {}
+        for job, run_ in runs.items():
+            self.runs.setdefault((job.stream, job.name), {})[job.seed] = run_
+
+    def values(self, stream: str, name: str, figure: str) -> Floats:
+        """(seeds,)"""
+        return np.array([run_.figures[figure] for run_ in self.runs[stream, name].values()])
+
+    def pairs(self, stream: str, name: str, other: str, figure: str) -> tuple[Floats, Floats]:
+        """(n,) each, of the seeds that both were run with."""
+        ours, theirs = self.runs[stream, name], self.runs[stream, other]
+        seeds = [seed for seed in ours if seed in theirs and figure in ours[seed].figures]
+        values = [[runs[seed].figures[figure] for seed in seeds] for runs in (ours, theirs)]
+        return np.array(values[0]), np.array(values[1])
+
+    def row(self, stream: str, name: str) -> Row:
+        """Means over seeds; of the main figures also the deviation, and what is added to the stream's control."""
+        runs, field = self.runs[stream, name], FIELDS[stream]
+        found: dict[str, Value] = {"seeds": len(runs)}
+        for figure in next(iter(runs.values())).figures:
+            values = self.values(stream, name, figure)
+            found[figure] = float(values.mean())
+            if figure in field.compared:
+                found[f"{figure}_sd"] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+        for figure in field.compared if name != field.control else ():
+            ours, theirs = self.pairs(stream, name, field.control, figure)
+            if len(ours):
+                found[f"d_{figure}"] = float((ours - theirs).mean())
+                found[f"p_{figure}"] = paired_p(ours, theirs)
+        return Row(f"{stream}: {name}", found, table=stream)
+
+    def bars(self, quick: bool) -> list[Bar]:
+        """Of the promises whose stream and recipes were run."""
+        held = [p for p in PROMISES if {(p.stream, p.recipe), (p.stream, p.minus or p.recipe)} <= self.runs.keys()]
+        return [Bar(str(p), self.promised(p), p.quick_limit if quick else p.limit) for p in held]
+
+    def promised(self, promise: Promise) -> float:
+        if promise.minus is None:
+            return float(self.values(promise.stream, promise.recipe, promise.figure).mean())
+        ours, theirs = self.pairs(promise.stream, promise.recipe, promise.minus, promise.figure)
+        return float((ours - theirs).mean())
+
+    def curve(self, stream: str, name: str) -> Curve:
+        """The mean over seeds."""
+        curves = [run_.curve for run_ in self.runs[stream, name].values()]
+        length = min(len(y) for _, y in curves)
+        x = curves[0][0][:length]
+        y = np.mean([y[:length] for _, y in curves], axis=0)
+        return Curve(name, x.tolist(), y.tolist(), panel=f"{stream}: {FIELDS[stream].shown}")

@@ -1,0 +1,77 @@
+"""Avalanche's one-pass experience replay on the very same examples, in a Python environment of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from streamcl.bench.continual_course import Course
+from streamcl.bench.continual_run import Looks, Run, held_out_figures
+from streamcl.bench.options import OptionError
+from streamcl.bench.report import progress
+
+AVALANCHE = "avalanche er, batch 10"
+PYTHON = "STREAMCL_PEERS_PYTHON"
+MISSING = f"{AVALANCHE}: {PYTHON} names no Python, and there is no .venv-peers here"
+SCRIPT = Path(__file__).with_name("continual_avalanche_peer.py")
+
+
+def interpreter() -> Path | None:
+    """The Python that has avalanche-lib: what `STREAMCL_PEERS_PYTHON` names, or that of `.venv-peers` here."""
+    named = os.environ.get(PYTHON)
+    path = Path(named) if named else Path(".venv-peers/bin/python")
+    return path if path.is_file() else None
+
+
+def avalanche_er(course: Course, seed: int) -> Run:
+    """Naive training with its ReplayPlugin on a stream of ten examples at a time: ten live and ten replayed in a step.
+
+    All rows of a step weigh alike, so a step is half as long as the plain loop's at the same learning rate.
+
+    Raises OptionError where there is no such environment, or it fails; the text says what it said.
+    """
+    python = interpreter()
+    if python is None:
+        raise OptionError(MISSING)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "course.npz"
+        np.savez(place, **_arrays(course, seed))
+        found = subprocess.run([python, SCRIPT, place], capture_output=True, text=True, check=False)  # noqa: S603
+    if found.returncode:
+        raise OptionError(f"{AVALANCHE}: {found.stderr.strip()[-500:]}")
+    answer = json.loads(found.stdout.splitlines()[-1])
+    progress(f"avalanche {answer['version']}: {answer['seconds']:.0f} s")
+    return _run(course, np.array(answer["accuracy"]), answer["cpu_s"])
+
+
+def _arrays(course: Course, seed: int) -> dict[str, object]:
+    """What the script reads."""
+    held_out = course.held_out
+    return {
+        "x": course.rows.dense,
+        "y": course.rows.labels.astype(np.int64),
+        "segments": course.segments,
+        "test_x": np.concatenate([rows.dense for rows in held_out]),
+        "test_y": np.concatenate([rows.labels for rows in held_out]).astype(np.int64),
+        "test_segments": np.repeat(np.arange(len(held_out)), [len(rows) for rows in held_out]),
+        "hidden": np.array(course.settings["model"]["hidden"]),
+        "capacity": course.memory["capacity"],
+        "seed": seed,
+    }
+
+
+def _run(course: Course, accuracy: np.ndarray[tuple[int, int], np.dtype[np.float64]], cpu_s: float) -> Run:
+    """Of accuracies (1 + T, T): before anything, and after each task."""
+    ends = np.flatnonzero(np.diff(course.segments, append=-1)) + 1
+    looks = Looks(np.concatenate([[0], ends]), accuracy, ends)
+    figures = held_out_figures(looks, np.array([len(rows) for rows in course.held_out]))
+    figures["min_acc"] = math.nan  # nobody looks between two ends
+    figures["ms_per_event"] = 1e3 * cpu_s / len(course.rows)
+    seen = [row[: max(count, 1)].mean() for count, row in enumerate(accuracy)]
+    return Run(figures, (looks.events.astype(np.float64), 100.0 * np.array(seen)))
