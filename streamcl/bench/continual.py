@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,18 @@ QUICK_SEEDS = 2
 ONCE = {"river adaptive forest"}
 """So slow that one seed has to do."""
 
-ENTRANTS: dict[str, Callable[[Course, int], Run]] = {
-    **{name: lambda c, s, of=recipe: measure(c, Ours(c, of, s)) for name, recipe in RECIPES.items()},
-    **{name: lambda c, s, of=build: measure(c, of(c, s)) for name, build in ANCHORS.items()},
-    **{name: lambda c, s, of=build: measure(c, of(c, s)) for name, build in PLAIN.items()},
-    AVALANCHE: avalanche_er,
-}
-"""Everybody who may take part, by name: what one pass over (stream, seed) comes to."""
+ENTRANTS = (*RECIPES, *ANCHORS, *PLAIN, *AVALANCHE)
+"""Everybody who may take part, by name."""
+
+
+def pass_over(name: str, course: Course, seed: int) -> Run:
+    """What the entrant's one pass over the stream comes to."""
+    if name in AVALANCHE:
+        return avalanche_er(name, course, seed)
+    if name in RECIPES:
+        return measure(course, Ours(course, RECIPES[name], seed))
+    return measure(course, PLAIN[name](course, seed) if name in PLAIN else ANCHORS[name](course, seed))
+
 
 PAPERS = (
     "published figures, not measured here: GEM .83, permuted MNIST, 20 x 1,000 (Lopez-Paz & Ranzato 2017); ER .92,"
@@ -58,7 +63,7 @@ class Job:
 
     def __call__(self) -> Run:
         progress(f"{self.stream}, seed {self.seed}: {self.name}")
-        return ENTRANTS[self.name](_course(self.stream, self.data, self.seed, self.quick), self.seed)
+        return pass_over(self.name, _course(self.stream, self.data, self.seed, self.quick), self.seed)
 
 
 @functools.lru_cache(maxsize=1)
@@ -116,7 +121,7 @@ def _names(options: Options, field: Field) -> list[str]:
     if options.method:
         wanted = options.choice("method", ENTRANTS, field.control)
         return list(dict.fromkeys((field.control, wanted)))
-    peers = [AVALANCHE] if field.peers and not options.quick and interpreter() else []
+    peers = field.peers if interpreter() and not options.quick else ()
     return [*field.names(options.quick), *field.others(options.quick), *peers]
 
 

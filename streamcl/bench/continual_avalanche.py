@@ -8,17 +8,20 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from streamcl.bench.continual_course import Course
 from streamcl.bench.continual_run import Looks, Run, held_out_figures
 from streamcl.bench.options import OptionError
+from streamcl.bench.quality import Floats
 from streamcl.bench.report import progress
 
-AVALANCHE = "avalanche er, batch 10"
+AVALANCHE = {"avalanche er": (1, 0.05), "avalanche er, batch 10": (10, 0.1)}
+"""Live examples of a step, and the learning rate, by name."""
 PYTHON = "STREAMCL_PEERS_PYTHON"
-MISSING = f"{AVALANCHE}: {PYTHON} names no Python, and there is no .venv-peers here"
+MISSING = f"avalanche: {PYTHON} names no Python, and there is no .venv-peers here"
 SCRIPT = Path(__file__).with_name("continual_avalanche_peer.py")
 
 
@@ -29,10 +32,10 @@ def interpreter() -> Path | None:
     return path if path.is_file() else None
 
 
-def avalanche_er(course: Course, seed: int) -> Run:
-    """Naive training with its ReplayPlugin on a stream of ten examples at a time: ten live and ten replayed in a step.
+def avalanche_er(name: str, course: Course, seed: int) -> Run:
+    """Naive training with its ReplayPlugin, on a stream of so many examples at a time; ten are replayed beside them.
 
-    All rows of a step weigh alike, so a step is half as long as the plain loop's at the same learning rate.
+    All rows of a step weigh alike, where the plain loop has the mean of the live + the mean of the replayed rows.
 
     Raises OptionError where there is no such environment, or it fails; the text says what it said.
     """
@@ -41,17 +44,17 @@ def avalanche_er(course: Course, seed: int) -> Run:
         raise OptionError(MISSING)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "course.npz"
-        np.savez(place, **_arrays(course, seed))
+        batch, learning_rate = AVALANCHE[name]
+        np.savez(place, **_arrays(course), seed=seed, batch=batch, learning_rate=learning_rate)
         found = subprocess.run([python, SCRIPT, place], capture_output=True, text=True, check=False)  # noqa: S603
     if found.returncode:
-        raise OptionError(f"{AVALANCHE}: {found.stderr.strip()[-500:]}")
+        raise OptionError(f"{name}: {found.stderr.strip()[-500:]}")
     answer = json.loads(found.stdout.splitlines()[-1])
     progress(f"avalanche {answer['version']}: {answer['seconds']:.0f} s")
     return _run(course, np.array(answer["accuracy"]), answer["cpu_s"])
 
 
-def _arrays(course: Course, seed: int) -> dict[str, object]:
-    """What the script reads."""
+def _arrays(course: Course) -> dict[str, Any]:
     held_out = course.held_out
     return {
         "x": course.rows.dense,
@@ -62,11 +65,10 @@ def _arrays(course: Course, seed: int) -> dict[str, object]:
         "test_segments": np.repeat(np.arange(len(held_out)), [len(rows) for rows in held_out]),
         "hidden": np.array(course.settings["model"]["hidden"]),
         "capacity": course.memory["capacity"],
-        "seed": seed,
     }
 
 
-def _run(course: Course, accuracy: np.ndarray[tuple[int, int], np.dtype[np.float64]], cpu_s: float) -> Run:
+def _run(course: Course, accuracy: Floats, cpu_s: float) -> Run:
     """Of accuracies (1 + T, T): before anything, and after each task."""
     ends = np.flatnonzero(np.diff(course.segments, append=-1)) + 1
     looks = Looks(np.concatenate([[0], ends]), accuracy, ends)

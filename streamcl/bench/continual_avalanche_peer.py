@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -17,13 +18,12 @@ from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from avalanche.training.supervised import Naive
 
-BATCH = 10
-LEARNING_RATE = 0.1
+REPLAYED = 10
 
 
 def net(widths: list[int]) -> torch.nn.Sequential:
     layers: list[torch.nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layers += [torch.nn.Linear(a, b), torch.nn.ReLU()]
     return torch.nn.Sequential(*layers[:-1])
 
@@ -41,13 +41,12 @@ def main(path: str) -> dict[str, Any]:
     classes, tasks = int(course["y"].max()) + 1, int(course["segments"].max()) + 1
     model = net([course["x"].shape[1], *course["hidden"].tolist(), classes])
     capacity = int(course["capacity"])
-    replay = ReplayPlugin(
-        capacity, batch_size=BATCH, batch_size_mem=BATCH, storage_policy=ReservoirSamplingBuffer(capacity)
-    )
+    batch, storage = int(course["batch"]), ReservoirSamplingBuffer(capacity)
+    replay = ReplayPlugin(capacity, batch_size=batch, batch_size_mem=REPLAYED, storage_policy=storage)
     strategy = Naive(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
-        train_mb_size=BATCH,
+        optimizer=torch.optim.SGD(model.parameters(), lr=float(course["learning_rate"])),
+        train_mb_size=batch,
         plugins=[replay],
         evaluator=None,
     )
@@ -57,7 +56,7 @@ def main(path: str) -> dict[str, Any]:
     accuracy, cpu_s, start = [look(model, *tests)], 0.0, time.perf_counter()
     for experience in stream.train_stream:
         began = time.process_time()
-        for few in split_online_stream([experience], BATCH, shuffle=False):
+        for few in split_online_stream([experience], batch, shuffle=False):
             strategy.train(few, num_workers=0, shuffle=False)
         cpu_s += time.process_time() - began
         accuracy.append(look(model, *tests))

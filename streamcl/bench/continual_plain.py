@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class Plain:
     """Experience replay: cross-entropy of the live examples + that of as many replayed ones as the stream says.
 
     Steps of SGD on `batch` live examples, answered before the batch is learned from; a reservoir (algorithm R) of the
-    stream's capacity; torch's own initial weights and optimiser.
+    stream's capacity; torch's own initial weights.
 
     Args:
         masked: The live examples compete among the classes of their batch only.
@@ -48,8 +49,8 @@ class Plain:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.net = mlp(widths)
-        rate = learning_rate or course.settings["optimizer"]["learning_rate"]
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=rate)
+        self.parameters = list(self.net.parameters())
+        self.learning_rate = learning_rate or float(course.settings["optimizer"]["learning_rate"])
         self.rng = np.random.default_rng([seed, *b"plain"])
         self.kept: list[int] = []  # places of the examples in memory
         self.waiting: list[int] = []
@@ -70,13 +71,17 @@ class Plain:
             self.waiting = []
 
     def step(self, live: list[int]) -> None:
-        self.optimizer.zero_grad()
         loss = self.loss(live, self.masked)
         if self.kept:
             drawn = self.rng.integers(0, len(self.kept), self.course.memory["per_event"])
             loss = loss + self.loss([self.kept[place] for place in drawn])
-        loss.backward()
-        self.optimizer.step()
+        self.move(torch.autograd.grad(loss, self.parameters))
+
+    def move(self, gradients: Sequence[Tensor]) -> None:
+        """Torch's SGD, without what its optimisers do besides."""
+        with torch.no_grad():
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.sub_(gradient, alpha=self.learning_rate)
 
     def loss(self, places: list[int], masked: bool = False) -> Tensor:
         y = self.y[places]
@@ -96,9 +101,8 @@ class Plain:
 
 
 def mlp(widths: Iterable[int]) -> nn.Sequential:
-    sizes = list(widths)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -121,8 +125,8 @@ class Gem(Plain):
         past = [self.gradient(places) for places in self.tasks(before=int(self.course.segments[live[0]]))]
         if past:
             gradient = projected(gradient, torch.stack(past))
-        with torch.no_grad():
-            nn.utils.vector_to_parameters(self.vector() - self.optimizer.defaults["lr"] * gradient, self.parameters())
+        parts = torch.split(gradient, [parameter.numel() for parameter in self.parameters])
+        self.move([part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)])
 
     def tasks(self, before: int) -> list[list[int]]:
         ends = np.searchsorted(self.course.segments, np.arange(before), side="right").tolist()
@@ -131,14 +135,8 @@ class Gem(Plain):
 
     def gradient(self, places: list[int]) -> Tensor:
         """(P,)"""
-        parts = torch.autograd.grad(self.loss(places), self.parameters())
+        parts = torch.autograd.grad(self.loss(places), self.parameters)
         return torch.cat([part.flatten() for part in parts])
-
-    def parameters(self) -> list[Tensor]:
-        return list(self.net.parameters())
-
-    def vector(self) -> Tensor:
-        return nn.utils.parameters_to_vector(self.parameters())
 
 
 def projected(gradient: Tensor, past: Tensor) -> Tensor:

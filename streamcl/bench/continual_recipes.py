@@ -45,7 +45,7 @@ class Field:
     quick: tuple[str, ...]
     anchors: tuple[str, ...] = ()
     quick_anchors: tuple[str, ...] = ()
-    peers: bool = False  # those that need a Python of their own take part too, where they are
+    peers: tuple[str, ...] = ()  # who needs a Python of their own, and takes part where that is
     compared: tuple[str, ...] = ("final", "min_acc")
     shown: str = "accuracy (%) on what was seen"
     seeds: int = 5
@@ -67,7 +67,7 @@ FIELDS: dict[str, Field] = {
         quick=("no memory", "reservoir"),
         anchors=PLAIN,
         quick_anchors=PLAIN[:1],
-        peers=True,
+        peers=("avalanche er", "avalanche er, batch 10"),
         seeds=10,
     ),
     "split-mnist": Field(
@@ -75,7 +75,7 @@ FIELDS: dict[str, Field] = {
         recipes=("no memory", "balanced"),
         quick=(),
         anchors=PLAIN,
-        peers=True,
+        peers=("avalanche er, batch 10",),
         seeds=3,
     ),
     "permuted-mnist": Field(

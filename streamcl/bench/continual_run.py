@@ -144,15 +144,15 @@ def judged(course: Course, served: Served, looks: Looks, s_per_event: float = ma
     if course.chances is not None:
         regret = loss - log_losses(labels, course.chances[:, None])
         found |= {"regret": float(regret[course.start :].mean()), "regret_after_drift": float(regret[near].mean())}
-        curve = blocks(regret)
+        shown = regret
     else:
         found |= {"accuracy_after_drift": 100.0 * float(hits[near].mean())} if near.any() else {}
-        curve = blocks(100.0 * hits)
+        shown = 100.0 * hits
     if course.held_out:
         found |= held_out_figures(looks, np.array([len(rows) for rows in course.held_out]))
-        curve = _seen(looks)
-    found["ms_per_event"] = 1e3 * s_per_event
-    return Run(found, (np.array(curve[0]), np.array(curve[1])))
+    events, means = blocks(shown)
+    curve = _seen(looks) if course.held_out else (np.array(events), np.array(means))
+    return Run(found | {"ms_per_event": 1e3 * s_per_event}, curve)
 
 
 def log_losses(labels: Floats, served: Floats | Served) -> Floats:

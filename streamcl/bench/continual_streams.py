@@ -74,8 +74,9 @@ def _digits_file(folder: Path | None) -> Path | None:
     if folder is not None and (folder / DIGITS).is_file():
         return folder / DIGITS
     package = find_spec("sklearn")
-    places = (Path(place) / "datasets" / "data" / DIGITS for place in (package.submodule_search_locations or ()))
-    return next((path for path in places if path.is_file()), None) if package else None
+    folders = (package.submodule_search_locations if package else None) or ()
+    paths = (Path(place) / "datasets" / "data" / DIGITS for place in folders)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def pooled(images: Floats32) -> Floats32:
@@ -129,7 +130,7 @@ def split_digits(folder: Path | None, seed: int, quick: bool) -> Course:
 def split_mnist(folder: Path | None, seed: int, quick: bool) -> Course:
     images = mnist(folder)
     kept = 1000 if quick else 2000  # held-out examples: a share of .92 is then known to .6 points (one deviation)
-    some = np.random.default_rng([seed, *b"held out"]).choice(len(images.test_x), kept, replace=False)
+    some = np.random.default_rng([seed, *b"held out"]).permutation(len(images.test_x))[:kept]
     images = Images(images.source, images.x, images.y, images.test_x[some], images.test_y[some])
     return split(
         "split-mnist",
@@ -183,12 +184,12 @@ def _recurring(name: str, concepts: Sequence[Any], per_visit: int) -> Course:
     """Concept A, then B, then A again; nothing says when, and what is true in A is in part false in B."""
     visits = [concepts[0], concepts[1], concepts[0]]
     pairs = [pair for number, concept in enumerate(visits) for pair in _visit(concept, number, per_visit)]
-    names = sorted(pairs[0][0])
-    numbers = np.array([[float(x[name]) for name in names] for x, _ in pairs], np.float32)
+    fields = sorted(pairs[0][0])  # SEA's are numbers
+    numbers = np.array([[float(x[field]) for field in fields] for x, _ in pairs], np.float32)
     return Course(
         name=name,
         source="River's generator",
-        settings={**ON_NUMBERS, "features": dict.fromkeys(names, "numeric")},
+        settings={**ON_NUMBERS, "features": {str(field): "numeric" for field in fields}},
         memory={"capacity": 1000, "per_event": 16},
         rows=Rows.of(np.array([float(y) for _, y in pairs]), numbers),
         segments=np.repeat(np.arange(len(visits)), per_visit),
