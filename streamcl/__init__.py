@@ -22,6 +22,7 @@ Table of contents, in the order of the journey (start with `worker`):
     learner        model, memories, plug-ins and engine: predict and learn
     continual      methods of continual learning, one module for each idea
     river_learner  a River model in the learner's place
+    river_api      the learner as a River classifier or regressor: StreamClassifier, StreamRegressor
     engine         how the arithmetic is done: eager
     models         logistic, mlp, deepfm
     memory         replay and its retention policies; the error memory
@@ -60,4 +61,20 @@ Table of contents, in the order of the journey (start with `worker`):
     cli            the command line
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamcl.river_api import StreamClassifier, StreamRegressor
+
+__all__ = ["StreamClassifier", "StreamRegressor", "__version__"]
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """River's estimators need torch and River; whoever imports something else need not wait for them."""
+    if name not in ("StreamClassifier", "StreamRegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # By name: an import statement here would stand above every layer that asks for the version.
+    return getattr(import_module("streamcl.river_api"), name)
