@@ -25,7 +25,7 @@ from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Scores, Tic
 from streamcl.state import flatten, unflatten
 from streamcl.stations import Task
 
-X = Mapping[Hashable, Any]
+X = Mapping[Any, Any]
 
 REST = "rest"  # the bag's name in the config; a dict's own names never stand there
 WEIGHT_MAX = 10.0  # of a hashed number, as `RunningNorm` clips: one wild number can't blow up a gradient
@@ -115,7 +115,7 @@ class DictLearner:
         }
 
     def __setstate__(self, state: State) -> None:
-        self.__init__(Config.parse(state["config"]))
+        self.__init__(Config.parse(state["config"]))  # type: ignore[misc]
         rest, arrays = state["learner"]
         self.learner.load_state_dict(unflatten(rest, {path: torch.from_numpy(a) for path, a in arrays.items()}))
         for name in BOUND:
@@ -254,8 +254,7 @@ class StreamClassifier(_Settings, base.Classifier):
         multiclass: Labels are anything hashable, and a new class may come at any time. False: they are bools, with one
             output instead of one for each class; False and True have a probability from the start.
         max_classes: Room for classes (count). Their outputs are there from the start, and probabilities are shared
-            among those seen. Until its first example a class has been every example's wrong answer; so one that comes
-            late is a little slower to be believed than one that came at once.
+            among those seen.
 
     Raises:
         ValueError: in `learn_one`, for one class more than there is room for, or a label that is no bool.
