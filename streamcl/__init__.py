@@ -13,6 +13,7 @@ Table of contents, in the order of the journey (start with `worker`):
     stations       one pydantic model per station of the journey
     methods        the stations of what learns or mends beside the optimiser
     plugin         the points where a method of continual learning takes part, and what it is told
+    signalling     the stations of what sends signals
     services       the stations that face outside: brokers, the schema registry, HTTP
     config         all stations together: read, checked, compared with a checkpoint's
     connect        URL to connector, name to codec: through entry points
@@ -29,6 +30,7 @@ Table of contents, in the order of the journey (start with `worker`):
     plasticity     what keeps a net able to learn: continual backpropagation and relatives; figures of how it fares
     metrics        prequential metrics
     drift          detectors, and the signals they emit
+    boundaries     who says that a part of the stream has ended: ids, clocks, detectors, surprise, new labels
     progress       where a shard stands, and a proof of what it has learned from
     state          a state tree as JSON and arrays, and its digest
     writer         snapshots written beside learning

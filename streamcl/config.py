@@ -31,6 +31,7 @@ from streamcl.methods import (
 from streamcl.protocols import StreamclError
 from streamcl.records import EVENTS, LABELS
 from streamcl.services import Kafka, Registry, Serve
+from streamcl.signalling import BOUNDARIES, Boundary, ClockBoundary
 from streamcl.stations import (
     KINDS,
     Categorical,
@@ -106,6 +107,9 @@ class Config(Station):
     trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
     metrics: Metrics = Metrics()
     drift: Drift = Drift()
+    boundaries: tuple[Boundary, ...] = Stop(
+        (), max_length=8, description="who else sends signals: segment, clock, detector, surprise, new_class"
+    )
     checkpoint: Checkpoint = Checkpoint()
     deltas: Deltas = Deltas()
     shard: Shard = Shard()
@@ -230,6 +234,21 @@ class Config(Station):
             raise ValueError("plugins: one says which rows are drawn, not several")
         if self.deltas.url and any(issubclass(each, plugin.Recall) for each in found):
             raise ValueError("deltas.url: deltas don't carry what plugins recall; its replicas follow snapshots alone")
+        return self
+
+    @model_validator(mode="after")
+    def _boundaries_fit(self) -> Self:
+        names = [boundary.source for boundary in self.boundaries]
+        for index, boundary in enumerate(self.boundaries):
+            where = f"boundaries.{index}"
+            if boundary.source in names[:index]:
+                raise ValueError(f"{where}.name: {boundary.source!r} is taken; two of a kind need names")
+            if boundary.kind == "segment" and self.events.segment is None:
+                raise ValueError(f"{where}: needs events.segment")
+            if boundary.kind == "new_class" and self.task == "regression":
+                raise ValueError(f"{where}: regression knows no classes")
+            if isinstance(boundary, ClockBoundary) and (boundary.every_events is None) == (boundary.every_s is None):
+                raise ValueError(f"{where}: set every_events, or else every_s")
         return self
 
     def allows(self, label: float) -> bool:
@@ -357,7 +376,7 @@ def fingerprint(config: Config, kinds: Collection[Change] = ("new", "stop")) -> 
     return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-TAGGED = {"features": KINDS, "error_memory": MEMORIES, "plasticity": PLASTICITY}
+TAGGED = {"features": KINDS, "error_memory": MEMORIES, "plasticity": PLASTICITY, "boundaries": BOUNDARIES}
 """Tables whose `kind` says which keys they have."""
 
 

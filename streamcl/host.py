@@ -269,7 +269,8 @@ class Host:
         reason = "repeating the logged order" if not worker.caught_up else "no broker is connected"
         self.telemetry.ready(worker.caught_up and seat.hears(), reason, seat.index)
         for signal in turn.signals:
-            log.warning("%s signalled by %s at %s", signal.kind, signal.source, signal.origin)
+            level = logging.WARNING if signal.kind == "drift" else logging.INFO
+            log.log(level, "%s signalled by %s at %s", signal.kind, signal.source, signal.origin)
         for letter in turn.dead_letters:
             log.warning("dead letter: topic %s, %s: %s", letter.record.topic, letter.record.origin, letter.error)
         self._tell_saved(seat, life)

@@ -90,6 +90,8 @@ LAYERS = {
     "replacements": "Units of the layer made anew since the rules began (count).",
 }
 """Readings of a hidden layer, under `layer_N_`; rules may have more."""
+BOUNDARIES = {"signals": "Signals that it has sent since it began (count)."}
+"""Readings of a source of signals, under `boundary_N_`: the Nth of the configuration."""
 PERCENTILES = {
     "unit_age_steps": "Learning steps since a unit of the layer was made anew, or since the rule began.",
     "unit_utility": "Utility of a unit of the layer; comparable within a layer only.",
@@ -97,6 +99,7 @@ PERCENTILES = {
 """Readings of a hidden layer that come once for each percentile NN of its units, under a name that ends in `_pNN`."""
 _NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
+    (re.compile(r"boundary_(?P<boundary>\d+)_(?P<name>\w+)"), "boundary_", BOUNDARIES),
     (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)_p(?P<percentile>\d\d)"), "", PERCENTILES),
     (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)"), "", LAYERS),
 )

@@ -254,7 +254,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """Something happened in the stream (`drift`, later `boundary`, `clock`, ...) that parts may react to."""
+    """Something happened in the stream (`drift`, `boundary`, `clock`, `new_class`) that parts may react to."""
 
     kind: str
     source: str

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import orjson
 
 from streamcl import connect
+from streamcl.boundaries import Boundaries
 from streamcl.config import Config
 from streamcl.decode import Decoder
 from streamcl.delta import Deltas
@@ -99,6 +100,7 @@ class Worker:
             Prequential(config.task, config.metrics.window, config.model.classes) if config.error_memory else None
         )
         self.drift = DriftDetector(config.drift)
+        self.boundaries = Boundaries(config)
         known = self.learner if config.deltas.url and isinstance(self.learner, Learner) else None
         self.deltas = Deltas(config, known) if known else None
 
@@ -205,7 +207,7 @@ class Worker:
         loss = self.metrics.update(outcome)
         if self.base_metrics:
             self.base_metrics.add(outcome.label, outcome.ticket.scores.base)
-        work.signals.extend(self.drift.update(loss, outcome.ticket.origin))
+        work.signals += (*self.drift.update(loss, outcome.ticket.origin), *self.boundaries.update(outcome))
         if self.learner.learn(outcome):
             self.progress.learn(outcome.ticket.origin)
             self.counts["learned"] += 1
@@ -276,6 +278,7 @@ class Worker:
         state = {"base_metrics": self.base_metrics.state_dict()} | state if self.base_metrics else state
         state = {name: part for name, part in state.items() if name in parts or name not in ("base_metrics", "deltas")}
         state = {"deltas": {}} | state if self.deltas else state  # without: they begin here
+        state = {"boundaries": {}} | state  # so do those that a snapshot doesn't know
         if parts.keys() != state.keys():
             raise StreamclError(f"the snapshot holds {sorted(state)}, this worker {sorted(parts)}")
         for name, part in parts.items():
@@ -283,7 +286,7 @@ class Worker:
 
     def readings(self) -> dict[str, float]:
         """What the parts say about themselves, for telemetry and people. Never part of the state."""
-        readers = (self.metrics, self.drift, self.joiner, self.learner)
+        readers = (self.metrics, self.drift, self.boundaries, self.joiner, self.learner)
         merged = {name: value for part in readers for name, value in part.read().items()}
         out = self.outlets
         connectors = {"sink": out.predictions, "outcomes_sink": out.outcomes, "source": self.source}

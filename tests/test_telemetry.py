@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from streamcl import telemetry
 from streamcl.config import Config
-from streamcl.readings import LAYERS, PARTS, PERCENTILES, QUALITY, STAGES
+from streamcl.readings import BOUNDARIES, LAYERS, PARTS, PERCENTILES, QUALITY, STAGES
 from streamcl.records import DeadLetter, Origin, Record, Signal, Stream, Turn
 from streamcl.telemetry import FATES, REASONS, Telemetry, TelemetryError
 
@@ -165,6 +165,7 @@ def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
     readings = dict.fromkeys([*QUALITY, *(f"{name}_window" for name in QUALITY), *PARTS], 0.5)
     readings |= {f"error_memory_{stage}_{name}": 0.5 for stage in range(2) for name in STAGES}
     readings |= {f"layer_{layer}_{name}": 0.5 for layer in range(2) for name in LAYERS}
+    readings |= {f"boundary_{boundary}_{name}": 0.5 for boundary in range(2) for name in BOUNDARIES}
     readings |= {f"layer_{layer}_{name}_p{p}": 0.5 for layer in range(2) for name in PERCENTILES for p in (10, 90)}
     watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: 5}, readings=readings)
     series = scrape(client)
@@ -185,9 +186,11 @@ def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
         "torch",
         "stage",
         "layer",
+        "boundary",
         "percentile",
     }
     assert value(series, "error_memory_lambda", stage="1") == 0.5
+    assert value(series, "boundary_signals", boundary="1") == 0.5
     assert value(series, "base_log_loss", window="recent") == 0.5
 
 

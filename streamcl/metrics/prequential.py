@@ -48,6 +48,10 @@ class Prequential:
         """Take the score that was served in; see `add`."""
         return self.add(outcome.label, outcome.ticket.scores.served)
 
+    def loss(self, outcome: Outcome) -> float:
+        """What `update` would return; changes nothing."""
+        return self._metrics.loss(outcome.label, outcome.ticket.scores.served)
+
     def add(self, label: float, served: NDArray[np.float32]) -> float:
         """The example's loss: nats, or the squared error for regression.
 
