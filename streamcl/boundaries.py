@@ -128,7 +128,7 @@ class Surprise:
     loss is what matters use a detector. Nothing is sent before the window is full. One loss costs O(window).
 
     Source:
-        EM-LLM, Fountas et al. 2024, arXiv 2407.09450, section 3.2: -log p of a token above mu + gamma sigma of the last
+        EM-LLM, Fountas et al. 2024, arXiv 2407.09450: -log p of a token above mu + gamma sigma of the last
         tau of them.
 
     Differs from the source:

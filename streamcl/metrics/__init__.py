@@ -5,6 +5,9 @@
 - `losses`: log-loss, entropy, normalised entropy: the definitions, over arrays
 - `ranking`: AUC, exact over arrays and in constant memory over a whole stream
 - `window`: the last N rows
+- `continual`: what is kept and taken up from segment to segment: ACC, transfer, forgetting, min-ACC, the stability gap
+- `recalibration`: forgetting that a new scale and bias would repair, and the rest
+- `switching`: regret on a source that switches, against the known best
 
 Every number is exported under the name of its definition; `_window` marks the last `metrics.window` examples.
 """
