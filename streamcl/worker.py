@@ -207,8 +207,9 @@ class Worker:
         loss = self.metrics.update(outcome)
         if self.base_metrics:
             self.base_metrics.add(outcome.label, outcome.ticket.scores.base)
-        work.signals += (*self.drift.update(loss, outcome.ticket.origin), *self.boundaries.update(outcome))
-        if self.learner.learn(outcome):
+        signals = (*self.drift.update(loss, outcome.ticket.origin), *self.boundaries.update(outcome))
+        work.signals += signals
+        if self.learner.learn(outcome, signals):
             self.progress.learn(outcome.ticket.origin)
             self.counts["learned"] += 1
             if not work.history:

@@ -20,7 +20,6 @@ Where a figure is undefined (transfer with a single segment) it is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -289,5 +288,6 @@ class BySegment:
         self._tallies = {segment: [right, count] for segment, right, count in state["tallies"]}
 
 
-def _mean(values: Sequence[float] | NDArray[np.generic]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+def _mean(values: ArrayLike) -> float:
+    flat = np.asarray(values, np.float64)
+    return float(flat.mean()) if flat.size else math.nan

@@ -133,7 +133,7 @@ def slow_min_accuracy(trace: Trace) -> float:
     lows = []
     for j in range(trace.learned - 1):
         after = [n for n in range(len(trace.during)) if trace.during[n] > j]
-        lows.append(min(trace.accuracy[n, j] for n in after))
+        lows.append(min(float(trace.accuracy[n, j]) for n in after))
     return sum(lows) / len(lows) if lows else math.nan
 
 
@@ -142,7 +142,7 @@ def slow_fall(trace: Trace, window: int, sign: int) -> float:
     for j in range(trace.learned):
         rows = [n for n in range(len(trace.during)) if trace.during[n] >= j]
         pairs = [(m, n) for m in rows for n in rows if m <= n < m + window]
-        falls.append(max(sign * (trace.accuracy[m, j] - trace.accuracy[n, j]) for m, n in pairs))
+        falls.append(max(sign * float(trace.accuracy[m, j] - trace.accuracy[n, j]) for m, n in pairs))
     return sum(falls) / len(falls)
 
 
