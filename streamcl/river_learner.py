@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from streamcl.config import Config, ConfigError
 from streamcl.features import Featurizer
 from streamcl.protocols import State
-from streamcl.records import Encoded, Outcome, Scores, Selector
+from streamcl.records import Encoded, Outcome, Scores, Selector, Signal
 from streamcl.stations import Task
 
 
@@ -50,7 +51,7 @@ class RiverLearner:
             return [float(chances.get(True, 0.0 if chances else 0.5))]
         return [float(chances.get(c, 0.0 if chances else 1.0 / self.classes)) for c in range(self.classes)]
 
-    def learn(self, outcome: Outcome) -> bool:
+    def learn(self, outcome: Outcome, signals: Sequence[Signal] = ()) -> bool:
         y: Any = {"binary": bool, "multiclass": int, "regression": float}[self.task](outcome.label)
         self.model.learn_one(self._dict(outcome.ticket.features), y)
         self.version += 1

@@ -16,6 +16,8 @@ from river.datasets import synth
 
 from streamcl.boundaries import Boundaries
 from streamcl.config import Config, ConfigError
+from streamcl.learner import Learner
+from streamcl.plugin import Context, Rule, Step
 from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Scores, Signal, Ticket, Turn
 from streamcl.recovery import Keeper, store_of
 from streamcl.state import digest, flatten
@@ -274,6 +276,38 @@ def test_a_worker_tells_the_same_signals_however_the_stream_is_cut(tmp_path: Pat
     assert [at for source, at in told if source == "hourly"] == [11, 22, 33]
     assert [at for source, at in told if source == "new_class"] == [0, 3]
     assert worker.readings()["boundary_0_signals"] == 3.0
+
+
+class Listener(Rule):
+    """A plug-in that notes what it hears, and how much had been learned by then."""
+
+    class Options(Rule.Options):
+        kind: str = "listener"
+
+    def bind(self, context: Context) -> None:
+        self.heard: list[tuple[int, str, str]] = []
+        self.steps = 0
+
+    def on_signal(self, signal: Signal) -> None:
+        self.heard.append((self.steps, signal.kind, signal.source))
+
+    def after(self, step: Step) -> None:
+        self.steps += 1
+
+
+@pytest.mark.parametrize("river", [None, "river.linear_model:LogisticRegression"])
+def test_the_learner_hears_every_signal_before_it_learns_from_the_event(tmp_path: Path, river: str | None) -> None:
+    stream(25)
+    if river:
+        worker, _ = run(inline(tmp_path, "segment", river=river, trust_pickle=True, replay={"retention": "none"}))
+        assert worker.counts["learned"] == 25
+        return
+    worker, _ = run(inline(tmp_path, "segment", "new_class", plugins=[{"kind": f"{__name__}:Listener"}]))
+    assert isinstance(worker.learner, Learner)
+    [listener] = worker.learner.plugins.values()
+    assert isinstance(listener, Listener)
+    boundaries, classes = (10, "boundary", "segment"), (0, "new_class", "new_class")
+    assert listener.heard == [classes, (3, *classes[1:]), boundaries, (20, *boundaries[1:])]
 
 
 def test_the_segment_changes_nothing_that_is_learned(tmp_path: Path) -> None:
