@@ -39,7 +39,7 @@ class Constant(Anchor):
         super().__init__(course)
         self.positives, self.count = 1.0, 2.0
 
-    def chance(self, i: int) -> float:  # noqa: ARG002
+    def chance(self, i: int) -> float:
         return self.positives / self.count
 
     def learn(self, i: int) -> None:
@@ -76,7 +76,7 @@ class NoChange(Anchor):
 
     last = 0.0
 
-    def chance(self, i: int) -> float:  # noqa: ARG002
+    def chance(self, i: int) -> float:
         return self.last
 
     def learn(self, i: int) -> None:
