@@ -12,7 +12,7 @@ from torch import Tensor
 from streamcl.engine.weights import WeightSet
 from streamcl.plugin import Context, PluginError, Query, Recall, Rule, Step
 from streamcl.protocols import State
-from streamcl.records import Outcome
+from streamcl.records import Outcome, Signal
 from streamcl.stations import Stop
 
 
@@ -90,6 +90,43 @@ class EMA(Rule):
 
     def load_state_dict(self, state: State) -> None:
         self.average.load_state_dict(state)
+
+
+class Previous(Rule):
+    """Keeps the weights as they stood at the last `boundary` as the set `previous`: a teacher of what was learned then.
+
+    Until the first one there is nothing to teach, and whoever asks `previous.ready` is told so. Costs O(table) at a
+    boundary, nothing between two.
+
+    Source:
+        The old model of Li & Hoiem 2017 (LwF), arXiv 1606.09282, and of all that distil from the last task's.
+    """
+
+    class Options(Rule.Options):
+        kind: Literal["previous"] = "previous"
+        on: tuple[str, ...] = Stop(("boundary",), min_length=1, description="signals at which the weights are taken")
+
+    options: Options
+    provides = frozenset({"previous"})
+
+    def bind(self, context: Context) -> None:
+        self.weights = WeightSet(context.engine, "previous")
+        self.weights.ready = False
+
+    def on_signal(self, signal: Signal) -> None:
+        if signal.kind in self.options.on:
+            self.weights.copy_live()
+            self.weights.ready = True
+
+    def read(self) -> dict[str, float]:
+        return {"ready": float(self.weights.ready)}
+
+    def state_dict(self) -> State:
+        return {**self.weights.state_dict(), "ready": self.weights.ready}
+
+    def load_state_dict(self, state: State) -> None:
+        self.weights.load_state_dict(state)
+        self.weights.ready = bool(state.get("ready", False))
 
 
 class Served(Recall):

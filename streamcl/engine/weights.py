@@ -24,7 +24,10 @@ class WeightSet:
     Attributes:
         flat: (P,) dense parameters.
         table: (R, W)
+        ready: It has something to teach; a copy that has not been taken yet has not.
     """
+
+    ready = True
 
     def __init__(self, engine: Eager, name: str) -> None:
         self.engine = engine
