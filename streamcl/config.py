@@ -28,6 +28,7 @@ from streamcl.methods import (
     ShrinkAndPerturb,
     WeightClipping,
 )
+from streamcl.plugin import PluginError
 from streamcl.protocols import StreamclError
 from streamcl.records import EVENTS, LABELS
 from streamcl.services import Kafka, Registry, Serve
@@ -270,8 +271,11 @@ class Config(Station):
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], where: str = "config") -> Self:
+        """`preset = "NAME"` stands for the settings of a paper's method; those that are written here go before them."""
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(plugin.with_preset(data))
+        except PluginError as error:
+            raise ConfigError(f"{where}: {error}") from error
         except ValidationError as error:
             raise ConfigError("\n".join(f"{where}: {line}" for line in _explain(error, cls))) from error
 

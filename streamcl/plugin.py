@@ -393,6 +393,27 @@ def presets() -> dict[str, dict[str, Any]]:
     return {name: settings for module in modules for name, settings in getattr(module, "PRESETS", {}).items()}
 
 
+def with_preset(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration with its preset put in the place of the preset's name; its own plug-ins follow the preset's."""
+    if "preset" not in data:
+        return data
+    known = presets()
+    if data["preset"] not in known:
+        raise PluginError(f"preset: {data['preset']!r} is not known; there are {', '.join(sorted(known))}")
+    own = {name: value for name, value in data.items() if name != "preset"}
+    return _under(known[data["preset"]], own)
+
+
+def _under(preset: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**preset, **own}
+    for name in preset.keys() & own.keys():
+        if isinstance(preset[name], Mapping) and isinstance(own[name], Mapping):
+            found[name] = {**preset[name], **own[name]}
+        elif name == "plugins":
+            found[name] = [*preset[name], *own[name]]
+    return found
+
+
 def resolve(kind: str) -> type[Plugin]:
     """The class of a kind. Raises ValueError, saying which are known."""
     if ":" in kind:

@@ -187,14 +187,14 @@ def test_a_replay_of_no_weight_is_no_replay(rule: str) -> None:
 def test_an_example_never_replays_itself() -> None:
     made = config(replay={"per_event": 4, "capacity": 1})
     learner, drawn = Learner(made), []
-    draw = learner.memory.draw
+    examples = learner.memory.examples
 
-    def watching(n: int, step: int) -> Any:
-        rows = draw(n, step)
+    def watching(index: torch.Tensor) -> Any:
+        rows = examples(index)
         drawn.append({int(i) for i in rows[0][:, -1]})
         return rows
 
-    learner.memory.draw = watching  # type: ignore[method-assign]
+    learner.memory.examples = watching  # type: ignore[method-assign]
     users = [encode({"user": i}) for i in range(6)]
     for i, features in enumerate(users):
         assert learner.learn(outcome(features, 1.0, i))
