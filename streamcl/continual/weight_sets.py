@@ -136,6 +136,8 @@ class Served(Recall):
     events. Live weights that catch up fast are served right behind a drift, an average otherwise.
     """
 
+    needs = frozenset({"ema"})
+
     class Options(Recall.Options):
         kind: Literal["served"] = "served"
         sets: tuple[str, ...] = Stop(("live", "ema"), min_length=1, description="weight sets; of equal ones the first")
