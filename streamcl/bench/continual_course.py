@@ -78,7 +78,11 @@ class Course:
 
     def config(self, recipe: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """The worker's configuration as a table: the stream's settings, and what the recipe says, which comes first."""
-        table = {"name": self.name, "events": {"url": "memory://bench/continual", "label": "label"}, "seed": seed}
+        table = {
+            "name": self.name,
+            "events": {"url": "memory://bench/continual", "label": "label", "segment": "segment"},
+            "seed": seed,
+        }
         table = _merged(table, self.settings)
         if "replay" in recipe:
             table["replay"] = dict(self.memory)

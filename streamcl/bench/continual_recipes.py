@@ -12,6 +12,14 @@ BALANCED: Recipe = {"replay": {"retention": "class_balanced"}}
 RESERVOIR: Recipe = {"replay": {"retention": "reservoir"}}
 RECENCY: Recipe = {"replay": {"retention": "recency"}}
 
+EMA: Recipe = {"kind": "ema", "decay": 0.995}
+
+
+def served(*sets: str) -> list[Recipe]:
+    """An average of the weights beside the live ones, and which of the two answers: the one of lower recent loss."""
+    return [EMA, {"kind": "served", "sets": list(sets)}]
+
+
 RECIPES: dict[str, Recipe] = {
     "no memory": {},
     "reservoir": RESERVOIR,
@@ -21,6 +29,15 @@ RECIPES: dict[str, Recipe] = {
     "balanced, rows weigh alike": {
         "replay": {"retention": "class_balanced", "weight": 10.0},
         "optimizer": {"learning_rate": 0.05 / 11},
+    },
+    "balanced + ema served": {**BALANCED, "plugins": served("ema")},
+    "balanced + ema or live served": {**BALANCED, "plugins": served("live", "ema")},
+    "reservoir + ema served": {**RESERVOIR, "plugins": served("ema")},
+    "recency + ema or live served": {**RECENCY, "plugins": served("live", "ema")},
+    "recency + ema or live served + error memory": {
+        **RECENCY,
+        "plugins": served("live", "ema"),
+        "error_memory": [{"kind": "knn"}],
     },
     "balanced + cbp": {**BALANCED, "plasticity": [{"kind": "continual_backprop"}]},
     "recency + cbp": {**RECENCY, "plasticity": [{"kind": "continual_backprop"}]},
@@ -63,8 +80,15 @@ PLAIN = ("plain torch er", "plain torch er, batch 10", "plain torch er-ace, batc
 FIELDS: dict[str, Field] = {
     "split-digits": Field(
         control="balanced",
-        recipes=("no memory", "reservoir", "balanced, rows weigh alike", "balanced + cbp"),
-        quick=("no memory", "reservoir"),
+        recipes=(
+            "no memory",
+            "reservoir",
+            "balanced, rows weigh alike",
+            "balanced + ema served",
+            "balanced + ema or live served",
+            "balanced + cbp",
+        ),
+        quick=("no memory", "reservoir", "balanced + ema served"),
         anchors=PLAIN,
         quick_anchors=PLAIN[:1],
         peers=("avalanche er", "avalanche er, batch 10"),
@@ -72,7 +96,7 @@ FIELDS: dict[str, Field] = {
     ),
     "split-mnist": Field(
         control="reservoir",
-        recipes=("no memory", "balanced"),
+        recipes=("no memory", "balanced", "reservoir + ema served"),
         quick=(),
         anchors=PLAIN,
         peers=("avalanche er, batch 10",),
@@ -80,7 +104,7 @@ FIELDS: dict[str, Field] = {
     ),
     "permuted-mnist": Field(
         control="reservoir",
-        recipes=("no memory",),
+        recipes=("no memory", "reservoir + ema served"),
         quick=(),
         anchors=("plain torch er, batch 10", "plain torch gem, batch 10"),
         compared=("acc", "bwt"),
@@ -92,6 +116,8 @@ FIELDS: dict[str, Field] = {
             "reservoir",
             "recency 300",
             "recency + cbp",
+            "recency + ema or live served",
+            "recency + ema or live served + error memory",
             "recency + error memory",
             "recency + user error memory",
             "recency + item error memory",
@@ -106,7 +132,7 @@ FIELDS: dict[str, Field] = {
     ),
     "recurring-sea": Field(
         control="reservoir",
-        recipes=("no memory", "recency", "recency + error memory"),
+        recipes=("no memory", "recency", "recency + ema or live served", "recency + error memory"),
         quick=("recency",),
         anchors=("river adaptive tree",),
         compared=("accuracy", "accuracy_after_drift"),
@@ -114,7 +140,7 @@ FIELDS: dict[str, Field] = {
     ),
     "recurring-agrawal": Field(
         control="reservoir",
-        recipes=("no memory", "recency", "recency + error memory"),
+        recipes=("no memory", "recency", "recency + ema or live served", "recency + error memory"),
         quick=(),
         anchors=("river adaptive tree",),
         compared=("accuracy", "accuracy_after_drift"),
@@ -122,7 +148,7 @@ FIELDS: dict[str, Field] = {
     ),
     "elec2": Field(
         control="recency",
-        recipes=("no memory", "reservoir", "recency + error memory", "recency + cbp"),
+        recipes=("no memory", "reservoir", "recency + ema or live served", "recency + error memory", "recency + cbp"),
         quick=("no memory",),
         anchors=("no-change", "river adaptive tree", "river adaptive forest"),
         quick_anchors=("no-change",),

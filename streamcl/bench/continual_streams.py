@@ -124,6 +124,7 @@ def split_digits(folder: Path | None, seed: int, quick: bool) -> Course:
         settings=_classifier(64, (128, 128), 0.05),
         memory={"capacity": 100, "per_event": 10},
         every=20 if quick else 10,
+        chosen="settings as published with the task; the average's decay of .98 .99 .995, seeds 100 and 101, by final",
     )
 
 
