@@ -97,6 +97,7 @@ def run(options: Options) -> Report:
         seconds=time.perf_counter() - start,
         rows=[found.row(stream, name) for stream in courses for name in names[stream]],
         bars=found.bars(options.quick),
+        headline={f"best_{stream}": found.best(stream) for stream in courses},
         notes=[*DEFINITIONS, *_chosen(courses), PAPERS, *missing],
         curves=[found.curve(stream, name) for stream in courses for name in names[stream]],
         axes=("events", "figure named above"),
@@ -177,6 +178,13 @@ class Findings:
                 found[f"d_{figure}"] = float((ours - theirs).mean())
                 found[f"p_{figure}"] = paired_p(ours, theirs)
         return Row(f"{stream}: {name}", found, table=stream)
+
+    def best(self, stream: str) -> str:
+        """The recipe whose main figure is best, mean over seeds."""
+        figure = FIELDS[stream].compared[0]
+        sign = -1.0 if "regret" in figure else 1.0
+        names = [name for of, name in self.runs if of == stream and name in RECIPES]
+        return max(names, key=lambda name: sign * float(self.values(stream, name, figure).mean()))
 
     def bars(self, quick: bool) -> list[Bar]:
         """Of the promises whose stream and recipes were run."""

@@ -109,5 +109,10 @@ def test_a_difference_counts_the_seeds_that_both_were_run_with() -> None:
     assert found.row(TINY, "no memory").values["d_final"] == -10.0
 
 
+def test_the_best_recipe_is_the_one_of_the_best_main_figure() -> None:
+    found = made({"balanced": [{"final": 80.0}], "reservoir": [{"final": 81.0}], "plain torch er": [{"final": 99.0}]})
+    assert found.best(TINY) == "reservoir"
+
+
 def test_quick_limits_are_no_harder_than_those_of_the_full_run() -> None:
     assert all(promise.quick_limit <= promise.limit for promise in PROMISES)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -72,6 +73,16 @@ def test_the_table_shows_rows_bars_and_aims(capsys: pytest.CaptureFixture[str]) 
     assert "bar one" in out
     assert "NO" in out
     assert "aim one" in out
+
+
+def test_rows_of_a_table_have_columns_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row("a", {"auc": 0.7}, table="clicks"), Row("b", {"regret": 0.1}, table="drift")]
+    emit(replace(report(), rows=rows), as_json=False, plot=None)
+    clicks, drift = capsys.readouterr().out.split("drift", 1)
+    assert "auc" in clicks
+    assert "regret" not in clicks
+    assert "regret" in drift
+    assert "auc" not in drift
 
 
 def test_a_plot_needs_curves(tmp_path: Path) -> None:
