@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from streamcl.bench.continual_course import Course
-from streamcl.bench.continual_run import Looks, Run, held_out_figures
+from streamcl.bench.continual_run import Looks, Run, held_out_figures, seen
 from streamcl.bench.options import OptionError
 from streamcl.bench.quality import Floats
 from streamcl.bench.report import progress
@@ -71,9 +71,7 @@ def _arrays(course: Course) -> dict[str, Any]:
 def _run(course: Course, accuracy: Floats, cpu_s: float) -> Run:
     """Of accuracies (1 + T, T): before anything, and after each task."""
     ends = np.flatnonzero(np.diff(course.segments, append=-1)) + 1
-    looks = Looks(np.concatenate([[0], ends]), accuracy, ends)
-    figures = held_out_figures(looks, np.array([len(rows) for rows in course.held_out]))
-    figures["min_acc"] = math.nan  # nobody looks between two ends
-    figures["ms_per_event"] = 1e3 * cpu_s / len(course.rows)
-    seen = [row[: max(count, 1)].mean() for count, row in enumerate(accuracy)]
-    return Run(figures, (looks.events.astype(np.float64), 100.0 * np.array(seen)))
+    looks = Looks.of(course, accuracy[0], ends.tolist(), list(accuracy[1:]))
+    figures = held_out_figures(looks, [len(rows) for rows in course.held_out])
+    unseen = dict.fromkeys(("min_acc", "wc_acc", "stability_gap"), math.nan)  # nobody looks between two ends
+    return Run(figures | unseen | {"ms_per_event": 1e3 * cpu_s / len(course.rows)}, seen(looks))

@@ -5,18 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.bench.continual_course import Course, Rows
 from streamcl.bench.quality import CLAMP, Floats, blocks
+from streamcl.boundaries import Boundaries
 from streamcl.config import Config
+from streamcl.drift import DriftDetector
 from streamcl.features import Featurizer
 from streamcl.learner import Learner
+from streamcl.metrics import Prequential
+from streamcl.metrics.continual import (
+    Trace,
+    average_accuracy,
+    backward_transfer,
+    forward_transfer,
+    min_accuracy,
+    stability_gap,
+    worst_case_accuracy,
+)
 from streamcl.protocols import StreamclError
 from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Scores, Ticket
 
@@ -40,7 +52,7 @@ class Contender(Protocol):
 
 
 class Ours:
-    """The product's learner, with tickets that wait for their labels."""
+    """The product's learner, with tickets that wait for their labels, and what tells it of drift and boundaries."""
 
     def __init__(self, course: Course, recipe: Mapping[str, Any], seed: int) -> None:
         config = Config.parse(course.config(recipe, seed), "recipe")
@@ -49,6 +61,8 @@ class Ours:
         self.features = course.rows.encoded(layout)
         self.held_out = [rows.encoded(layout) for rows in course.held_out]
         self.tickets: deque[Ticket] = deque()
+        self.loss = Prequential(config.task, 1, config.model.classes).loss
+        self.drift, self.boundaries = DriftDetector(config.drift), Boundaries(config)
 
     def predict(self, i: int) -> Served:
         features = self.features[i]
@@ -60,7 +74,8 @@ class Ours:
     def learn(self, i: int) -> None:
         fate = Fate.JOINED if self.course.delay else Fate.INLINE
         outcome = Outcome(self.tickets.popleft(), float(self.course.rows.labels[i]), fate, float(self.course.delay))
-        if not self.learner.learn(outcome):
+        alarms = self.drift.update(self.loss(outcome), outcome.ticket.origin)
+        if not self.learner.learn(outcome, (*alarms, *self.boundaries.update(outcome))):
             raise Refused(f"{self.course.name}: example {i} was left out")
 
     def classify(self, segment: int) -> NDArray[np.int64]:
@@ -78,14 +93,16 @@ def classes(served: Served) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class Looks:
-    """Accuracy (L, T) on what is held out of each segment, after so many events (L,); the first before any.
+    """Accuracy on what is held out of each segment: untrained (T,), and in `trace` (E, T) after so many events (E,)."""
 
-    `ends` (T,): the events after which a segment was over. There is a look at each.
-    """
-
+    untrained: Floats
     events: NDArray[np.int64]
-    accuracy: Floats
-    ends: NDArray[np.int64]
+    trace: Trace
+
+    @classmethod
+    def of(cls, course: Course, untrained: Floats, events: Sequence[int], accuracy: Sequence[Floats]) -> Self:
+        at = np.array(events)
+        return cls(untrained, at, Trace(np.array(accuracy), course.segments[at - 1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +116,8 @@ class Run:
 def measure(course: Course, contender: Contender) -> Run:
     """Test, then train: an event is answered, then the label of the event `delay` before it is learned from."""
     served: list[Served] = []
-    looks = [(0, _look(course, contender))]
-    events, cpu_s = len(course.rows), 0.0
-    stops = _stops(course)
+    untrained, accuracy = _look(course, contender), []
+    cpu_s, stops = 0.0, _stops(course)
     for begin, end in zip([0, *stops[:-1]], stops, strict=True):
         start = time.process_time()
         for i in range(begin, end):
@@ -109,10 +125,9 @@ def measure(course: Course, contender: Contender) -> Run:
             if i >= course.delay:
                 contender.learn(i - course.delay)
         cpu_s += time.process_time() - start
-        looks.append((end, _look(course, contender)))
-    ends = np.flatnonzero(np.diff(course.segments, append=-1)) + 1
-    found = Looks(np.array([at for at, _ in looks]), np.array([accuracy for _, accuracy in looks]), ends)
-    return judged(course, np.stack(served), found, cpu_s / events)
+        accuracy.append(_look(course, contender))
+    looks = Looks.of(course, untrained, stops, accuracy) if course.held_out else None
+    return judged(course, np.stack(served), looks, cpu_s / len(course.rows))
 
 
 def _stops(course: Course) -> list[int]:
@@ -134,25 +149,28 @@ def _share(rows: Rows, answers: NDArray[np.int64]) -> float:
     return float(np.mean(answers == rows.labels))
 
 
-def judged(course: Course, served: Served, looks: Looks, s_per_event: float = math.nan) -> Run:
+def judged(course: Course, served: Served, looks: Looks | None, s_per_event: float = math.nan) -> Run:
     """All figures of what was served (N, P) and of the looks; see `DEFINITIONS`."""
     labels = course.rows.labels
-    hits = (classes(served) == labels).astype(np.float64)
+    hits = 100.0 * (classes(served) == labels)
     loss = log_losses(labels, served)
     near = course.after_drift()
-    found = {"accuracy": 100.0 * float(hits[course.start :].mean()), "log_loss": float(loss[course.start :].mean())}
+    found = {"accuracy": float(hits[course.start :].mean()), "log_loss": float(loss[course.start :].mean())}
     if course.chances is not None:
-        regret = loss - log_losses(labels, course.chances[:, None])
-        found |= {"regret": float(regret[course.start :].mean()), "regret_after_drift": float(regret[near].mean())}
-        shown = regret
+        shown = loss - log_losses(labels, course.chances[:, None])
+        found |= {"regret": float(shown[course.start :].mean()), "regret_after_drift": float(shown[near].mean())}
     else:
-        found |= {"accuracy_after_drift": 100.0 * float(hits[near].mean())} if near.any() else {}
-        shown = 100.0 * hits
-    if course.held_out:
-        found |= held_out_figures(looks, np.array([len(rows) for rows in course.held_out]))
-    events, means = blocks(shown)
-    curve = _seen(looks) if course.held_out else (np.array(events), np.array(means))
+        shown = hits
+        found |= {"accuracy_after_drift": float(hits[near].mean())} if near.any() else {}
+    curve = arrays(*blocks(shown))
+    if looks is not None:
+        found |= held_out_figures(looks, [len(rows) for rows in course.held_out])
+        curve = seen(looks)
     return Run(found | {"ms_per_event": 1e3 * s_per_event}, curve)
+
+
+def arrays(x: Sequence[float], y: Sequence[float]) -> tuple[Floats, Floats]:
+    return np.array(x), np.array(y)
 
 
 def log_losses(labels: Floats, served: Floats | Served) -> Floats:
@@ -163,38 +181,36 @@ def log_losses(labels: Floats, served: Floats | Served) -> Floats:
     return np.asarray(-np.log(p[np.arange(len(p)), labels.astype(np.int64)]))
 
 
-def held_out_figures(looks: Looks, sizes: NDArray[np.int64]) -> dict[str, float]:
+def held_out_figures(looks: Looks, sizes: Sequence[int]) -> dict[str, float]:
     """In per cent; `sizes` (T,) of what is held out by segment."""
-    table = looks.accuracy[np.searchsorted(looks.events, looks.ends)]  # (T, T): R[i, j], on j after i
-    last, diagonal = table[-1], table.diagonal()
-    lowest = [looks.accuracy[looks.events >= end, j].min() for j, end in enumerate(looks.ends[:-1])]
+    table = looks.trace.matrix()  # (T, T): R[i, j], on j after i
     found = {
-        "final": float(np.average(last, weights=sizes)),
-        "acc": float(last.mean()),
-        "min_acc": float(np.mean(lowest)),
-        "bwt": float((last - diagonal)[:-1].mean()),
-        "fwt": float((table.diagonal(1) - looks.accuracy[0, 1:]).mean()),
+        "final": float(np.average(table[-1], weights=sizes)),
+        "min_acc": min_accuracy(looks.trace),
+        "wc_acc": worst_case_accuracy(looks.trace),
+        "acc": average_accuracy(table),
+        "bwt": backward_transfer(table),
+        "fwt": forward_transfer(table, looks.untrained),
+        "stability_gap": stability_gap(looks.trace),
     }
     return {name: 100.0 * value for name, value in found.items()}
 
 
-def _seen(looks: Looks) -> tuple[Floats, Floats]:
+def seen(looks: Looks) -> tuple[Floats, Floats]:
     """Mean accuracy (%) on the segments that have begun, by event."""
-    begun = np.searchsorted(looks.ends, looks.events, side="left") + 1  # how many, at each look
-    means = [row[:count].mean() for row, count in zip(looks.accuracy, begun, strict=True)]
-    return looks.events.astype(np.float64), 100.0 * np.array(means)
+    rows = zip(looks.trace.accuracy, looks.trace.during + 1, strict=True)
+    return looks.events.astype(np.float64), 100.0 * np.array([row[:begun].mean() for row, begun in rows])
 
 
 DEFINITIONS = (
     "served figures count every event but the recommender's first 2,000, each answered before its label was learned"
     " from; accuracy in per cent, log_loss in nats; regret: log-loss minus that of the true probabilities on the same"
     " labels; after_drift: of the first 600 events after each change of what is true",
-    "R[i, j]: accuracy in per cent on what is held out of task j, after task i; final: on all that is held out, after"
-    " the last event; acc: mean of R[T, j]; bwt: mean over j < T of R[T, j] - R[j, j]; fwt: mean over j > 1 of"
-    " R[j - 1, j] - the untrained net's; min_acc: mean over j < T of the lowest accuracy on task j seen at any look"
-    " after its last event (De Lange et al. 2023, arXiv 2205.13452)",
+    "final: accuracy in per cent on all that is held out, after the last event; min_acc, wc_acc, acc, bwt, fwt and"
+    " stability_gap, in points: as streamcl.metrics.continual defines them, over looks at what is held out of each task"
+    " every so many events and at each task's end",
     "sd: over seeds; d_: minus the stream's control, mean over seeds, on the same events with the same initial weights;"
     " p_: two-sided paired t-test; ms_per_event: processor milliseconds of predicting and learning",
     "every recipe: weight 1 for the live example, 1 for the mean of the replayed ones, unless its name says otherwise;"
-    " one pass, one example at a time, nothing tells a learner where a task begins, unless it is said",
+    " one pass, one example at a time; a task's beginning is told to GEM, and to recipes with a boundary of segments",
 )

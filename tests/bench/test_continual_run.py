@@ -9,6 +9,7 @@ from streamcl.bench.continual_course import Course, Rows
 from streamcl.bench.continual_recipes import RECIPES
 from streamcl.bench.continual_run import Looks, Ours, Served, held_out_figures, measure
 from streamcl.bench.continual_streams import STREAMS
+from streamcl.metrics.continual import Trace
 from tests.bench.continual_data import tiny_course
 
 
@@ -76,13 +77,14 @@ def test_the_recommenders_bayes_predictor_has_no_regret() -> None:
 
 def test_held_out_figures_are_those_of_the_definitions() -> None:
     looks = Looks(
-        events=np.array([0, 5, 10, 15, 20, 30]),
-        accuracy=np.array(
-            [[0.5, 0.0, 0.1], [0.7, 0, 0], [0.9, 0.2, 0.0], [0.3, 0.6, 0], [0.6, 0.8, 0.4], [0.4, 0.7, 1.0]]
+        untrained=np.array([0.5, 0.0, 0.1]),
+        events=np.array([5, 10, 15, 20, 30]),
+        trace=Trace(
+            np.array([[0.7, 0.0, 0.0], [0.9, 0.2, 0.0], [0.3, 0.6, 0.0], [0.6, 0.8, 0.4], [0.4, 0.7, 1.0]]),
+            np.array([0, 0, 1, 1, 2]),
         ),
-        ends=np.array([10, 20, 30]),
     )
-    found = held_out_figures(looks, np.array([1, 1, 2]))
+    found = held_out_figures(looks, [1, 1, 2])
     assert found["final"] == pytest.approx((40 + 70 + 2 * 100) / 4)
     assert found["acc"] == pytest.approx((40 + 70 + 100) / 3)
     assert found["bwt"] == pytest.approx((40 - 90 + 70 - 80) / 2)
