@@ -278,6 +278,9 @@ def test_a_worker_tells_the_same_signals_however_the_stream_is_cut(tmp_path: Pat
     assert worker.readings()["boundary_0_signals"] == 3.0
 
 
+NO_DRIFT = {"detector": "none"}
+
+
 class Listener(Rule):
     """A plug-in that notes what it hears, and how much had been learned by then."""
 
@@ -308,6 +311,24 @@ def test_the_learner_hears_every_signal_before_it_learns_from_the_event(tmp_path
     assert isinstance(listener, Listener)
     boundaries, classes = (10, "boundary", "segment"), (0, "new_class", "new_class")
     assert listener.heard == [classes, (3, *classes[1:]), boundaries, (20, *boundaries[1:])]
+
+
+EAGER = {"kind": "detector", "detector": "page_hinkley", "threshold": 2.0}
+
+
+@pytest.mark.parametrize(
+    "source", ["segment", {"kind": "clock", "every_events": 10}, EAGER, {"kind": "surprise", "window": 6, "gamma": 1.0}]
+)
+def test_what_listens_for_boundaries_runs_with_ids_a_clock_a_detector_or_surprise(tmp_path: Path, source: Any) -> None:
+    fill([view(n, float(n), clicked=int(n < 80), task="later" if n >= 80 else "first") for n in range(120)])
+    worker, turns = run(inline(tmp_path, source, plugins=[{"kind": f"{__name__}:Listener"}], drift=NO_DRIFT))
+    assert isinstance(worker.learner, Learner)
+    [listener] = worker.learner.plugins.values()
+    assert isinstance(listener, Listener)
+    name = source if isinstance(source, str) else source["kind"]
+    assert {heard[1:] for heard in listener.heard} == {("boundary", name)}
+    told = [signal.origin.offset for turn in turns for signal in turn.signals]
+    assert [learned for learned, _, _ in listener.heard] == told
 
 
 def test_the_segment_changes_nothing_that_is_learned(tmp_path: Path) -> None:
