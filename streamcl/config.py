@@ -10,7 +10,7 @@ import hashlib
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import orjson
@@ -104,7 +104,12 @@ class Config(Station):
     plugins: tuple[AnyPlugin, ...] = Stop(
         (), max_length=32, description="methods of continual learning in a row, by kind or module:Class"
     )
-    river: str | None = New(None, description="a River model instead, e.g. river.linear_model:LogisticRegression")
+    river: str | None = New(
+        None, description="a River model instead: module:NAME of a class, a function that builds one, or a pipeline"
+    )
+    river_categories: Literal["one_hot", "strings"] = New(
+        "one_hot", description="what a River model sees of a category: {'field=row': 1}, or {'field': 'row'}"
+    )
     trust_pickle: bool = Free(False, description="allow checkpoints that hold a pickle: needed by a River model only")
     metrics: Metrics = Metrics()
     drift: Drift = Drift()
