@@ -54,7 +54,7 @@ def recommender(folder: Path | None, seed: int, quick: bool) -> Course:  # noqa:
     "before" it, so that there is something to turn back to at the first drift.
     """
     rng = np.random.default_rng([seed, *b"recommender"])
-    events = EVENTS // 2 if quick else EVENTS
+    events = 3 * DRIFT_EVERY if quick else EVENTS
     properties = rng.normal(0, TASTE / np.sqrt(LATENT), (ITEMS, LATENT))
     users, items = rng.integers(0, USERS, events), rng.integers(0, ITEMS, events)
     world, logit = World.first(rng), np.empty(events)
