@@ -31,7 +31,7 @@ REST = "rest"  # the bag's name in the config; a dict's own names never stand th
 WEIGHT_MAX = 10.0  # of a hashed number, as `RunningNorm` clips: one wild number can't blow up a gradient
 BOUND = "number_at", "category_at"
 COUNTED = "count", "squares", "left_out"
-SERVED = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32), 0)  # no loss offered here asks what was served
+SERVED = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32), 0)  # only plug-ins may ask what was served
 
 
 class DictLearner:
@@ -69,7 +69,9 @@ class DictLearner:
         for name in numbers.keys() - self.number_at.keys():
             self.count[self._bucket(name)] += 1.0
             self.squares[self._bucket(name)] += numbers[name] ** 2
-        ticket = Ticket("", 0.0, self._encode(numbers, categories), SERVED, Origin(EVENTS, 0, self.learner.version))
+        encoded = self._encode(numbers, categories)
+        scores = self.learner.predict(encoded) if self.learner.plugins else SERVED
+        ticket = Ticket("", 0.0, encoded, scores, Origin(EVENTS, 0, self.learner.version))
         self.left_out += not self.learner.learn(Outcome(ticket, label, Fate.INLINE, 0.0))
 
     def _encode(self, numbers: Mapping[Hashable, float], categories: Mapping[Hashable, str]) -> Encoded:
@@ -150,7 +152,11 @@ def _bind(bound: dict[Hashable, int], names: Iterable[Hashable], room: int) -> N
             bound[name] = len(bound)
 
 
-EMPTY = {"hidden": "model='logistic' has no hidden layer", "plasticity": "None stands for no rule"}
+EMPTY = {
+    "hidden": "model='logistic' has no hidden layer",
+    "plasticity": "None stands for no rule",
+    "plugins": "None stands for no method",
+}
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -166,6 +172,7 @@ class _Settings(base.Estimator):
         replay_capacity: Examples kept for replay, by reservoir sampling (count).
         replay_per_event: How many of them are learned from again beside each new one; 0: no replay.
         plasticity: Rules that keep a net able to learn, by kind or as tables: `("continual_backprop",)`.
+        plugins: Methods of continual learning, likewise: `streamcl.plugin` says what they can do.
         numbers: Inputs for numbers (count). With 0 all are hashed, and a missing one is zero instead of the mean: the
             choice for bags of words.
         categories: Fields for strings and bools (count).
@@ -190,6 +197,7 @@ class _Settings(base.Estimator):
     replay_capacity: int = 1000
     replay_per_event: int = 4
     plasticity: tuple[Any, ...] | None = None
+    plugins: tuple[Any, ...] | None = None
     numbers: int = 64
     categories: int = 16
     buckets: int = 1024
@@ -197,7 +205,7 @@ class _Settings(base.Estimator):
     seed: int = 0
 
     def _build(self, task: Task, classes: int = 2) -> DictLearner:
-        for name in ("hidden", "plasticity"):
+        for name in EMPTY:
             if getattr(self, name) == ():
                 raise ValueError(f"{name}: an empty tuple can't be cloned by River; {EMPTY[name]}")
         features: dict[str, Any] = {f"n{i:05}": "numeric" for i in range(self.numbers)}
@@ -219,6 +227,7 @@ class _Settings(base.Estimator):
             "optimizer": {"kind": self.optimizer, "learning_rate": self.learning_rate},
             "replay": replay if self.replay_per_event else {},
             "plasticity": self.plasticity or (),
+            "plugins": self.plugins or (),
             "diagnostics": {"sample_every_steps": 0},  # nobody would read them
         }
         return DictLearner(Config.parse(config, type(self).__name__))

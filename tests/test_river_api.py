@@ -199,7 +199,7 @@ def test_a_binary_label_that_is_no_bool_is_refused() -> None:
         small_classifier(multiclass=False).learn_one({"a": 1.0}, "no")
 
 
-@pytest.mark.parametrize(("name", "value"), [("hidden", ()), ("plasticity", ())])
+@pytest.mark.parametrize(("name", "value"), [("hidden", ()), ("plasticity", ()), ("plugins", ())])
 def test_an_empty_tuple_which_river_cannot_clone_is_refused_by_its_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):
         StreamRegressor(**{name: value})
@@ -257,3 +257,13 @@ def test_the_package_offers_both_without_importing_them() -> None:
         _ = streamcl.nothing
     code = "import sys, streamcl; sys.exit('torch' in sys.modules or 'river' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_methods_of_continual_learning_work_inside() -> None:
+    model = small_classifier(plugins=("ema", {"kind": "served"}))
+    stream = list(datasets.Phishing().take(60))
+    accuracy(model, stream[:30])
+    copied = pickled(model.clone(include_attributes=True))
+    assert state_of(copied.learner) == state_of(model.learner)
+    assert accuracy(copied, stream[30:]) == accuracy(model, stream[30:])
+    assert state_of(copied.learner) == state_of(model.learner)
