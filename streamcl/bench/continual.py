@@ -18,13 +18,14 @@ from streamcl.bench.continual_anchors import ANCHORS
 from streamcl.bench.continual_avalanche import AVALANCHE, MISSING, avalanche_er, interpreter
 from streamcl.bench.continual_course import Course
 from streamcl.bench.continual_plain import PLAIN
-from streamcl.bench.continual_recipes import FIELDS, PROMISES, RECIPES, Field, Promise
+from streamcl.bench.continual_recipes import FIELDS, PROMISES, Field, Promise, recipes
 from streamcl.bench.continual_run import DEFINITIONS, Ours, Run, measure
 from streamcl.bench.continual_streams import STREAMS
 from streamcl.bench.options import Options
 from streamcl.bench.quality import Floats, paired_p
 from streamcl.bench.report import Bar, Curve, Report, Row, Value, progress
 from streamcl.bench.streams import DataError
+from streamcl.protocols import StreamclError
 
 READS = {"data", "stream", "method", "seeds"}
 
@@ -32,6 +33,7 @@ QUICK_SEEDS = 2
 ONCE = {"river adaptive forest"}
 """So slow that one seed has to do."""
 
+RECIPES = recipes()
 ENTRANTS = (*RECIPES, *ANCHORS, *PLAIN, *AVALANCHE)
 """Everybody who may take part, by name."""
 
@@ -61,9 +63,14 @@ class Job:
     quick: bool
     data: Path | None
 
-    def __call__(self) -> Run:
+    def __call__(self) -> Run | str:
+        """What it comes to, or why it could not be: one entrant that fails is a finding, and no end of the others."""
         progress(f"{self.stream}, seed {self.seed}: {self.name}")
-        return pass_over(self.name, _course(self.stream, self.data, self.seed, self.quick), self.seed)
+        course = _course(self.stream, self.data, self.seed, self.quick)
+        try:
+            return pass_over(self.name, course, self.seed)
+        except StreamclError as error:
+            return str(error)
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,11 +102,11 @@ def run(options: Options) -> Report:
         },
         seeds=max(seeds.values(), key=len),
         seconds=time.perf_counter() - start,
-        rows=[found.row(stream, name) for stream in courses for name in names[stream]],
+        rows=[found.row(stream, name) for stream, name in found.runs],
         bars=found.bars(options.quick),
         headline={f"best_{stream}": found.best(stream) for stream in courses},
-        notes=[*DEFINITIONS, *_chosen(courses), PAPERS, *missing],
-        curves=[found.curve(stream, name) for stream in courses for name in names[stream]],
+        notes=[*DEFINITIONS, *_chosen(courses), PAPERS, *missing, *found.failures],
+        curves=[found.curve(stream, name) for stream, name in found.runs],
         axes=("events", "figure named above"),
     )
 
@@ -136,7 +143,7 @@ def _chosen(courses: Mapping[str, Course]) -> list[str]:
     return [f"{stream}: {course.source}; {course.chosen}" for stream, course in courses.items() if course.chosen]
 
 
-def _side_by_side(jobs: Sequence[Job]) -> list[Run]:
+def _side_by_side(jobs: Sequence[Job]) -> list[Run | str]:
     workers = min(len(jobs), os.cpu_count() or 1)
     if workers == 1:
         return [job() for job in jobs]
@@ -145,12 +152,17 @@ def _side_by_side(jobs: Sequence[Job]) -> list[Run]:
 
 
 class Findings:
-    """All runs, by stream and entrant."""
+    """All runs, by stream and entrant; and those that failed, with the reason."""
 
-    def __init__(self, runs: Mapping[Job, Run]) -> None:
+    def __init__(self, runs: Mapping[Job, Run | str]) -> None:
+        self.asked = {(job.stream, job.name) for job in runs}
         self.runs: dict[tuple[str, str], dict[int, Run]] = {}
-        for job, run_ in runs.items():
-            self.runs.setdefault((job.stream, job.name), {})[job.seed] = run_
+        self.failures: list[str] = []
+        for job, found in runs.items():
+            if isinstance(found, Run):
+                self.runs.setdefault((job.stream, job.name), {})[job.seed] = found
+            else:
+                self.failures.append(f"failed: {job.stream}: {job.name}, seed {job.seed}: {found}")
 
     def values(self, stream: str, name: str, figure: str) -> Floats:
         """(seeds,)"""
@@ -158,7 +170,7 @@ class Findings:
 
     def pairs(self, stream: str, name: str, other: str, figure: str) -> tuple[Floats, Floats]:
         """(n,) each, of the seeds that both were run with."""
-        ours, theirs = self.runs[stream, name], self.runs[stream, other]
+        ours, theirs = (self.runs.get((stream, each), {}) for each in (name, other))
         seeds = [seed for seed in ours if seed in theirs and figure in ours[seed].figures]
         values = [[runs[seed].figures[figure] for seed in seeds] for runs in (ours, theirs)]
         return np.array(values[0]), np.array(values[1])
@@ -184,18 +196,18 @@ class Findings:
         figure = FIELDS[stream].compared[0]
         sign = -1.0 if "regret" in figure else 1.0
         names = [name for of, name in self.runs if of == stream and name in RECIPES]
-        return max(names, key=lambda name: sign * float(self.values(stream, name, figure).mean()))
+        return max(names, key=lambda name: sign * float(self.values(stream, name, figure).mean()), default="none")
 
     def bars(self, quick: bool) -> list[Bar]:
-        """Of the promises whose stream and recipes were run."""
-        held = [p for p in PROMISES if {(p.stream, p.recipe), (p.stream, p.minus or p.recipe)} <= self.runs.keys()]
+        """Of the promises whose stream and recipes were asked for; NaN, which meets none, where one has failed."""
+        held = [p for p in PROMISES if {(p.stream, p.recipe), (p.stream, p.minus or p.recipe)} <= self.asked]
         return [Bar(str(p), self.promised(p), p.quick_limit if quick else p.limit) for p in held]
 
     def promised(self, promise: Promise) -> float:
-        if promise.minus is None:
-            return float(self.values(promise.stream, promise.recipe, promise.figure).mean())
-        ours, theirs = self.pairs(promise.stream, promise.recipe, promise.minus, promise.figure)
-        return float((ours - theirs).mean())
+        ours, theirs = self.pairs(promise.stream, promise.recipe, promise.minus or promise.recipe, promise.figure)
+        if not len(ours):
+            return math.nan
+        return float((ours - theirs).mean() if promise.minus else ours.mean())
 
     def curve(self, stream: str, name: str) -> Curve:
         """The mean over seeds."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streamcl import plugin
+
 Recipe = Mapping[str, Any]
 
 BALANCED: Recipe = {"replay": {"retention": "class_balanced"}}
@@ -50,6 +52,26 @@ RECIPES: dict[str, Recipe] = {
 """By name. `replay` without capacity and per_event takes the stream's; the configuration has no other default here."""
 
 
+TOLD = ", told"
+"""Ends the name of a recipe whose method hears of each new task, from the segment that an event names."""
+
+
+def recipes() -> dict[str, Recipe]:
+    """The table's, and each preset of the product: by its name if it replays, else on top of each retention too."""
+    found = dict(RECIPES)
+    for name, preset in plugin.presets().items():
+        on_top = {} if "replay" in preset else {f"{base} + {name}": RECIPES[base] for base in RETENTIONS}
+        for each, base in {name: {}, **on_top}.items():
+            found[each] = {**base, **preset}
+            found[each + TOLD] = {**base, **preset, "boundaries": [{"kind": "segment"}]}
+    return found
+
+
+RETENTIONS = ("reservoir", "balanced", "recency")
+
+GRADIENTS = ("ewc", "agem", "gem", "der", "er_ace", "mer", "tag", "cuber", "l2_anchor")
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """Who takes part on a stream, by name: recipes, of which --quick runs some, and anchors and peers beside them.
@@ -63,13 +85,21 @@ class Field:
     anchors: tuple[str, ...] = ()
     quick_anchors: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()  # who needs a Python of their own, and takes part where that is
+    presets: tuple[str, ...] | None = ()  # of the product's, as far as it has them; None: all
     compared: tuple[str, ...] = ("final", "min_acc")
     shown: str = "accuracy (%) on what was seen"
     seeds: int = 5
 
     def names(self, quick: bool) -> tuple[str, ...]:
         """The control first, each once."""
-        return tuple(dict.fromkeys((self.control, *(self.quick if quick else self.recipes))))
+        presets = () if quick else self.of_presets()
+        return tuple(dict.fromkeys((self.control, *(self.quick if quick else self.recipes), *presets)))
+
+    def of_presets(self) -> list[str]:
+        """Told of new tasks; those that do not replay on top of the control, and by themselves."""
+        chosen = {n: of for n, of in plugin.presets().items() if self.presets is None or n in self.presets}
+        by_itself = [name + TOLD for name in chosen]
+        return by_itself + [f"{self.control} + {name}{TOLD}" for name, of in chosen.items() if "replay" not in of]
 
     def others(self, quick: bool) -> tuple[str, ...]:
         return self.quick_anchors if quick else self.anchors
@@ -92,6 +122,7 @@ FIELDS: dict[str, Field] = {
         anchors=PLAIN,
         quick_anchors=PLAIN[:1],
         peers=("avalanche er", "avalanche er, batch 10"),
+        presets=None,
         seeds=10,
     ),
     "split-mnist": Field(
@@ -107,6 +138,7 @@ FIELDS: dict[str, Field] = {
         recipes=("no memory", "reservoir + ema served"),
         quick=(),
         anchors=("plain torch er, batch 10", "plain torch gem, batch 10"),
+        presets=GRADIENTS,
         compared=("acc", "bwt"),
     ),
     "recommender": Field(

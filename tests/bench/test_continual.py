@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from streamcl import plugin
 from streamcl.bench import continual, run
 from streamcl.bench.continual import ENTRANTS, Findings, Job
-from streamcl.bench.continual_recipes import FIELDS, PROMISES, RECIPES, Field, Promise
+from streamcl.bench.continual_recipes import FIELDS, PROMISES, RECIPES, TOLD, Field, Promise, recipes
 from streamcl.bench.continual_run import Run
 from streamcl.bench.continual_streams import STREAMS
 from streamcl.bench.options import Options
@@ -41,7 +42,7 @@ def made(values: Mapping[str, list[dict[str, float]]]) -> Findings:
 
 def test_every_recipe_that_a_stream_names_is_one_of_the_table_and_every_entrant_is_known() -> None:
     for stream, field in FIELDS.items():
-        assert set(field.names(quick=False)) <= RECIPES.keys()
+        assert set(field.names(quick=False)) <= recipes().keys()
         assert set(field.names(quick=True)) <= set(field.names(quick=False))
         assert {*field.anchors, *field.peers} <= set(ENTRANTS)
         assert set(field.quick_anchors) <= set(field.anchors)
@@ -102,6 +103,32 @@ def test_a_bar_is_the_mean_of_its_row_or_the_mean_of_paired_differences() -> Non
 
 def test_a_promise_about_who_was_not_run_is_no_bar() -> None:
     assert made({"balanced": [{"final": 90.0}]}).bars(quick=False) == []
+
+
+def test_each_preset_of_the_product_is_a_recipe_with_and_without_being_told_of_new_tasks() -> None:
+    course = tiny_course(0)
+    for name, preset in plugin.presets().items():
+        assert name in recipes()
+        config = Config.parse(course.config(recipes()[name + TOLD], 0))
+        assert [boundary.kind for boundary in config.boundaries] == ["segment"]
+        assert len(config.plugins) == len(preset["plugins"])
+        assert config.replay.capacity == (50 if "replay" in preset else 20_000)
+        if "replay" not in preset:
+            assert Config.parse(course.config(recipes()[f"balanced + {name}"], 0)).replay.capacity == 50
+
+
+def test_who_fails_is_a_note_with_the_reason_and_a_bar_that_is_not_met() -> None:
+    curve = np.arange(3.0), np.ones(3)
+    found = Findings(
+        {
+            Job(TINY, "balanced", 0, False, None): Run({"final": 80.0, "min_acc": 50.0}, curve),
+            Job(TINY, "reservoir", 0, False, None): "example 7 was left out",
+        }
+    )
+    assert found.failures == [f"failed: {TINY}: reservoir, seed 0: example 7 was left out"]
+    [bar] = found.bars(quick=False)
+    assert np.isnan(bar.value)
+    assert not bar.ok
 
 
 def test_a_difference_counts_the_seeds_that_both_were_run_with() -> None:
