@@ -76,8 +76,13 @@ class ElementWise(nn.Module):
         self.inputs, self.units, self.width = inputs, units, width
         self.seed, self.name = seed, name
 
+    def param(self, name: str) -> nn.Parameter:
+        """By name; many times cheaper than torch's `get_parameter`, and asked for at every event."""
+        found: nn.Parameter = getattr(self, name)
+        return found
+
     def init_state(self, n: int) -> KeyState:
-        like = self.get_parameter(self.traced[0])
+        like = self.param(self.traced[0])
         return {"s": like.new_zeros(n, self.parts * self.units)}
 
     def step(self, x: Tensor, state: KeyState, dt: Tensor | None = None) -> tuple[Tensor, KeyState]:
@@ -118,7 +123,7 @@ class ElementWise(nn.Module):
         """
         fresh = self.rows(self.units, units)
         for name in self.by_unit:
-            old = self.get_parameter(name)
+            old = self.param(name)
             more = fresh[name] if name in self.traced else self.silent(name, fresh[name])
             setattr(self, name, nn.Parameter(torch.cat((old.detach(), more.to(old)))))
         self.units += units
@@ -220,14 +225,13 @@ class Gated(ElementWise):
         self.width = self.units
 
     def sum_of(self, gate: str, x: Tensor) -> Tensor:
-        weight, bias = self.get_parameter(f"weight_{gate}"), self.get_parameter(f"bias_{gate}")
-        return functional.linear(x, weight, bias)  # (B, N)
+        return functional.linear(x, self.param(f"weight_{gate}"), self.param(f"bias_{gate}"))  # (B, N)
 
     def fade(self, dt: Tensor | None) -> Tensor | None:
         """(B, N) what a gap of dt leaves, if anything but all."""
         if dt is None or not self.timed:
             return None
-        return torch.exp(-self.get_parameter("log_rate").exp() * dt[:, None])
+        return torch.exp(-self.param("log_rate").exp() * dt[:, None])
 
     def advance(self, x: Tensor, s: Tensor, dt: Tensor | None) -> Tensor:
         keep, write, candidate = self.gates(x)
@@ -245,7 +249,7 @@ class Gated(ElementWise):
             return keep, found
         if fade is None or dt is None:
             return keep, {**found, "log_rate": torch.zeros_like(s)}
-        return keep * fade, {**found, "log_rate": -keep * faded * self.get_parameter("log_rate").exp() * dt[:, None]}
+        return keep * fade, {**found, "log_rate": -keep * faded * self.param("log_rate").exp() * dt[:, None]}
 
     def by_gate(self, x: Tensor, s: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, N) keep, and for each gate (B, N) the derivative of the new state by the gate's sum; s is faded."""
@@ -371,14 +375,14 @@ class DiagonalLSSL(ElementWise):
 
     def _spectrum(self, dt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """lambda (N,), Delta (N,), and exp(lambda Delta dt) as (1, N) or (B, N)."""
-        rates = torch.complex(-self.get_parameter("log_decay").exp(), self.get_parameter("frequency"))
-        delta = self.get_parameter("log_delta").exp()
+        rates = torch.complex(-self.param("log_decay").exp(), self.param("frequency"))
+        delta = self.param("log_delta").exp()
         turn = rates * delta
         return rates, delta, torch.exp(turn if dt is None else turn * dt[:, None]).view(-1, self.units)
 
     def _driven(self, x: Tensor) -> Tensor:
         """(B, N) B x."""
-        return torch.complex(x @ self.get_parameter("in_re").T, x @ self.get_parameter("in_im").T)
+        return torch.complex(x @ self.param("in_re").T, x @ self.param("in_im").T)
 
     def advance(self, x: Tensor, s: Tensor, dt: Tensor | None) -> Tensor:
         rates, delta, carry = self._spectrum(dt)
@@ -403,7 +407,7 @@ class DiagonalLSSL(ElementWise):
 
     def read(self, x: Tensor, s: Tensor) -> Tensor:
         real, imaginary = s.chunk(2, 1)
-        state = real @ self.get_parameter("out_re") - imaginary @ self.get_parameter("out_im")
+        state = real @ self.param("out_re") - imaginary @ self.param("out_im")
         return state + functional.linear(x, self.skip)  # (B, H)
 
 

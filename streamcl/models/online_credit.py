@@ -59,13 +59,13 @@ class OnlineCredit(nn.Module):
     def init_state(self, n: int) -> KeyState:
         state = self.cell.init_state(n)
         for name in self.cell.traced:
-            units, *rest = self.cell.get_parameter(name).shape
+            units, *rest = self.cell.param(name).shape
             state[f"trace.{name}"] = state["s"].new_zeros(n, self.cell.parts * units, *rest)
         return state
 
     def step(self, x: Tensor, state: KeyState, dt: Tensor | None = None) -> tuple[Tensor, KeyState]:
         past = state["s"].detach()
-        params = [self.cell.get_parameter(name) for name in self.cell.traced]
+        params = [self.cell.param(name) for name in self.cell.traced]
         with torch.no_grad():
             carry, immediate = self.cell.influence(x, past, dt)
             if self.decay is not None:

@@ -20,8 +20,10 @@ class RetNet(nn.Module):
 
     With dt a head forgets by gamma^dt: a step with dt = 3 equals two steps with dt = 1 and x = 0, then one with x.
 
-    Credit: the caller detaches the state, so keys and values are taught by the event that makes them alone, unless it
-    unrolls several. Exact traces would take key x value x in numbers per head and key of the stream; they aren't built.
+    Credit: with a detached state, queries and the readout get their exact gradient; keys and values would get that of
+    their own event alone, which is worse than none (it teaches a query's own event to store nothing under its key). So
+    they stay as they were drawn, unless `learn_keys` is set by a caller who unrolls. Exact traces would take
+    d_k x d_v x in numbers per head and key of the stream; they aren't built.
 
     Args:
         inputs: in, numbers per event.
@@ -31,9 +33,10 @@ class RetNet(nn.Module):
         value: d_v, columns of S.
         seed: Of the weights.
         name: Of this layer among others of the model; enters the draws.
-        mimetic: Start as linear attention from a thing to itself: queries are made by the keys' weights, of a variance
-            by which q k^T is about x_q x_k^T, and gamma_i = 1 - 2^(-10 - i). Then recall needs no credit through the
-            past to begin: only the readout must be learnt.
+        mimetic: Start as linear attention to like things: queries are made by the keys' weights, whose columns are
+            orthonormal (their rows, if d_k < in), so that q k^T = x_q x_k^T, and gamma_i = 1 - 2^(-10 - i). Recall
+            then needs no credit through the past: only the readout must be learnt.
+        learn_keys: Let gradients reach the weights of keys and values.
 
     State: "S" (B, heads, d_k, d_v).
 
@@ -58,6 +61,7 @@ class RetNet(nn.Module):
         seed: int = 0,
         name: str = "retnet",
         mimetic: bool = False,
+        learn_keys: bool = False,
     ) -> None:
         super().__init__()
         self.inputs, self.width, self.heads, self.key, self.value = inputs, width, heads, key, value
@@ -66,9 +70,12 @@ class RetNet(nn.Module):
         self.gamma: Tensor
         self.register_buffer("gamma", 1.0 - torch.exp2(-(10.0 if mimetic else 5.0) - torch.arange(heads)))
         keys = self._key_rows("weight_k", 0, key)
-        self.weight_k = nn.Parameter(keys)  # (heads, d_k, in)
+        if mimetic:
+            keys = _orthonormal(keys)
+        self.weight_k = nn.Parameter(keys, learn_keys)  # (heads, d_k, in)
         self.weight_q = nn.Parameter(keys.clone() if mimetic else self._key_rows("weight_q", 0, key))
-        self.weight_v = nn.Parameter(self._rows("weight_v", heads * value, inputs).view(heads, value, inputs))
+        values = self._rows("weight_v", heads * value, inputs).view(heads, value, inputs)
+        self.weight_v = nn.Parameter(values, learn_keys)
         self.weight_g = nn.Parameter(self._rows("weight_g", heads * value, inputs))
         self.weight_o = nn.Parameter(self._rows("weight_o", width, heads * value))
 
@@ -76,7 +83,7 @@ class RetNet(nn.Module):
         return uniform_rows(key_of(self.seed, f"model.{self.name}.{name}"), 0, count, fan_in, unit_bound(fan_in))
 
     def _key_rows(self, name: str, start: int, count: int) -> Tensor:
-        bound = unit_bound(self.key if self.mimetic else self.inputs)
+        bound = unit_bound(max(self.key, self.inputs) if self.mimetic else self.inputs)
         keys = [key_of(self.seed, f"model.{self.name}.{name}.{head}") for head in range(self.heads)]
         return torch.stack([uniform_rows(key, start, count, self.inputs, bound) for key in keys])
 
@@ -109,10 +116,17 @@ class RetNet(nn.Module):
         Differs from the source: it merges heads and draws the new layer's weights anew; nothing old changes here.
         """
         more = self._key_rows("weight_k", self.key, key).to(self.weight_k)
-        self.weight_k = nn.Parameter(torch.cat((self.weight_k.detach(), more), 1))
+        self.weight_k = nn.Parameter(torch.cat((self.weight_k.detach(), more), 1), self.weight_k.requires_grad)
         self.weight_q = nn.Parameter(torch.cat((self.weight_q.detach(), torch.zeros_like(more)), 1))
         self.key += key
 
     def grown(self, state: KeyState) -> KeyState:
         """A state from before a growth, at the present size."""
         return {"S": functional.pad(state["S"], (0, 0, 0, self.key - state["S"].shape[2]))}
+
+
+def _orthonormal(weights: Tensor) -> Tensor:
+    """(heads, d_k, in) of the same span: W^T W = 1 if d_k >= in, else W W^T = 1."""
+    tall = weights.shape[1] >= weights.shape[2]
+    found = torch.linalg.qr(weights.double() if tall else weights.double().mT).Q
+    return (found if tall else found.mT).to(weights.dtype)
