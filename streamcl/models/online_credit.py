@@ -71,8 +71,7 @@ class OnlineCredit(nn.Module):
             if self.decay is not None:
                 carry = torch.full_like(carry, self.decay)
             carried = [_times(state[f"trace.{name}"], carry) for name in self.cell.traced]
-            added = [_by_input(immediate[name], x, p) for name, p in zip(self.cell.traced, params, strict=True)]
-            traces = [old + new for old, new in zip(carried, added, strict=True)]
+            traces = [_plus(old, immediate[name], x) for name, old in zip(self.cell.traced, carried, strict=True)]
         s = self.cell.advance(x, past, dt)  # its graph holds this event only
         if torch.is_grad_enabled():
             s = _Past.apply(s, carried, *params)  # type: ignore[no-untyped-call]
@@ -115,10 +114,10 @@ def _times(trace: Tensor, carry: Tensor) -> Tensor:
     return to_parts(carry * to_complex(trace)) if carry.is_complex() else carry * trace
 
 
-def _by_input(derivative: Tensor, x: Tensor, param: Tensor) -> Tensor:
-    """(B, parts * N, ...) of the derivative (B, N) by the weighted sum: times x where the parameter weighs x."""
+def _plus(carried: Tensor, derivative: Tensor, x: Tensor) -> Tensor:
+    """Adds (B, N) the derivative by the weighted sum: as it is for a number per unit, times x for weights of x."""
     parts = to_parts(derivative) if derivative.is_complex() else derivative
-    return parts if param.dim() == 1 else parts.unsqueeze(2) * x.unsqueeze(1)
+    return carried + parts if carried.dim() == 2 else torch.addcmul(carried, parts.unsqueeze(2), x.unsqueeze(1))
 
 
 class Stack(nn.Module):

@@ -98,13 +98,13 @@ class RetNet(nn.Module):
 
     def decay(self, dt: Tensor | None) -> Tensor:
         """(1 or B, heads, 1, 1)."""
-        kept = self.gamma[None] if dt is None else self.gamma ** dt[:, None]
+        kept: Tensor = self.gamma[None] if dt is None else self.gamma ** dt[:, None]
         return kept[:, :, None, None]
 
     def readout(self, x: Tensor, o: Tensor) -> Tensor:
         """h (B, H) of x (B, in) and what the heads found (B, heads, d_v)."""
-        gate = functional.silu(functional.linear(x, self.weight_g))
-        return functional.linear(gate * functional.layer_norm(o, o.shape[-1:]).flatten(1), self.weight_o)
+        found = functional.layer_norm(o, o.shape[-1:]).flatten(1)
+        return functional.linear(functional.silu(functional.linear(x, self.weight_g)) * found, self.weight_o)
 
     def grow(self, key: int) -> None:
         """Give each head so many more rows; their queries start at 0, so that h doesn't change.
@@ -128,5 +128,5 @@ class RetNet(nn.Module):
 def _orthonormal(weights: Tensor) -> Tensor:
     """(heads, d_k, in) of the same span: W^T W = 1 if d_k >= in, else W W^T = 1."""
     tall = weights.shape[1] >= weights.shape[2]
-    found = torch.linalg.qr(weights.double() if tall else weights.double().mT).Q
+    found: Tensor = torch.linalg.qr(weights.double() if tall else weights.double().mT).Q
     return (found if tall else found.mT).to(weights.dtype)
