@@ -22,6 +22,7 @@ class LegS(nn.Module):
     Args:
         inputs: in, numbers per event.
         order: N, coefficients per input.
+        dtype: Of the state. A later `double()` would not bring back the nodes' lost digits.
 
     Shape:
         h (B, in * N), the coefficients of the first input first. State: "c" (B, in, N), "t" (B,).
@@ -38,18 +39,17 @@ class LegS(nn.Module):
         here they are what the head reads.
     """
 
-    def __init__(self, inputs: int, order: int) -> None:
+    def __init__(self, inputs: int, order: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.inputs, self.order, self.width = inputs, order, inputs * order
         nodes, weights = np.polynomial.legendre.leggauss(order)  # of degree 2N - 1: exact for products of two
         u = torch.from_numpy((nodes + 1.0) / 2.0)  # (Q,) in [0, 1]
         self.nodes: Tensor
-        self.register_buffer("nodes", u)
+        self.register_buffer("nodes", u.to(dtype))
         self.basis: Tensor
-        self.register_buffer("basis", legendre(u, order))  # (Q, N)
+        self.register_buffer("basis", legendre(u, order).to(dtype))  # (Q, N)
         self.weights: Tensor
-        self.register_buffer("weights", torch.from_numpy(weights / 2.0))
-        self.float()
+        self.register_buffer("weights", torch.from_numpy(weights / 2.0).to(dtype))  # (Q,)
 
     def init_state(self, n: int) -> KeyState:
         return {"c": self.nodes.new_zeros(n, self.inputs, self.order), "t": self.nodes.new_zeros(n)}

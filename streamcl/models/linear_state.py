@@ -34,7 +34,8 @@ class Recurrent(Protocol):
     the same for the first event and the millionth.
     """
 
-    width: int
+    @property
+    def width(self) -> int: ...
 
     def init_state(self, n: int) -> KeyState: ...
 
