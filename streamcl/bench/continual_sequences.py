@@ -186,7 +186,7 @@ class Trainer:
     def __init__(self, backbone: Any, classes: int, learning_rate: float, window: int | None) -> None:
         self.backbone: Recurrent = backbone
         self.window = window
-        self.head = nn.Linear(backbone.width, classes)
+        self.head = nn.utils.skip_init(nn.Linear, backbone.width, classes)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for param in self.head.parameters():
                 param.zero_()  # the first scores are the prior
@@ -196,27 +196,24 @@ class Trainer:
     def learn(self, histories: Histories) -> list[float]:
         """The share of right answers at each event that asks."""
         state = self.backbone.init_state(histories.x.shape[1])
-        recent: deque[tuple[Tensor, KeyState]] = deque(maxlen=self.window or None)
+        recent: deque[tuple[Tensor, KeyState]] = deque(maxlen=1 if self.window is None else self.window or None)
         found = []
         for x, y in zip(*histories, strict=True):
-            if self.window is not None:
-                recent.append((x, state))
+            recent.append((x, state))
             asked = y[0].item() != NO_ANSWER
-            if not asked or self.window is not None:
-                with torch.no_grad():
-                    h, after = self.backbone.step(x, state)
+            with torch.set_grad_enabled(asked and self.window is None):
+                h, after = self.backbone.step(x, state)
             if asked:
-                h, after = self.backbone.step(x, state) if self.window is None else self._again(recent)
-                found.append(self._answer(h, y))
+                found.append(self._answer(h if self.window is None else self._again(recent), y))
             state = {name: value.detach() for name, value in after.items()}
         return found
 
-    def _again(self, recent: deque[tuple[Tensor, KeyState]]) -> tuple[Tensor, KeyState]:
-        """The last events once more with today's weights, differentiable, from the state before the oldest."""
+    def _again(self, recent: deque[tuple[Tensor, KeyState]]) -> Tensor:
+        """h of the last event, differentiable through all of `recent`: with today's weights, from the oldest state."""
         state = recent[0][1]
         for x, _ in recent:
             h, state = self.backbone.step(x, state)
-        return h, state
+        return h
 
     def _answer(self, h: Tensor, y: Tensor) -> float:
         logits = self.head(h)
