@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from streamcl.models.context import LongContext, ShortMemory
-from streamcl.models.linear_state import DiagonalLSSL, KeyState, MinGRU, Recurrent
+from streamcl.models.linear_state import KeyState, MinGRU, Recurrent
+from streamcl.models.lssl import DiagonalLSSL
 from streamcl.models.online_credit import OnlineCredit
 
 IN, KEYS, CATEGORIES = 5, 3, 2

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from streamcl.models.linear_state import DiagonalLSSL, ElementWise, Gated, MinGRU, MinLSTM, uniform_rows
+from streamcl.models.linear_state import ElementWise, Gated, MinGRU, MinLSTM, uniform_rows
+from streamcl.models.lssl import DiagonalLSSL
 
 IN, UNITS, KEYS = 4, 5, 3
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamcl.models.linear_state import DiagonalLSSL, ElementWise, KeyState, MinGRU, MinLSTM
+from streamcl.models.linear_state import ElementWise, KeyState, MinGRU, MinLSTM
+from streamcl.models.lssl import DiagonalLSSL
 from streamcl.models.online_credit import OnlineCredit, Stack
 
 IN, UNITS, OUT, KEYS = 5, 6, 3, 4
