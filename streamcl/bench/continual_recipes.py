@@ -137,7 +137,7 @@ FIELDS: dict[str, Field] = {
         control="reservoir",
         recipes=("no memory", "reservoir + ema served"),
         quick=(),
-        anchors=("plain torch er, batch 10", "plain torch gem, batch 10"),
+        anchors=("plain torch er", "plain torch er, batch 10", "plain torch gem, batch 10"),
         presets=GRADIENTS,
         compared=("acc", "bwt"),
     ),

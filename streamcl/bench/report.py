@@ -24,6 +24,8 @@ from streamcl.bench.options import OptionError
 
 Value = float | int | str | bool | None
 
+WIDEST = 400  # characters of a table in a file: no column is cut off
+
 PACKAGES = ("streamcl", "torch", "numpy", "river", "vowpalwabbit")
 
 
@@ -142,7 +144,11 @@ def emit(report: Report, *, as_json: bool, plot: Path | None) -> None:
         print(orjson.dumps(report.to_json(), option=orjson.OPT_INDENT_2).decode())
     else:
         terminal = Console()
-        _print_tables(report, Console(width=max(terminal.width, 120)))
+        console = Console(width=max(terminal.width, 120))
+        _print_tables(report, console if terminal.is_terminal else Console(width=WIDEST))
+        for note in report.notes:
+            console.print(f"· {note}", markup=False, highlight=False)
+        console.print(f"{report.seconds:.1f} s, {machine()}", markup=False, highlight=False)
 
 
 def _print_tables(report: Report, console: Console) -> None:
@@ -150,13 +156,11 @@ def _print_tables(report: Report, console: Console) -> None:
         rows = [row for row in report.rows if row.table == table]
         columns = list(dict.fromkeys(key for row in rows for key in row.values))
         title = f"bench {report.bench} {table}".rstrip()
-        _print_table(console, title, ["name", *columns], [row.to_json() for row in rows])
+        named = [{**row.to_json(), "name": row.name.removeprefix(f"{table}: ")} for row in rows]
+        _print_table(console, title, ["name", *columns], named)
     for title, bars in (("bars", report.bars), ("aims (not promised)", report.aims)):
         if bars:
             _print_table(console, title, ["name", "value", "limit", "ok"], [bar.to_json() for bar in bars])
-    for note in report.notes:
-        console.print(f"· {note}", markup=False, highlight=False)
-    console.print(f"{report.seconds:.1f} s, {machine()}", markup=False, highlight=False)
 
 
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Value]]) -> None:
