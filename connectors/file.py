@@ -34,10 +34,11 @@ import orjson
 
 from connectors.codec import as_line, envelope
 from connectors.rows import Row, kind_of, open_rows
+from streamcl.commands import TIME
 from streamcl.config import Config
 from streamcl.features import lookup
 from streamcl.protocols import NOTHING, ConnectorError, Fenced, Outputs
-from streamcl.records import LABELS, Message, Order, Origin, Position, Record, Stream
+from streamcl.records import COMMANDS, LABELS, Message, Order, Origin, Position, Record, Stream
 from streamcl.stations import Events, Labels
 
 _FENCE = b'{"fence":true}\n'
@@ -120,6 +121,8 @@ class _Cursor:
         kind_of(self.path)  # a wrong name fails before anything is opened
         self._time = tuple(station.time.split(".")) if station.time else ()
         self._unit = 1000.0 if station.time_unit == "ms" else 1.0
+        if name == COMMANDS and self._time:
+            self._time, self._unit = (TIME,), 1.0
         self._most = config.events.max_bytes
         self._file: IO[bytes] | None = None
         self._rows: Iterator[Row] = iter(())

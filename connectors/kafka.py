@@ -19,7 +19,7 @@ from connectors.kafka_group import KafkaGroup
 from connectors.kafka_sink import KafkaSink
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError, Gap
-from streamcl.records import Position, Record, Stream
+from streamcl.records import COMMANDS, Position, Record, Stream
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ class KafkaSource:
         return list(self._streams)
 
     def seek(self, position: Position) -> Position:
-        """See `Source.seek`; start_at says where a stream starts that `position` does not name.
+        """See `Source.seek`; start_at says where a stream starts that `position` does not name. Commands start at their
+        first one, whatever it says: none of them may be passed over.
 
         Raises:
             Gap: an offset below the log's start: retention overtook us.
@@ -78,7 +79,8 @@ class KafkaSource:
             raise ConnectorError(f"{foreign[0].input} partition {foreign[0].partition} is not in this shard")
         limits = client.bounds(self._servers, self._topics, self._streams, self._config)
         latest = self._config.kafka.start_at == "latest"
-        start = {s: position.get(s, limit.end if latest else limit.start) for s, limit in limits.items()}
+        ends = {stream for stream in limits if latest and stream.input != COMMANDS}
+        start = {s: position.get(s, limit.end if s in ends else limit.start) for s, limit in limits.items()}
         self._in_range(start, limits)
         try:
             self._consumer.assign(start)
@@ -180,7 +182,7 @@ class KafkaSource:
         self._look_at = time.monotonic() + self._config.kafka.metadata_max_age_s
         for name, topic in self._topics.items():
             found, opened = self._consumer.known_partitions(name), self._counts[topic]
-            if found > opened:
+            if found > opened and name != COMMANDS:
                 raise ConnectorError(
                     f"kafka://{self._servers}/{topic} has {found} partitions, it had {opened}. Keys may have moved"
                     " between partitions, and their tickets with them: stop every worker and run `streamcl reshard`"
@@ -234,10 +236,13 @@ class KafkaSource:
 
 
 def _assigned(topics: Mapping[str, str], counts: Mapping[str, int], config: Config) -> list[Stream]:
-    if len(set(counts.values())) > 1:
-        found = ", ".join(f"{topic} has {count}" for topic, count in counts.items())
+    shard, keyed = config.shard, {topic: counts[topic] for name, topic in topics.items() if name != COMMANDS}
+    if len(set(keyed.values())) > 1:
+        found = ", ".join(f"{topic} has {count}" for topic, count in sorted(keyed.items()))
         raise ConnectorError(f"inputs must have equally many partitions (the same key in the same one): {found}")
-    shard = config.shard
+    if COMMANDS in topics and counts[topics[COMMANDS]] < shard.count:
+        topic = topics[COMMANDS]
+        raise ConnectorError(f"{topic}: {shard.count} shards need as many partitions, there are {counts[topic]}")
     found_here = [
         Stream(name, partition)
         for name, topic in topics.items()

@@ -294,7 +294,8 @@ def ensure_outputs(url: str, config: Config) -> str:
     compact = config.kafka.compact_predictions and url == config.predictions
     ordered = url in (config.outcomes_url, config.deltas_url)
     configs = {"cleanup.policy": "compact"} if compact else {}
-    count = ensure_topic(servers, topic, config, 1 if ordered else -1, configs)
+    wanted = 1 if ordered else config.shard.count if url == config.commands else -1
+    count = ensure_topic(servers, topic, config, wanted, configs)
     if ordered and count != 1:
         raise ConnectorError(f"{url}: has one order: it needs 1 partition, this topic has {count}")
     return topic

@@ -155,7 +155,7 @@ class Producer:
             self._producer.partitions_for(topic)  # now, so that no `send` has to wait for it
 
     def send(self, message: Message) -> Any:
-        return _send(self._producer, self._topic, message, None)
+        return _send(self._producer, self._topic, message, message.partition)
 
     def wait(self, delivery: Any, timeout_s: float) -> None:
         _wait(delivery, timeout_s)

@@ -211,7 +211,8 @@ class Producer:
             raise Fault(Kind.DENIED, "UnknownTopicOrPartition", "no such topic, or no right to see it")
 
     def send(self, message: Message) -> Delivery:
-        delivery = _produce(self._producer, self._topic, message, {})
+        where = {} if message.partition is None else {"partition": message.partition}
+        delivery = _produce(self._producer, self._topic, message, where)
         self._producer.poll(0)
         return delivery
 

@@ -19,7 +19,7 @@ import orjson
 from connectors.memory_broker import Choice, Crash, MemoryBroker, broker, locate, reset
 from streamcl.config import Config
 from streamcl.protocols import NOTHING, ConnectorError, Fenced, Gap, Outputs
-from streamcl.records import LABELS, Message, Order, Origin, Position, Record, Stream
+from streamcl.records import COMMANDS, Message, Order, Origin, Position, Record, Stream
 from streamcl.stations import Shard
 
 __all__ = [
@@ -67,6 +67,11 @@ class MemorySource:
         for topic in self._topics.values():
             if topic not in counts:
                 raise ConnectorError(f"memory://{self._broker.name}/{topic}: no such topic")
+            if topic == self._topics.get(COMMANDS) and counts[topic] < shard.count:
+                where = f"memory://{self._broker.name}/{topic}"
+                raise ConnectorError(
+                    f"{where}: {shard.count} shards need as many partitions, there are {counts[topic]}"
+                )
         self._next = {
             Stream(name, partition): 0
             for name, topic in sorted(self._topics.items())
@@ -156,7 +161,7 @@ class MemorySource:
 
 
 class MemorySink:
-    """Holds what it is sent until `flush` appends it; the partition is a hash of the key, 0 without one."""
+    """Holds what it is sent until `flush` appends it; the partition is its own, a hash of the key, or 0."""
 
     def __init__(self, url: str) -> None:
         self._broker, self._topic = locate(url)
@@ -235,6 +240,8 @@ class MemoryControlLog:
 
 
 def _partition(message: Message, count: int) -> int:
+    if message.partition is not None:
+        return message.partition
     return zlib.crc32(message.key) % count if message.key else 0
 
 
@@ -255,7 +262,7 @@ def check(urls: Collection[str], config: Config) -> Sequence[str]:
     source = open_source(config.inputs, config)
     source.close()
     found = [_describe(url) for url in urls]
-    if LABELS in config.inputs and len({_partitions(url) for url in config.inputs.values()}) > 1:
+    if len({_partitions(url) for name, url in config.inputs.items() if name != COMMANDS}) > 1:
         raise ConnectorError(f"events and labels differ in partitions: {'; '.join(found)}")
     return found
 

@@ -18,6 +18,7 @@ Table of contents, in the order of the journey (start with `worker`):
     config         all stations together: read, checked, compared with a checkpoint's
     connect        URL to connector, name to codec: through entry points
     decode         record to event or label
+    commands       record to an order to the shard itself: to forget
     features       event to arrays
     join           tickets waiting for labels
     learner        model, memories, plug-ins and engine: predict and learn
@@ -39,6 +40,7 @@ Table of contents, in the order of the journey (start with `worker`):
     snapshot       the files of one snapshot, and the check of every byte
     remote         copies of snapshots in an object store
     checkpoint     the snapshots of a shard: atomic, retained, mended
+    audit          what has been forgotten, on record
     delta          what serving needs of everything that changed: base + deltas = the full snapshot
     outlets        where results go: predictions, outcomes, dead letters, deltas
     channel        where deltas go and come from: a folder, an object store, a topic
@@ -60,6 +62,7 @@ Table of contents, in the order of the journey (start with `worker`):
     demo           `streamcl demo`
     console        how a command answers
     inspection     `streamcl checkpoint`: a look at snapshots
+    forget         `streamcl forget`: to every shard, and their answers
     cli            the command line
 """
 

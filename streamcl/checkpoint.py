@@ -227,6 +227,23 @@ class Store:
         except (OSError, CheckpointError) as error:
             logger.warning("old checkpoints stay: %s", error)
 
+    def retire(self, before: str) -> list[str]:
+        """Delete every snapshot older than that one, here and away, sound or not, and what only they are made of.
+
+        Returns their names. Raises CheckpointError: some may still be there.
+        """
+        with self._writing():
+            old = [name for name in self._names() if _sequence(name) < _sequence(before)]
+            for name in old:
+                self._delete(name)
+            for aside in self.folder.glob("damaged-*"):
+                shutil.rmtree(aside)
+            self._sweep()
+            self._sweep_chunks()
+            sync(self.folder)
+            away = self.remote.retire(before) if self.remote else []
+        return sorted({*old, *away})
+
     def _sweep_chunks(self) -> None:
         self.chunks.keep({chunk for name in self._names() for chunk in self._names_of_chunks(name)})
 
@@ -262,8 +279,8 @@ class Store:
         """Out of the readers' sight first, so that none meets half a snapshot."""
         grave = self.folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
         (self.folder / name).rename(grave)
-        shutil.rmtree(grave, ignore_errors=True)
         self._valid.discard(name)
+        shutil.rmtree(grave)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -29,11 +29,12 @@ from streamcl.bootstrap import Bootstrap
 from streamcl.config import Config, ConfigError, changes, fingerprint
 from streamcl.console import Json, out
 from streamcl.demo import command as demo
+from streamcl.forget import forget
 from streamcl.host import FixedShards, Host
 from streamcl.live import Live
 from streamcl.outlets import Outlets
 from streamcl.protocols import Fenced, Membership, StreamclError
-from streamcl.records import EVENTS, LABELS, Turn
+from streamcl.records import COMMANDS, EVENTS, LABELS, Turn
 from streamcl.recovery import store_of
 from streamcl.serve import Listening
 from streamcl.serve import serve as serve_forever
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(inspection.app)
 app.command()(bench)
+app.command()(forget)
 app.command(name="demo")(demo)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see `streamcl schema`.")]
@@ -251,14 +253,19 @@ def _backtest(config: Config) -> Worker:
 
 def _pair(text: str) -> tuple[str, str]:
     name, _, url = text.partition("=")
-    if name not in (EVENTS, LABELS) or not url:
-        raise ConfigError(f"{text}: expected events=URL or labels=URL")
+    if name not in (EVENTS, LABELS, COMMANDS) or not url:
+        raise ConfigError(f"{text}: expected events=URL, labels=URL or commands=URL")
     return name, url
 
 
 def _redirected(config: Config, inputs: dict[str, str], predictions: str | None) -> Config:
     data = config.model_dump(mode="json")
+    if inputs and COMMANDS not in inputs:  # the recorded inputs' own, or none
+        data[COMMANDS] = None
     for name, url in inputs.items():
+        if name == COMMANDS:
+            data[name] = url
+            continue
         if data[name] is None:
             raise ConfigError(f"--input {name}: the config has no [{name}]")
         data[name] |= {"url": url} | ({"codec": "json"} if url.startswith("file:") else {})

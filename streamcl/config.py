@@ -30,7 +30,7 @@ from streamcl.methods import (
 )
 from streamcl.plugin import PluginError
 from streamcl.protocols import StreamclError
-from streamcl.records import EVENTS, LABELS
+from streamcl.records import COMMANDS, EVENTS, LABELS
 from streamcl.services import Kafka, Registry, Serve
 from streamcl.signalling import BOUNDARIES, Boundary, ClockBoundary
 from streamcl.stations import (
@@ -90,6 +90,10 @@ class Config(Station):
         None, description="URL of bad records; default: NAME-dead-letters beside the events"
     )
     control: str | None = Free(None, description="URL of the control log; default: NAME-control beside the events")
+    commands: str | None = Stop(
+        None,
+        description="URL of commands (`streamcl forget`): scheme and host of events.url, a partition for each shard",
+    )
     join: Join = Join()
     features: dict[FieldPath, Feature] = New(min_length=1, description="by name; dots go into nested objects")
     model: Model = Model()
@@ -153,6 +157,16 @@ class Config(Station):
             raise ValueError("labels.url: equals events.url")
         if self.labels.default is not None and not self.allows(self.labels.default):
             raise ValueError(f"labels.default: no label of task {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _commands_fit(self) -> Self:
+        if self.commands is None:
+            return self
+        if _site(self.commands) != _site(self.events.url):
+            raise ValueError("commands: must have the scheme and host of events.url")
+        if self.commands in (self.events.url, self.labels and self.labels.url, self.predictions, self.dead_letters_url):
+            raise ValueError("commands: they need a topic of their own")
         return self
 
     @model_validator(mode="after")
@@ -287,14 +301,15 @@ class Config(Station):
     @property
     def _urls(self) -> dict[str, str | None]:
         """All that are configured, by setting."""
-        own = {name: getattr(self, name) for name in ("predictions", "outcomes", "dead_letters", "control")}
-        inputs = {f"{name}.url": url for name, url in self.inputs.items()}
+        own = {name: getattr(self, name) for name in ("predictions", "outcomes", "dead_letters", "control", "commands")}
+        inputs = {f"{name}.url": url for name, url in self.inputs.items() if name != COMMANDS}
         return inputs | own | {"deltas.url": self.deltas.url, "registry.url": self.registry.url}
 
     @property
     def inputs(self) -> dict[str, str]:
         """URL by input name."""
-        return {EVENTS: self.events.url} | ({LABELS: self.labels.url} if self.labels else {})
+        labels = {LABELS: self.labels.url} if self.labels else {}
+        return {EVENTS: self.events.url} | labels | ({COMMANDS: self.commands} if self.commands else {})
 
     def of_shard(self, index: int, count: int | None = None) -> Self:
         """The same worker on shard `index`, of `count` if that is to be another."""

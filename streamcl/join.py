@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -12,7 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.protocols import State
-from streamcl.records import Encoded, Fate, Label, Notes, Origin, Outcome, Recalled, Scores, Stream, Ticket
+from streamcl.records import (
+    Encoded,
+    Fate,
+    Label,
+    Notes,
+    Origin,
+    Outcome,
+    Recalled,
+    Scores,
+    Selector,
+    Stream,
+    Ticket,
+    mark,
+)
 from streamcl.stations import Join
 
 
@@ -49,6 +62,7 @@ class Alarm(IntEnum):
     FORGET = 2  # a closed id need not be told apart from an unknown one any more
 
 
+Closed = tuple[bool, int, float]  # was it joined; whose it was, as a mark; event time
 Entry = tuple[float, Origin, int, str]  # (due time, position, alarm, id): the order of expiry
 
 
@@ -77,7 +91,7 @@ class Joiner:
         self.watermark = Watermark(config)
         self.tickets: dict[str, Ticket] = {}
         self.orphans: dict[str, Label] = {}
-        self.closed: dict[str, bool] = {}  # id -> was it joined?
+        self.closed: dict[str, Closed] = {}
         self.alarms: list[Entry] = []
 
     def knows(self, id: str) -> bool:
@@ -108,12 +122,31 @@ class Joiner:
         if label.id in self.tickets:
             return self._join(label)
         if label.id in self.closed:
-            self.counts["duplicate" if self.closed[label.id] else "late"] += 1
+            self.counts["duplicate" if self.closed[label.id][0] else "late"] += 1
         elif label.id in self.orphans:
             self.counts["duplicate"] += 1
         else:
             self._adopt(label)
         return None
+
+    def forget(self, who: Selector) -> dict[str, int]:
+        """Erase every trace of some events; returns of how many, by kind.
+
+        A label that waits says nothing but its id: without event ids in the selector every one of them is erased. An
+        id that has been forgotten is not known any more: an event of that id is a new one, its label an orphan.
+        """
+        orphans = [id for id in self.orphans if who.of_id(id)]
+        tickets = [t.id for t in self.tickets.values() if who.meets(t.key, t.id, t.time_s)]
+        known = self.closed.items()
+        closed = [id for id, (_, owner, t) in known if who.of_id(id) and who.of_key(owner) and who.in_time(t)]
+        for id in orphans:
+            del self.orphans[id]
+        for id in tickets:
+            del self.tickets[id]
+        for id in closed:
+            del self.closed[id]
+        self._sort_out()  # an alarm that rings for nothing has an id too
+        return {"orphans": len(orphans), "tickets": len(tickets), "closed_ids": len(closed)}
 
     def _join(self, label: Label) -> Outcome | None:
         ticket = self.tickets.get(label.id)
@@ -123,7 +156,7 @@ class Joiner:
             self.counts["late"] += 1
             return None
         del self.tickets[label.id]
-        self._close(label.id, joined=True)
+        self._close(ticket, joined=True)
         self.counts["joined"] += 1
         return Outcome(ticket, label.value, Fate.JOINED, max(0.0, label.time_s - ticket.time_s))
 
@@ -149,15 +182,15 @@ class Joiner:
                 self._set(due + self.config.attribution_window_s, origin, Alarm.FORGET, id)
 
     def _expire(self, ticket: Ticket) -> Iterator[Outcome]:
-        self._close(ticket.id, joined=False)
+        self._close(ticket, joined=False)
         if self.config.on_close == "drop":
             self.counts["dropped"] += 1
             return
         self.counts["expired"] += 1
         yield Outcome(ticket, 0.0, Fate.EXPIRED, self.config.attribution_window_s)
 
-    def _close(self, id: str, joined: bool) -> None:
-        self.closed[id] = joined
+    def _close(self, ticket: Ticket, joined: bool) -> None:
+        self.closed[ticket.id] = joined, mark(ticket.key), ticket.time_s
         if len(self.closed) > self.config.max_tickets:
             del self.closed[next(iter(self.closed))]
 
@@ -174,8 +207,11 @@ class Joiner:
         alive = len(self.tickets) + len(self.orphans) + len(self.closed)
         if len(self.alarms) > 2 * alive + 1024:
             # Event time that stands still rings no alarm: what is stale goes now, or the heap would grow for ever.
-            self.alarms = [entry for entry in self.alarms if self._alive(entry)]
-            heapq.heapify(self.alarms)
+            self._sort_out()
+
+    def _sort_out(self) -> None:
+        self.alarms = [entry for entry in self.alarms if self._alive(entry)]
+        heapq.heapify(self.alarms)
 
     def _alive(self, entry: Entry) -> bool:
         _, origin, alarm, id = entry
@@ -193,7 +229,7 @@ class Joiner:
             "newest": [[s.input, s.partition, t] for s, t in sorted(self.watermark.newest.items())],
             "tickets": tickets_to_state(list(self.tickets.values())),
             "orphans": [[o.id, o.value, o.time_s, *o.origin] for o in self.orphans.values()],
-            "closed": {"ids": list(self.closed), "joined": np.array(list(self.closed.values()), np.bool_)},
+            "closed": _closed_to_state(self.closed),
             "alarms": _alarms_to_state(sorted(self.alarms)),
         }
 
@@ -202,8 +238,26 @@ class Joiner:
         self.watermark.newest = {Stream(i, p): t for i, p, t in state["newest"]}
         self.tickets = {ticket.id: ticket for ticket in tickets_from_state(state["tickets"])}
         self.orphans = {o[0]: Label(o[0], o[1], o[2], Origin(*o[3:])) for o in state["orphans"]}
-        self.closed = dict(zip(state["closed"]["ids"], state["closed"]["joined"].tolist(), strict=True))
+        self.closed = _closed_from_state(state["closed"])
         self.alarms = _alarms_from_state(state["alarms"])
+
+
+def _closed_to_state(closed: Mapping[str, Closed]) -> State:
+    columns = list(closed.values())
+    return {
+        "ids": list(closed),
+        "joined": np.array([joined for joined, _, _ in columns], np.bool_),
+        "owner_key": np.array([owner for _, owner, _ in columns], np.int64),
+        "time_s": np.array([time_s for _, _, time_s in columns], np.float64),
+    }
+
+
+def _closed_from_state(state: State) -> dict[str, Closed]:
+    """Of nobody knows whom, in an old snapshot."""
+    count = len(state["ids"])
+    owners, times = state.get("owner_key", np.zeros(count, np.int64)), state.get("time_s", np.full(count, np.nan))
+    columns = (column.tolist() for column in (state["joined"], owners, times))
+    return dict(zip(state["ids"], zip(*columns, strict=True), strict=True))
 
 
 def _alarms_to_state(alarms: Sequence[Entry]) -> State:

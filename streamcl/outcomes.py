@@ -146,6 +146,8 @@ class Outcomes:
             self.close()
             return
         memory.begin(before)
+        while self._tail and self._tail[0].number <= memory.number:  # may have been forgotten since
+            self._since = self._tail.popleft().number
         if before and memory.number >= self._since:
             for learned in self._tail:
                 self._apply(learned)

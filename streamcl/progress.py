@@ -10,6 +10,7 @@ from streamcl.protocols import ConnectorError, State
 from streamcl.records import (
     DeadLetter,
     Delta,
+    Forgotten,
     Learned,
     Origin,
     Outcome,
@@ -106,3 +107,4 @@ class Work:
         self.dead_letters: list[DeadLetter] = []
         self.signals: list[Signal] = []
         self.deltas: list[Delta] = []
+        self.forgotten: list[Forgotten] = []

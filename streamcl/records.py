@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 EVENTS = "events"
 LABELS = "labels"
+COMMANDS = "commands"
 
 
 class Stream(NamedTuple):
-    """One ordered sequence of records: a partition of an input (`events` or `labels`)."""
+    """One ordered sequence of records: a partition of an input (`events`, `labels`, `commands`)."""
 
     input: str
     partition: int
@@ -74,6 +75,8 @@ class Message:
     key: bytes | None = None
     headers: Headers = ()
     time_s: float | None = None
+    partition: int | None = None
+    """Where it must go; else the key says."""
 
 
 class Encoded(NamedTuple):
@@ -167,22 +170,49 @@ class Selector:
     """
 
     key: str | None = None
-    ids: tuple[str, ...] = ()
+    ids: frozenset[str] = frozenset()
     from_s: float | None = None
     until_s: float | None = None
 
     def meets(self, key: str, id: str, time_s: float) -> bool:
         """Whether an event of this key ("" if that is not known), id and time is meant."""
-        return self.of_key(key) and (not self.ids or id in self.ids) and self.in_time(time_s)
+        return self.of_key(mark(key)) and self.of_id(id) and self.in_time(time_s)
 
-    def of_key(self, key: str) -> bool:
-        return self.key is None or key in ("", self.key)
+    def of_key(self, owner: int) -> bool:
+        """Of the mark of a key."""
+        return self.key is None or owner in (0, mark(self.key))
+
+    def of_id(self, id: str) -> bool:
+        return not self.ids or id in self.ids
 
     def in_time(self, time_s: float) -> bool:
         """True for NaN."""
         early = self.from_s is not None and time_s < self.from_s
         late = self.until_s is not None and time_s >= self.until_s
         return not (early or late)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An order to a shard, in its stream: to forget `who`. `id` is the request's; every shard gets it once or more."""
+
+    id: str
+    who: Selector
+    origin: Origin
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What a command has come to: rows erased, by part. It does not say whose."""
+
+    id: str
+    origin: Origin
+    time_s: float
+    rows: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"request": self.id, "position": str(self.origin), "time_s": self.time_s, "rows": dict(self.rows)}
 
 
 def mark(text: str) -> int:
@@ -323,5 +353,6 @@ class Turn:
     dead_letters: tuple[DeadLetter, ...] = ()
     signals: tuple[Signal, ...] = ()
     deltas: tuple[Delta, ...] = ()
+    forgotten: tuple[Forgotten, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     recovering: bool = False

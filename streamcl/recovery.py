@@ -39,12 +39,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from streamcl.audit import Audit
 from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Store
 from streamcl.config import Config, ConfigError, changes
 from streamcl.lease import Lease
 from streamcl.protocols import Gap, StreamclError
-from streamcl.records import EVENTS, Order, Turn
+from streamcl.records import COMMANDS, EVENTS, Order, Position, Turn
 from streamcl.remote import Remote
 from streamcl.snapshot import CheckpointError, Loaded, Snapshot, difference, environment
 from streamcl.worker import Worker
@@ -82,6 +83,9 @@ class Keeper:
         seconds: That the last write took.
         failures: Writes that failed, by cause (count). The worker goes on, and tries again after a back-off.
         deferred: Snapshots put off because the one before was still being written (count).
+    forgotten: Commands that were obeyed and are not on record yet. Each makes a snapshot due at once; as soon as it
+        stands, every older one is retired, and only then the command goes on record (see `audit`). The list
+        travels in the manifest, so a death anywhere on that way ends with the same.
     """
 
     def __init__(
@@ -99,11 +103,14 @@ class Keeper:
         self.bootstrap = bootstrap
         self.lease = lease_on(store, worker.config.checkpoint.lease_s if lease_s is None else lease_s)
         self.writer = Writer(store, self.lease, beside)
+        self.audit = Audit(store.folder, store.remote)
         self.since = 0
         self.last: Snapshot | None = None
         self.seconds = 0.0
         self.failures: Counter[str] = Counter()
         self.deferred = 0
+        self.forgotten: list[dict[str, Any]] = []
+        self._owed = False  # a snapshot, to retire those from before a forget
         self._outage, self._retry_at = 0, 0.0
 
     def restore(self) -> Snapshot | None:
@@ -124,11 +131,14 @@ class Keeper:
         worker.control_offset = int(loaded.manifest["control_offset"])
         self.last = loaded.snapshot
         self._refuse_new_partitions()
+        self._still_owed(loaded)
         log.info("restored %s at %d records", loaded.snapshot.name, worker.progress.records)
         try:
-            worker.source.seek(worker.progress.position)
+            found = worker.source.seek(worker.progress.position)
         except Gap as gap:
             self._leap(gap)
+        else:
+            self._adopt(found)
         return loaded.snapshot
 
     def _start_afresh(self) -> None:
@@ -156,13 +166,26 @@ class Keeper:
 
     def _refuse_new_partitions(self) -> None:
         known, found = self.worker.progress.position.keys(), self.worker.source.streams()
-        new = sorted(set(found) - known)
+        new = sorted(stream for stream in set(found) - known if stream.input != COMMANDS)
         if new:
             names = ", ".join(f"{stream.input} partition {stream.partition}" for stream in new)
             raise StreamclError(
                 f"{self.store.folder}: {names} came after the snapshot was written. Keys may have moved between "
                 "partitions, and their tickets with them: stop every worker and run `streamcl reshard`"
             )
+
+    def _adopt(self, position: Position) -> None:
+        """Commands that came into the configuration since the snapshot: where they begin must be recoverable too."""
+        if position.keys() - self.worker.progress.position.keys():
+            self.worker.progress.position = dict(position)
+            self.save()
+
+    def _still_owed(self, loaded: Loaded) -> None:
+        told = loaded.manifest.get("forgotten", ())
+        on_record = self.audit.lines() if told else ()
+        known = {(line["request"], line["position"]) for line in on_record}
+        self.forgotten = [each for each in told if (each["request"], each["position"]) not in known]
+        self._owed = bool(self.forgotten)
 
     def _leap(self, gap: Gap) -> None:
         """Go on behind records that are gone, as `kafka.on_gap` says: counted, and a fact of the control log."""
@@ -216,17 +239,23 @@ class Keeper:
             yield turn
             self.lease.heed()
             self.since += turn.records
+            self.forgotten += [each.to_json() for each in turn.forgotten]
+            self._owed |= bool(turn.forgotten)
             self._settle()
-            if self.since >= self.worker.config.checkpoint.every_events and time.monotonic() >= self._retry_at:
+            if (self._due or self._owed) and time.monotonic() >= self._retry_at:
                 self._cut()
         self._settle(wait=True)
         self.save(clean=self.worker.caught_up)
+
+    @property
+    def _due(self) -> bool:
+        return self.since >= self.worker.config.checkpoint.every_events
 
     def save(self, clean: bool = False) -> Snapshot:
         """Cut a snapshot here and write it before going on. Raises CheckpointError."""
         self.worker.flush()
         self.writer.begin(self.worker.state_dict(), self.manifest(clean), dict(self.worker.progress.position))
-        self.since = 0
+        self.since, self._owed = 0, False
         written = self.writer.taken(wait=True)
         assert written is not None  # noqa: S101 - it was begun two lines above
         return self._keep(written)
@@ -242,13 +271,14 @@ class Keeper:
         Everything sent so far is durable first: a snapshot is of use only if nothing before it can be missing later.
         """
         if self.writer.busy:
-            self.deferred += 1
-            self.since = 0  # the next one is due an interval later
+            if self._due:
+                self.deferred += 1
+                self.since = 0  # the next one is due an interval later
             return
         self.worker.flush()
         try:
             self.writer.begin(self.worker.state_dict(), self.manifest(False), dict(self.worker.progress.position))
-            self.since = 0
+            self.since, self._owed = 0, False
         except CheckpointError as error:
             self._failed(error)
         self._settle()
@@ -256,21 +286,33 @@ class Keeper:
     def _settle(self, wait: bool = False) -> None:
         try:
             written = self.writer.taken(wait)
+            if written:
+                self._keep(written)
         except CheckpointError as error:
             self._failed(error)
-            return
-        if written:
-            self._keep(written)
 
     def _keep(self, written: Written) -> Snapshot:
         if self._outage:
             log.warning("%s: written again, after %d failures", written.snapshot.path, self._outage)
+        self._retire(written.snapshot)
         self._outage, self.last, self.seconds = 0, written.snapshot, written.seconds
         if written.position:
             self.worker.source.commit(written.position)
         if self.worker.outlets.deltas:
             self.worker.outlets.deltas.retain(min(int(each.manifest["records"]) for each in self.store.ls()))
         return written.snapshot
+
+    def _retire(self, snapshot: Snapshot) -> None:
+        """What was written before a forget goes, now that this one stands behind it. Raises CheckpointError."""
+        told = snapshot.manifest.get("forgotten", ())
+        if not told:
+            return
+        retired = self.store.retire(snapshot.name)
+        self.audit.add([{**each, "retired": retired} for each in told])
+        for each in told:
+            rows = sum(each["rows"].values())
+            log.info("%s: request %s: %d rows erased, older snapshots retired", snapshot.path, each["request"], rows)
+        self.forgotten = [each for each in self.forgotten if each not in told]
 
     def _failed(self, error: CheckpointError) -> None:
         """Serving goes on: what was lost is only time, should the worker die before the next snapshot."""
@@ -291,6 +333,8 @@ class Keeper:
             "clean": clean,
             "delta": self.worker.deltas.last if self.worker.deltas else "",
             "epoch": self.lease.epoch,
+            "forgotten": list(self.forgotten),
+            "forgets": self.worker.counts["forget_requests"],
             "config": self.worker.config.model_dump(mode="json"),
             "environment": environment(),
         }

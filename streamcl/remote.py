@@ -69,14 +69,44 @@ class Remote:
                     chunks.add(chunk, self._files.cat_file(f"{self._root}/chunks/{chunk}"))
             chunks.sync()
 
+    def retire(self, before: str) -> list[str]:
+        """Let go of every snapshot older than that one, whole or not; their names. Versions that a store keeps stay."""
+        with self._named():
+            self._files.invalidate_cache()
+            names = [name for name in self._ls("") if NAME.fullmatch(name)]
+            old = [name for name in names if int(name.partition("-")[0]) < int(before.partition("-")[0])]
+            self._remove(old)
+            self._sweep(set(names) - set(old))
+        return old
+
+    def get(self, name: str) -> bytes:
+        """A file that is no part of a snapshot; empty while there is none."""
+        with self._named():
+            try:
+                return bytes(self._files.cat_file(f"{self._root}/{name}"))
+            except FileNotFoundError:
+                return b""
+
+    def put(self, name: str, data: bytes) -> None:
+        with self._named():
+            self._files.makedirs(self._root, exist_ok=True)
+            self._files.pipe_file(f"{self._root}/{name}", data)
+
     def _retain(self, retain: int) -> None:
         """What was left incomplete goes too, and counts for nothing."""
         complete = self._complete()[:retain]
-        for name in {name for name in self._ls("") if NAME.fullmatch(name)} - set(complete):
+        self._remove({name for name in self._ls("") if NAME.fullmatch(name)} - set(complete))
+        self._sweep(complete)
+
+    def _remove(self, names: Collection[str]) -> None:
+        for name in names:
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(f"{self._root}/{name}/{MANIFEST}")
             self._files.rm(f"{self._root}/{name}", recursive=True)
-        kept = [f"{self._root}/{name}/{MANIFEST}" for name in complete]
+
+    def _sweep(self, names: Collection[str]) -> None:
+        """Remove the chunks that none of these snapshots names."""
+        kept = [f"{self._root}/{name}/{MANIFEST}" for name in names if MANIFEST in self._ls(name)]
         named = "".join(self._files.cat_file(path).decode() for path in kept)
         for chunk in self._ls("chunks"):
             if chunk not in named:

@@ -39,6 +39,8 @@ class Model:
     about: Mapping[str, Any]
     outcomes: int = 0
     """The number of the last one that it has learned from."""
+    forgets: int = 0
+    """Commands to forget that its snapshot has obeyed."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the error memory is read or written; see `outcomes.Memory`."""
 
@@ -54,7 +56,8 @@ class Model:
             outcomes = int(loaded.state["progress"].get("outcomes", 0))
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise StreamclError(f"{where}: not a snapshot of such a worker: {error!r}") from error
-        return cls(loaded.snapshot, Decoder(config, codec), learner, about, outcomes)
+        forgets = int(loaded.manifest.get("forgets", 0))
+        return cls(loaded.snapshot, Decoder(config, codec), learner, about, outcomes, forgets)
 
     def memory(self) -> Memory | None:
         """Of its errors, if it has one."""
@@ -170,8 +173,10 @@ class Predictor:
         return True
 
     def _passed(self, snapshot: Snapshot) -> bool:
-        """Whether deltas lead there as well."""
+        """Whether deltas lead there as well. They don't say what has been forgotten."""
         told = snapshot.manifest
+        if self.model and told.get("forgets", 0) != self.model.forgets:
+            return False
         return bool(self.follower and self.follower.passes(told.get("records", 0), told.get("delta", "")))
 
     def _take_deltas(self) -> bool:

@@ -39,7 +39,7 @@ from streamcl.config import Config, ConfigError, changes
 from streamcl.join import Joiner
 from streamcl.progress import Counts, Progress
 from streamcl.protocols import State, StreamclError
-from streamcl.records import Position, Stream, position_to_json
+from streamcl.records import COMMANDS, Position, Stream, position_to_json
 from streamcl.recovery import Keeper, lease_on, store_of
 from streamcl.snapshot import Loaded
 from streamcl.worker import build, keeps_order, logged
@@ -221,7 +221,12 @@ def _positions(config: Config, taken: Position) -> dict[Stream, int]:
     """Of a new shard. Streams that nobody has read yet begin at the start of their log."""
     first = config.model_copy(update={"kafka": config.kafka.model_copy(update={"start_at": "earliest"})})
     with closing(connect.open_source(first)) as source:
-        return dict(source.seek({stream: taken[stream] for stream in source.streams() if stream in taken}))
+        found = dict(source.seek({stream: taken[stream] for stream in source.streams() if stream in taken}))
+        lag = source.lag()
+        # One went to the partitions of the old shards, not to all of the new ones'.
+        if any(lag[stream] for stream in found if stream.input == COMMANDS and stream in taken):
+            raise ReshardError(f"{config.commands}: a command waits; start the workers, which obey it, and stop them")
+        return found
 
 
 def _news(config: Config, olds: Sequence[Old], positions: Sequence[dict[Stream, int]]) -> Iterator[New]:
@@ -289,8 +294,8 @@ def _deal(old: Joiner, news: Sequence[Joiner], index: int) -> set[int]:
         news[home(label.origin.partition)].orphans[label.id] = label
     # A closed id has no origin of its own, but an alarm that is to forget it.
     partitions: Mapping[str, int] = {id: origin.partition for _, origin, _, id in old.alarms}
-    for id, joined in old.closed.items():
-        news[home(partitions.get(id, index))].closed[id] = joined
+    for id, closed in old.closed.items():
+        news[home(partitions.get(id, index))].closed[id] = closed
     for entry in old.alarms:
         news[home(entry[1].partition)].alarms.append(entry)
     for stream, time_s in old.watermark.newest.items():

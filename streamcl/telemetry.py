@@ -96,6 +96,10 @@ class Telemetry:
         self._consumed = self._counter("events_consumed_total", "Records taken, of every input.")
         self._events = self._counter("events_total", "Events and labels by what became of them.", fate=FATES)
         self._dead_letters = self._counter("dead_letters_total", "Records that could not be used.", reason=REASONS)
+        self._forgets = {
+            "forget_requests": self._counter("forget_requests_total", "Commands to forget that were obeyed."),
+            "forgotten_rows": self._counter("forgotten_rows_total", "Rows that were erased by them, of every part."),
+        }
         self._drift = self._counter("drift_alarms_total", "Drift signals by their source.", source=("loss",))
         self._turn_seconds = prometheus.Histogram(
             "streamcl_turn_seconds", "Time of a turn that had records.", buckets=_TURN_BUCKETS, registry=self.registry
@@ -151,7 +155,7 @@ class Telemetry:
             self._turn_seconds.observe(seconds)
         self._consumed.inc(turn.records)
         for fate, count in turn.counts.items():
-            self._events.labels(fate).inc(count)
+            (self._forgets.get(fate) or self._events.labels(fate)).inc(count)
         for letter in turn.dead_letters:
             self._dead_letters.labels(letter.reason).inc()
         for signal in turn.signals:

@@ -15,6 +15,7 @@ import orjson
 
 from streamcl import connect
 from streamcl.boundaries import Boundaries
+from streamcl.commands import command_of
 from streamcl.config import Config
 from streamcl.decode import Decoder
 from streamcl.delta import Deltas
@@ -36,9 +37,11 @@ from streamcl.protocols import (
     StreamclError,
 )
 from streamcl.records import (
+    COMMANDS,
     DeadLetter,
     Event,
     Fate,
+    Forgotten,
     Learned,
     Order,
     Outcome,
@@ -167,6 +170,7 @@ class Worker:
             dead_letters=tuple(work.dead_letters),
             signals=tuple(work.signals),
             deltas=tuple(work.deltas),
+            forgotten=tuple(work.forgotten),
             counts=self.counts - before,
             recovering=recovering,
         )
@@ -174,6 +178,9 @@ class Worker:
     def _take(self, record: Record, work: Work) -> None:
         work.history = self.progress.bootstrapping()
         self.progress.advance(record.origin)
+        if record.origin.input == COMMANDS:
+            self._obey(record, work)
+            return
         try:
             item = self.decoder.decode(record)
         except BadInput as error:
@@ -188,6 +195,19 @@ class Worker:
         joined = self._answer(item, work) if isinstance(item, Event) else self.joiner.label(item)
         if joined:
             self._learn(joined, work)
+
+    def _obey(self, record: Record, work: Work) -> None:
+        """No event time passes: a stream of commands, which is idle for months, must not hold the watermark."""
+        try:
+            command = command_of(record, self.config.events.max_bytes)
+        except BadInput as error:
+            self._refuse(record, error.reason, str(error), work)
+            return
+        self.recent_faults.append(False)
+        rows = self.joiner.forget(command.who) | self.learner.forget(command.who)
+        self.counts["forget_requests"] += 1
+        self.counts["forgotten_rows"] += sum(rows.values())
+        work.forgotten.append(Forgotten(command.id, record.origin, command.time_s, rows))
 
     def _answer(self, event: Event, work: Work) -> Outcome | None:
         scores = self.learner.predict(event.features)

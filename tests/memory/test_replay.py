@@ -140,7 +140,7 @@ def numbers(memory: Replay) -> list[int]:
 def selectors() -> Any:
     keys, ids = st.none() | st.integers(0, 4).map("user-{}".format), st.lists(st.integers(0, 30), max_size=4)
     bound = st.none() | st.integers(0, 30).map(float)
-    return st.builds(lambda k, i, a, b: Selector(k, tuple(map("e{}".format, i)), a, b), keys, ids, bound, bound)
+    return st.builds(lambda k, i, a, b: Selector(k, frozenset(map("e{}".format, i)), a, b), keys, ids, bound, bound)
 
 
 @pytest.mark.parametrize("retention", RETENTIONS)
