@@ -57,6 +57,8 @@ class Memory:
     has the labels of the same minutes, and would trust itself too much. So a second memory of the same kind takes each
     outcome only once an event of later than its label is judged. An outcome is judged once, whatever snapshots come.
 
+    Whose an outcome is, is not told. What the worker forgets is gone from here with the snapshot that is due then.
+
     Args:
         config: The snapshot's own.
         number: Of the last outcome that the snapshot has learned from.

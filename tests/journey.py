@@ -18,6 +18,7 @@ from streamcl.state import digest
 from streamcl.worker import Worker, build, logged
 
 BROKER = "journey"
+COMMANDS_URL = f"memory://{BROKER}/orders"
 
 
 def settings(folder: Path, **changes: Any) -> Config:
@@ -58,11 +59,17 @@ def click(id: int, time_s: float, partition: int = 0, **fields: Any) -> Item:
     return Item("clicks", json.dumps({"id": str(id), "ts": time_s, **fields}).encode(), time_s, partition)
 
 
+def order(id: str, time_s: float, partition: int = 0, **who: Any) -> Item:
+    """A command to forget, for a config with `commands = COMMANDS_URL`."""
+    payload = {"command": "forget", "id": id, **who}
+    return Item("orders", json.dumps(payload).encode(), time_s, partition)
+
+
 def fill(items: Sequence[Item], partitions: int = 1) -> memory.MemoryBroker:
     """A fresh broker that holds exactly these records."""
     memory.reset(BROKER)
     broker = memory.broker(BROKER)
-    for topic in ("views", "clicks"):
+    for topic in ("views", "clicks", "orders"):
         broker.create(topic, partitions)
     broker.create("scores")
     for item in items:

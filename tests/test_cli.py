@@ -101,6 +101,37 @@ def test_run_replay_and_checkpoints_tell_one_story(shop: Path, streamcl: Run) ->
     assert torn.stdout.count(newest["name"]) == 1
 
 
+def test_what_is_asked_for_is_forgotten_by_the_next_run_and_by_a_replay(shop: Path, streamcl: Run) -> None:
+    config = str(shop / "shop.toml")
+    unset = streamcl("forget", config, "--key", "3")
+    assert (unset.returncode, "commands: no URL in the config" in unset.stderr) == (2, True)
+
+    told = f'commands = "file://{shop}/commands.jsonl"\nreplay = {{retention = "recency"}}\n'
+    (shop / "shop.toml").write_text(
+        told + (shop / "shop.toml").read_text().replace("[events]", '[events]\nkey = "user"')
+    )
+    (shop / "commands.jsonl").touch()
+    assert answer(streamcl, "run", config, "--json")["counts"]["learned"] == 200
+    assert "not a" not in streamcl("check", config).stdout
+    asked = answer(streamcl, "forget", config, "--key", "3", "--from", "1970-01-01T00:01:40", "--json")
+    late = streamcl("forget", config, "--event-id", "7", "--event-id", "8", "--wait", "--timeout-s", "0.1")
+    assert late.returncode == 1
+    assert "not on record after 0.1 s; still owed by shards: 0" in late.stderr
+    for bad, text in ([], "everything would be meant"), (["--until", "soon"], "--until soon: expected seconds"):
+        refused = streamcl("forget", config, *bad)
+        assert (refused.returncode, text in refused.stderr) == (2, True)
+
+    ran = answer(streamcl, "run", config, "--json")
+    assert (ran["counts"]["forget_requests"], ran["counts"]["forgotten_rows"]) == (2, 14 + 2)
+    first, second = map(json.loads, (shop / "checkpoints" / "shop-0-of-1" / "audit.jsonl").read_text().splitlines())
+    assert (first["request"], first["rows"]["replay"]) == (asked["request"], 14)  # every seventh of the last hundred
+    assert second["rows"]["replay"] == 2
+    assert answer(streamcl, "replay", config, "--json")["state_digest"] == ran["state_digest"]
+    inputs = [f"--input={name}=file://{shop}/{name}.jsonl" for name in ("events", "commands")]
+    assert answer(streamcl, "replay", config, *inputs, "--json")["counts"] == ran["counts"]
+    assert "forget_requests" not in answer(streamcl, "replay", config, inputs[0], "--json")["counts"]
+
+
 def test_sigterm_ends_a_run_cleanly_and_the_next_goes_on(shop: Path, streamcl: Run) -> None:
     """A pipe of events that never ends by itself, here by being read one record a turn."""
     config = shop / "shop.toml"

@@ -284,6 +284,21 @@ def outcome_of(life: Life) -> Any:
     return Outcome(Ticket("y", 0.0, features, scores, Origin("events", 0, 0)), 1.0, Fate.INLINE, 0.0)
 
 
+def test_a_snapshot_that_a_forget_made_due_is_loaded_though_deltas_lead_there(tmp_path: Path) -> None:
+    life = Life(config_for(tmp_path))
+    life.go(10)
+    predictor = replica(life.config)
+    life.go(14)
+    assert predictor.refresh()
+    life.keeper.worker.counts["forget_requests"] += 1
+    due = life.keeper.save()
+    assert predictor.refresh()
+    assert predictor.current().snapshot.name == due.name
+    life.go(20)
+    assert predictor.refresh()
+    assert read(predictor) == (20, life.wanted[20])
+
+
 def test_a_request_keeps_the_model_that_it_began_with(tmp_path: Path) -> None:
     life = Life(config_for(tmp_path))
     life.go(10)

@@ -14,7 +14,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from streamcl.join import Joiner, Watermark
-from streamcl.records import EVENTS, LABELS, Encoded, Fate, Label, Origin, Outcome, Scores, Stream, Ticket
+from streamcl.records import EVENTS, LABELS, Encoded, Fate, Label, Origin, Outcome, Scores, Selector, Stream, Ticket
 from streamcl.state import digest
 from streamcl.stations import Join
 
@@ -235,3 +235,54 @@ def test_any_interleaving_that_respects_event_time_yields_the_same_outcomes(
     outcomes += at(join, 1000.0, VIEWS) + at(join, 1000.0, CLICKS) + at(join, 1000.0)
     assert {(o.ticket.id, o.label) for o in outcomes} == {(str(i), float(d <= 10)) for i, (_, d) in enumerate(pairs)}
     assert len(outcomes) == len(pairs)
+
+
+def known(join: Joiner) -> tuple[list[str], dict[str, Label], dict[str, Any], list[Any]]:
+    """What is known of ids, less alarms that ring for nothing."""
+    return list(join.tickets), join.orphans, join.closed, sorted(entry for entry in join.alarms if join._alive(entry))
+
+
+@effort(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ela"), st.integers(0, 11), st.integers(0, 4)), max_size=60), st.booleans())
+def test_forgetting_events_is_never_to_have_known_them(steps: list[tuple[str, int, int]], by_key: bool) -> None:
+    """Events, labels and time in any order; of user id % 3. By key, no label waits: it has no owner."""
+    join, oracle, now = joiner(), joiner(), 0.0
+    mine = {str(id) for id in range(12) if id % 3 == 0}
+    for offset, (step, id, wait) in enumerate(steps):
+        now += wait
+        for each in (join, oracle):
+            at(each, now)
+            if each is oracle and str(id) in mine:
+                continue
+            if step == "e" and not each.knows(str(id)):
+                each.add(replace(ticket(str(id), now, offset), key=f"u{id % 3}"))
+            elif step == "l" and (not by_key or each.knows(str(id))):
+                each.label(label(str(id), now, offset))
+    erased = join.forget(Selector(key="u0") if by_key else Selector(ids=frozenset(mine)))
+    assert known(join) == known(oracle)
+    assert len(join.alarms) == len(known(join)[3])
+    assert sum(erased.values()) >= 0
+    state = join.state_dict()
+    assert not mine & {*state["alarms"]["id"], *state["tickets"]["id"], *state["closed"]["ids"]}
+
+
+def test_a_forget_by_key_erases_every_label_that_waits_and_one_by_id_its_own() -> None:
+    join = joiner()
+    join.label(label("a", 1.0))
+    join.label(label("b", 1.0))
+    assert join.forget(Selector(ids=frozenset({"a"})))["orphans"] == 1
+    assert list(join.orphans) == ["b"]
+    assert join.forget(Selector(key="u"))["orphans"] == 1
+
+
+def test_what_an_old_snapshot_knows_is_nobodys_and_so_everybodys() -> None:
+    join = joiner()
+    join.add(replace(ticket("a", 1.0), key="u1"))
+    join.add(replace(ticket("b", 1.0, 1), key="u1"))
+    join.label(label("a", 2.0))
+    state = join.state_dict()
+    del state["tickets"]["key"], state["closed"]["owner_key"], state["closed"]["time_s"]
+    restored = joiner()
+    restored.load_state_dict(state)
+    assert join.forget(Selector(key="u2")) == {"orphans": 0, "tickets": 0, "closed_ids": 0}
+    assert restored.forget(Selector(key="u2")) == {"orphans": 0, "tickets": 1, "closed_ids": 1}

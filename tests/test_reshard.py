@@ -17,14 +17,14 @@ from connectors import memory
 from streamcl.config import Config, ConfigError
 from streamcl.host import FixedShards, Host
 from streamcl.protocols import Fenced, StreamclError
-from streamcl.records import EVENTS, Origin, Stream
+from streamcl.records import EVENTS, Origin, Stream, mark
 from streamcl.recovery import Keeper, store_of
 from streamcl.reshard import Plan, ReshardError, carry_out, plan
 from streamcl.state import digest
 from streamcl.telemetry import Telemetry
 from streamcl.testing import equal_states, learned_hash
 from streamcl.worker import Worker, build
-from tests.journey import BROKER, Item, click, fill, settings, view
+from tests.journey import BROKER, COMMANDS_URL, Item, click, fill, order, settings, view
 
 PARTITIONS, EVENTS_COUNT = 4, 40
 SOME = effort(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -270,3 +270,20 @@ def test_a_reshard_that_died_halfway_is_repeated(tmp_path: Path, monkeypatch: py
 def _forget() -> Iterator[None]:
     yield
     memory.reset(BROKER)
+
+
+def test_a_command_that_waits_is_obeyed_before_shards_are_made_anew(tmp_path: Path) -> None:
+    """It went to the partitions of the old shards alone, and some of what it means goes to others now."""
+    fill(traffic(), PARTITIONS)
+    config = config_of(tmp_path, 2, commands=COMMANDS_URL)
+    run(config)
+    for shard in range(2):
+        memory.broker(BROKER).produce("orders", order("r-1", 900.0, key="1").value, partition=shard, time_s=900.0)
+    with pytest.raises(ReshardError, match="a command waits"):
+        plan(config, 2, 4)
+    run(config)
+    carry_out(plan(config, 2, 4))
+    for worker in run(config_of(tmp_path, 4, commands=COMMANDS_URL)).values():
+        joiner = worker.joiner
+        assert not [ticket for ticket in joiner.tickets.values() if ticket.key == "1"]
+        assert not [id for id, (_, owner, _) in joiner.closed.items() if owner == mark("1")]

@@ -101,6 +101,25 @@ def test_a_shard_holds_its_partitions_of_every_input(broker: Cluster) -> None:
         _source(broker.config(events, shard={"index": 5, "count": 6}))
 
 
+def test_commands_go_to_the_partition_of_each_shard_and_none_is_passed_over(cluster: Cluster) -> None:
+    """Though events start at the latest; and a missing topic is made with a partition for each shard."""
+    events, name = cluster.topic(4), cluster.name()
+    told = {"commands": f"{cluster.url}/{name}", "kafka": {"start_at": "latest"}, "shard": {"count": 2}}
+    config = cluster.config(events, **told)
+    sink = kafka.open_sink(f"{cluster.url}/{name}", config)
+    sink.send([Message(b"%d" % number, partition=number) for number in (1, 0, 1)])
+    sink.flush()
+    sink.close()
+    for shard, values in enumerate(([b"0"], [b"1", b"1"])):
+        source = _source(config.of_shard(shard))
+        assert [stream.input for stream in source.streams()] == ["commands", "events", "events"]
+        source.seek({})
+        assert [record.value for record in _take(source, len(values))] == values
+        source.close()
+    with pytest.raises(ConnectorError, match=f"{name}: 3 shards need as many partitions, there are 2"):
+        _source(config.of_shard(0, 3))
+
+
 def test_latest_starts_at_the_end(cluster: Cluster) -> None:
     topic = cluster.topic()
     cluster.produce(topic, [(0, b"old", 1)] * 10)

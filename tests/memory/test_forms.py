@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamcl.memory.forms import KNN, NO_KEY, ByKey, Centre, Form, Sketch
+from streamcl.memory.owners import NOBODY, Owner
 from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
+from streamcl.records import Selector, mark
 from streamcl.state import digest, flatten, unflatten
 
 DIM, WIDTH = 6, 2
@@ -223,3 +225,75 @@ def test_raw_relu_keys_share_few_buckets_once_centred() -> None:
     shares = np.bincount([_buckets(form, key, form.latched)[0] for key in keys], minlength=8) / 2000
     raw = np.bincount([_buckets(form, key, np.zeros(DIM, np.float32))[0] for key in keys], minlength=8) / 2000
     assert (shares**2).sum() < 0.5 * (raw**2).sum()
+
+
+def owner(i: int) -> Owner:
+    """Of user i % 3."""
+    return Owner(mark(f"u{i % 3}"), mark(f"e{i}"), float(i))
+
+
+def owned(form: Form, seed: int, count: int) -> Form:
+    keys, values = records(seed, count)
+    for i, (key, value) in enumerate(
+        zip(numbers(seed, count) if isinstance(form, ByKey) else keys, values, strict=True)
+    ):
+        assert form.write(key, value, owner(i))
+    return form
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 999), count=st.integers(1, 50), more=st.integers(0, 30), key=st.sampled_from(["u0", "u4"]))
+def test_rows_read_as_if_those_of_one_owner_had_never_come_to_lie_there(
+    seed: int, count: int, more: int, key: str
+) -> None:
+    form, oracle = knn(half_life_events=7.0), knn(half_life_events=7.0)
+    owned(form, seed, count)
+    order = np.roll(np.arange(len(form)), -(form.writes % len(form)))
+    mine = [slot for slot in order if form.owners.keys[slot] == mark(key)]
+    for slot in order:
+        if slot not in mine:
+            at = oracle.writes
+            oracle.rows[at], oracle.values[at], oracle.writes = form.rows[slot], form.values[slot], at + 1
+    assert form.forget(Selector(key=key)) == len(mine)
+    oracle.centre.load_state_dict(form.centre.state_dict())
+    for each in (form, oracle):
+        filled(each, seed + 1, more)
+    np.testing.assert_allclose(form.read(queries(form)), oracle.read(queries(oracle)), rtol=1e-12)  # another order
+
+
+@pytest.mark.parametrize("make", FORMS)
+def test_what_is_erased_is_not_in_the_state(make: Any) -> None:
+    form: Any = owned(make(), 1, 30)
+    assert form.forget(Selector(until_s=100.0))
+    assert len(form) == 0
+    fresh = make()
+    fresh.writes = form.writes  # of sums by key: a clock, not a count
+    assert digest(form.state_dict()) == digest(fresh.state_dict())
+
+
+def test_a_sum_goes_with_its_owner_and_one_of_several_owners_with_each() -> None:
+    form, ones = by_key(), np.ones(WIDTH, np.float32)
+    for name, who in ((1, "a"), (2, "b"), (3, "a"), (3, "b"), (4, "b"), (5, "")):
+        form.write(np.array([name]), ones, Owner(mark(who)))
+    before = form.read(np.array([[2], [4]]))
+    restored = by_key()
+    restored.load_state_dict(unflatten(*flatten(form.state_dict())))
+    for each in (form, restored):
+        assert each.forget(Selector(key="a")) == 3  # 1, 3, and 5, which may be anybody's
+        assert list(each.sums) == [2, 4] == list(each.owners)
+        np.testing.assert_array_equal(each.read(np.array([[2], [4]])), before)
+        assert each.forget(Selector(ids=frozenset({"e"}))) == 2
+
+
+@pytest.mark.parametrize("make", FORMS)
+def test_a_state_of_before_rows_had_owners_is_erased_by_every_forget(make: Any) -> None:
+    form = filled(make(), 1, 30)
+    state = {name: value for name, value in form.state_dict().items() if not name.startswith("owner")}
+    form.load_state_dict(unflatten(*flatten(state)))
+    held = len(form)
+    assert form.forget(Selector(key="u0")) == held > 0
+
+
+def test_nobody_is_not_somebody() -> None:
+    assert mark("") == NOBODY.key == 0 != mark("u0")
+    assert mark("u0") == mark("u0") != mark("u1")
