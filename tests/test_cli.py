@@ -122,9 +122,10 @@ def test_what_is_asked_for_is_forgotten_by_the_next_run_and_by_a_replay(shop: Pa
         assert (refused.returncode, text in refused.stderr) == (2, True)
 
     ran = answer(streamcl, "run", config, "--json")
-    assert (ran["counts"]["forget_requests"], ran["counts"]["forgotten_rows"]) == (2, 14 + 2)
+    assert (ran["counts"]["forget_requests"], ran["counts"]["forgotten_rows"]) == (2, 15 + 1 + 2)
     first, second = map(json.loads, (shop / "checkpoints" / "shop-0-of-1" / "audit.jsonl").read_text().splitlines())
-    assert (first["request"], first["rows"]["replay"]) == (asked["request"], 14)  # every seventh of the last hundred
+    assert (first["request"], first["rows"]["replay"]) == (asked["request"], 15)  # every seventh of the last 99
+    assert first["rows"]["diagnostics"] == 1  # the 144th step was looked at
     assert second["rows"]["replay"] == 2
     assert answer(streamcl, "replay", config, "--json")["state_digest"] == ran["state_digest"]
     inputs = [f"--input={name}=file://{shop}/{name}.jsonl" for name in ("events", "commands")]

@@ -296,7 +296,7 @@ def test_a_snapshot_that_a_forget_made_due_is_loaded_though_deltas_lead_there(tm
     assert predictor.current().snapshot.name == due.name
     life.go(20)
     assert predictor.refresh()
-    assert read(predictor) == (20, life.wanted[20])
+    assert read(predictor) == (44, life.wanted[44])
 
 
 def test_a_request_keeps_the_model_that_it_began_with(tmp_path: Path) -> None:
