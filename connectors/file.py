@@ -14,6 +14,8 @@ is none or it is no number. Several inputs are merged by (time, input, partition
   or badly quoted becomes a JSON list of its text, which no codec takes for an event: it ends in the dead letters.
 - A line or row above `events.max_bytes` is cut behind that length, which keeps memory constant and its fate the same.
 
+Commands are JSON lines too; their file must be there from the start, if empty.
+
 Outputs are JSON lines; see `connectors.codec.envelope` for what is not a JSON object, and for dead letters.
 """
 

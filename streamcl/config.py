@@ -165,7 +165,8 @@ class Config(Station):
             return self
         if _site(self.commands) != _site(self.events.url):
             raise ValueError("commands: must have the scheme and host of events.url")
-        if self.commands in (self.events.url, self.labels and self.labels.url, self.predictions, self.dead_letters_url):
+        outlets = self.predictions, self.dead_letters_url, self.control_url
+        if self.commands in (self.events.url, self.labels and self.labels.url, *outlets):
             raise ValueError("commands: they need a topic of their own")
         return self
 

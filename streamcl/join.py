@@ -137,8 +137,9 @@ class Joiner:
         """
         orphans = [id for id in self.orphans if who.of_id(id)]
         tickets = [t.id for t in self.tickets.values() if who.meets(t.key, t.id, t.time_s)]
-        known = self.closed.items()
-        closed = [id for id, (_, owner, t) in known if who.of_id(id) and who.of_key(owner) and who.in_time(t)]
+        owners = who.owners
+        of_owner = [(id, t) for id, (_, owner, t) in self.closed.items() if owners is None or owner in owners]
+        closed = [id for id, time_s in of_owner if who.of_id(id) and who.in_time(time_s)]
         for id in orphans:
             del self.orphans[id]
         for id in tickets:

@@ -132,13 +132,14 @@ class Learner:
             self.target.load_state_dict(before[1])
             return False
         self.version += 1
+        owner = Owners.of(outcome.ticket)
         if self.diagnostics:
-            self.diagnostics.observe(self.engine.gradient_norm, Owners.of(outcome.ticket))
+            self.diagnostics.observe(self.engine.gradient_norm, owner)
         for plugin in self.recalls:
             plugin.observe(outcome)
         self.memory.write(outcome.ticket, outcome.label, self.steps, self.loss)
         if self.recall.stages:
-            self.recall.observe(outcome.ticket.scores, outcome.label, owner=Owners.of(outcome.ticket))
+            self.recall.observe(outcome.ticket.scores, outcome.label, owner=owner)
         return True
 
     def forget(self, who: Selector) -> dict[str, int]:

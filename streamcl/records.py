@@ -176,11 +176,12 @@ class Selector:
 
     def meets(self, key: str, id: str, time_s: float) -> bool:
         """Whether an event of this key ("" if that is not known), id and time is meant."""
-        return self.of_key(mark(key)) and self.of_id(id) and self.in_time(time_s)
+        return (self.key is None or key in ("", self.key)) and self.of_id(id) and self.in_time(time_s)
 
-    def of_key(self, owner: int) -> bool:
-        """Of the mark of a key."""
-        return self.key is None or owner in (0, mark(self.key))
+    @property
+    def owners(self) -> frozenset[int] | None:
+        """Marks of the keys that are meant: the given one's and nobody's. None: everybody's."""
+        return None if self.key is None else frozenset((0, mark(self.key)))
 
     def of_id(self, id: str) -> bool:
         return not self.ids or id in self.ids

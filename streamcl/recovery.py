@@ -83,9 +83,9 @@ class Keeper:
         seconds: That the last write took.
         failures: Writes that failed, by cause (count). The worker goes on, and tries again after a back-off.
         deferred: Snapshots put off because the one before was still being written (count).
-    forgotten: Commands that were obeyed and are not on record yet. Each makes a snapshot due at once; as soon as it
-        stands, every older one is retired, and only then the command goes on record (see `audit`). The list
-        travels in the manifest, so a death anywhere on that way ends with the same.
+        forgotten: Commands that were obeyed and are not on record yet. Each makes a snapshot due at once; as soon as it
+            stands, every older one is retired, and only then the command goes on record (see `audit`). The list
+            travels in the manifest, so a death anywhere on that way ends with the same.
     """
 
     def __init__(
@@ -165,7 +165,10 @@ class Keeper:
             raise ConfigError(f"{self.store.folder}: this shard has become a part of others: set shard.count = {count}")
 
     def _refuse_new_partitions(self) -> None:
-        known, found = self.worker.progress.position.keys(), self.worker.source.streams()
+        progress, found = self.worker.progress, self.worker.source.streams()
+        # Of commands that are read no more.
+        progress.position = {s: o for s, o in progress.position.items() if s in found or s.input != COMMANDS}
+        known = progress.position.keys()
         new = sorted(stream for stream in set(found) - known if stream.input != COMMANDS)
         if new:
             names = ", ".join(f"{stream.input} partition {stream.partition}" for stream in new)

@@ -243,7 +243,7 @@ def test_an_idle_stream_of_commands_holds_no_window_open(tmp_path: Path) -> None
     assert dict(letter.headers)["streamcl-reason"] == b"undecodable"
 
 
-def test_commands_may_come_into_a_configuration_that_has_run(tmp_path: Path) -> None:
+def test_commands_may_come_into_a_configuration_that_has_run_and_leave_it(tmp_path: Path) -> None:
     items = stream()
     broker = fill(items)
     finish(config_of(tmp_path, commands=None, deltas={}))
@@ -251,6 +251,8 @@ def test_commands_may_come_into_a_configuration_that_has_run(tmp_path: Path) -> 
     done = finish(config_of(tmp_path, deltas={}))
     assert done.worker.counts["forget_requests"] == 1
     assert finish(config_of(tmp_path, deltas={})).digest == done.digest
+    left = finish(config_of(tmp_path, commands=None, deltas={}))
+    assert {stream.input for stream in left.worker.progress.position} == {"events", "labels"}
 
 
 def test_every_shard_needs_a_partition_of_commands(tmp_path: Path) -> None:

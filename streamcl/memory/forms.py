@@ -18,7 +18,7 @@ from streamcl.memory.owners import NOBODY, Owner, Owners, close_ranks
 from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
-from streamcl.records import Selector, mark
+from streamcl.records import Selector
 
 Floats = NDArray[np.float32]
 CENTRE_RATE = 0.001
@@ -296,7 +296,7 @@ class ByKey:
         self.owners.clear()
 
     def forget(self, who: Selector, /) -> int:
-        meant = None if who.key is None else (0, mark(who.key))
+        meant = who.owners
         erased = [name for name, owner in self.owners.items() if meant is None or owner in meant]
         for name in erased:
             self._erase(name)

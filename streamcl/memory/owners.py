@@ -51,8 +51,8 @@ class Owners:
     def meant(self, who: Selector, size: int) -> NDArray[np.bool_]:
         """(size,) which of the first rows are to be forgotten."""
         found = np.ones(size, np.bool_)
-        if who.key is not None:
-            found &= np.isin(self.keys[:size], (0, mark(who.key)))
+        if who.owners is not None:
+            found &= np.isin(self.keys[:size], list(who.owners))
         if who.ids:
             found &= np.isin(self.ids[:size], (0, *map(mark, who.ids)))
         if who.from_s is not None:
