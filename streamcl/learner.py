@@ -63,7 +63,7 @@ class Learner:
         self.loss = 0.0  # of the event that was learned last
         self.steps = 0  # taken; more than `version` where a planner wants several for one event
         for plugin in self.plugins.values():
-            plugin.bind(Context(config, self.engine, self.memory, self.target))
+            plugin.bind(Context(config, self.engine, self.memory, self.target, self._rows))
         self.recalls = [plugin for plugin in self.plugins.values() if isinstance(plugin, Recall)]
         self.planners = [plugin for plugin in self.plugins.values() if isinstance(plugin, Planner)]
         self.memory.take_over(self.plugins.values())

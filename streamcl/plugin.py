@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -68,6 +68,11 @@ class Context:
     engine: Eager
     memory: Replay
     target: RunningNorm
+    read: Callable[[Tensor, Tensor, Tensor, Tensor], Rows]
+
+    def rows(self, memory: Replay, index: Tensor) -> Rows:
+        """Of a table of examples, as the model reads them today."""
+        return self.read(*memory.examples(index))
 
     def y(self, label: float) -> float:
         """A label as the model's outputs are judged by it: standardised if the task is regression."""
@@ -186,6 +191,17 @@ class Grads:
 
     def with_dense(self, dense: Tensor) -> Grads:
         return Grads(dense, self.touched, self.rows)
+
+    def on(self, touched: Tensor) -> Grads:
+        """What it says of these rows (U,) alone, ascending; 0 where it hasn't touched one."""
+        rows = self.rows.new_zeros(len(touched), self.rows.shape[1])
+        mine = torch.isin(self.touched, touched)
+        rows[torch.searchsorted(touched, self.touched[mine])] = self.rows[mine]
+        return Grads(self.dense, touched, rows)
+
+    def flat(self) -> Tensor:
+        """(P + U x W,)"""
+        return torch.cat((self.dense, self.rows.reshape(-1)))
 
     def norm(self) -> Tensor:
         norms = [torch.linalg.vector_norm(part) for part in (self.dense, self.rows)]

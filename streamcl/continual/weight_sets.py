@@ -29,9 +29,13 @@ class Average(WeightSet):
         self.step = 0
         self.at = torch.zeros(len(self.table), dtype=torch.int64)  # (R,) step that a row's average is of
 
+    def kept(self, at: Tensor) -> Tensor:
+        """Double: the share that the average of step `at` still has in today's."""
+        return self.decay ** (self.step - at).double()
+
     def rows(self, ids: Tensor) -> Tensor:
         live = self.engine.table[ids]
-        share = self.decay ** (self.step - self.at[ids]).to(live.dtype)
+        share = self.kept(self.at[ids]).to(live.dtype)
         return torch.lerp(live, self.table[ids], share.unsqueeze(-1))
 
     def before(self, touched: Tensor) -> None:
@@ -42,8 +46,9 @@ class Average(WeightSet):
     def after(self, touched: Tensor) -> None:
         """A step has been taken."""
         self.step += 1
-        self.flat.lerp_(self.engine.dense.flat, 1.0 - self.decay)
-        self.table[touched] = torch.lerp(self.table[touched], self.engine.table[touched], 1.0 - self.decay)
+        moved = 1.0 - float(self.kept(torch.tensor(self.step - 1)))
+        self.flat.lerp_(self.engine.dense.flat, moved)
+        self.table[touched] = torch.lerp(self.table[touched], self.engine.table[touched], moved)
         self.at[touched] = self.step
 
     def state_dict(self) -> State:

@@ -67,6 +67,13 @@ class Dense:
         for slot, new in zip(slots, self.update.moved(now, slots), strict=True):
             slot.copy_(torch.where(now != before, new, slot))
 
+    def put(self, flat: Tensor) -> None:
+        """Give the weights these values (P,) beside the optimiser, which goes on from there where one has moved."""
+        moved = flat != self.flat
+        for slot, new in zip(self.slots, self.update.moved(flat, self.slots), strict=True):
+            slot.copy_(torch.where(moved, new, slot))
+        self.flat.copy_(flat)
+
     def renew(self, name: str, index: Tensor, fresh: Tensor, dim: int = 0, shape: Sequence[int] | None = None) -> None:
         """Make slices of a parameter anew: as if they had these values and had never been learned.
 

@@ -20,6 +20,7 @@ from streamcl.engine.weights import WeightSet
 from streamcl.features import Layout
 from streamcl.models import build_model
 from streamcl.plasticity import build_rules, of_tower
+from streamcl.plasticity.layers import unheard
 from streamcl.plugin import Grads, Out, Plugin, PluginError, Rows, Rule, Shape, Step, Term
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
@@ -152,6 +153,19 @@ class Eager:
                 return output, output[:, :0], output[:, :0]
             return output, torch.cat((vectors.flatten(1), dense), 1), self._take_hidden(output)
 
+    def inputs(self, rows: Rows, weights: str = "live") -> list[Tensor]:
+        """(B, in) what enters each layer of the tower, the head last; no gradient, and none without a tower."""
+        tower = self.model.tower
+        heard: list[Tensor] = []
+        layers = [*tower.hidden, tower.head] if tower is not None else []
+        listening = [layer.register_forward_pre_hook(lambda _, given: heard.append(given[0])) for layer in layers]
+        try:
+            self.out(rows, weights)
+        finally:
+            for handle in listening:
+                handle.remove()
+        return [value.clone() for value in heard]
+
     def _note_hidden(self, _head: nn.Module, inputs: tuple[Tensor]) -> None:
         self._hidden[get_ident()] = inputs[0]
 
@@ -221,11 +235,12 @@ class Eager:
         return Grads(self.dense.gradient(by_param), touched, gradient)
 
     def gradient(self, read: Rows) -> Grads:
-        """Of the mean task loss of these rows."""
-        rows = self.table[read.ids].requires_grad_()
-        output = self.forward(rows, read.weights, read.dense)
-        self._take_hidden(output)
-        return self._grads(self.losses(output, read.y).mean(), rows, read.ids, torch.unique(read.ids))
+        """Of the mean task loss of these rows; also in the middle of a step, of which nobody then hears anything else."""
+        with torch.enable_grad(), unheard(self.model):
+            rows = self.table[read.ids].requires_grad_()
+            output = self.forward(rows, read.weights, read.dense)
+            self._take_hidden(output)
+            return self._grads(self.losses(output, read.y).mean(), rows, read.ids, torch.unique(read.ids))
 
     def _update(self, grads: Grads, step: Step) -> None:
         for rule in self.around:
@@ -240,6 +255,16 @@ class Eager:
             rule.after(step)
         if self.watch:
             self.watch(grads.touched)
+
+    def put_rows(self, ids: Tensor, rows: Tensor) -> None:
+        """Change rows (n, W) of the table beside the optimiser, each once; whoever follows them is told."""
+        for each in self.sets.values():
+            each.before(ids)
+        slots = self.row_update.moved(rows, [slot[ids] for slot in self.row_slots])
+        for column, new in zip((self.table, *self.row_slots), (rows, *slots), strict=True):
+            column.index_copy_(0, ids, new)
+        if self.watch:
+            self.watch(ids)
 
     def _move_rows(self, touched: Tensor, gradient: Tensor) -> None:
         rows, row_slots = self.row_update.step(

@@ -44,6 +44,9 @@ class WeightSet:
         """(..., W) rows of the table at ids (...)."""
         return self.table[ids]
 
+    def before(self, touched: Tensor) -> None:
+        """These rows of the live table are about to change."""
+
     def params(self) -> dict[str, Tensor]:
         """Dense parameters by name, as views."""
         return {name: self.engine.dense.part(self.flat, name) for name in self.engine.dense.params}
@@ -59,3 +62,8 @@ class WeightSet:
                 self.table.copy_(state["table"])
             else:
                 self.copy_live()
+
+
+def shared(engine: Eager, name: str) -> WeightSet:
+    """The set of this name, or a new one. Of several plug-ins that keep one set each saves it: they save the same."""
+    return engine.sets[name] if name in engine.sets else WeightSet(engine, name)
