@@ -172,6 +172,7 @@ class Discount(Rule):
         origin: str = Stop("initial", description="weight set that stands for theta0")
 
     options: Options
+    provides = frozenset({"initial", "discount_0.5", "discount_0.75"})  # with other lambdas others
 
     def bind(self, context: Context) -> None:
         self.origin = _origin(context, self.options.kind, self.options.origin)
@@ -193,7 +194,7 @@ class LayerMerge(Rule):
     don't. What is outside the tower, rows of the table as well, takes the mean of the layers' shares.
 
     Source:
-        RECALL (Liu et al. 2025): weights of models merged by the similarity of their representations, layer by layer.
+        RECALL (2025), "hierarchical model merging": weights merged by the similarity of representations, by layer.
 
     Differs from the source:
         Two models, the live one and the set `origin`; softmax of cosines of outputs, instead of a kernel of hidden
@@ -205,20 +206,16 @@ class LayerMerge(Rule):
         origin: str = Stop("initial", description="weight set of the old weights; provided before it, or `initial`")
         every: int = Stop(200, ge=1, description="steps between two looks at the memory")
         sample: int = Stop(64, ge=1, description="rows of the memory of a look")
-        temperature: float = Stop(
-            0.5, gt=0, description="of the softmax; small: the live weights alone, where in doubt"
-        )
+        temperature: float = Stop(0.5, gt=0, description="of the softmax; small: where in doubt, live")
 
     options: Options
-    provides = frozenset({"merged"})
+    provides = frozenset({"initial", "merged"})
 
     def bind(self, context: Context) -> None:
         self.context = context
         tower = context.engine.model.tower
         if tower is None or context.config.replay.retention == "none":
-            raise PluginError(
-                "plugins: layer_merge: it needs a model of layers, and rows in the memory to compare them"
-            )
+            raise PluginError("plugins: layer_merge: it compares layers on rows of the memory; there are none")
         self.origin = _origin(context, self.options.kind, self.options.origin)
         names = {id(part): name for name, part in context.engine.model.named_modules()}
         self.layers = [names[id(layer)] for layer in (*tower.hidden, tower.head)]

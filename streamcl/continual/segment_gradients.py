@@ -95,7 +95,8 @@ class TAG(Rule):
         stacked = torch.nn.functional.normalize(torch.stack(directions), dim=1)
         relations = torch.exp(-self.options.b * (stacked[:-1] @ stacked[-1]))  # (K,)
         squares = torch.stack([self.dense.part(self.second[slot], name) for slot in self.past])
-        return torch.tensordot(relations, squares, 1)
+        found: Tensor = torch.tensordot(relations, squares, 1)
+        return found
 
     def read(self) -> dict[str, float]:
         return {"past_segments": float(len(self.past))}
@@ -179,9 +180,8 @@ class CUBER(Rule):
 
     def _weights(self, column: Tensor, name: str) -> Tensor:
         """(out, in + 1) of a layer, the bias last."""
-        return torch.cat(
-            (self.dense.part(column, f"{name}.weight"), self.dense.part(column, f"{name}.bias")[:, None]), 1
-        )
+        weight, bias = (self.dense.part(column, f"{name}.{part}") for part in ("weight", "bias"))
+        return torch.cat((weight, bias[:, None]), 1)
 
     def on_signal(self, signal: Signal) -> None:
         memory = self.context.memory
@@ -206,7 +206,8 @@ class CUBER(Rule):
         enough = int((held < missing).sum())
         room = int(self.options.share * len(basis)) - basis.shape[1]
         added = directions[: max(0, min(enough, room))].T
-        return torch.linalg.qr(torch.cat((basis, added), 1)).Q.float()
+        grown: Tensor = torch.linalg.qr(torch.cat((basis, added), 1)).Q
+        return grown.float()
 
     def transform(self, grads: Grads, step: Step) -> Grads:
         if not self.options.strength or not self.boundaries:

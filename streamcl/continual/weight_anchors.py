@@ -1,7 +1,7 @@
-"""Weights are held where they stood when a segment ended: all alike, by what they meant for it, or those that moved most.
+"""Weights are held where they stood when a segment ended: all alike, by what they meant for it, or what moved most.
 
-Each holds by the gradient of strength / 2 x sum of F (w - w*)^2, added to that of the losses: exactly what a Term of that
-penalty would give, without autograd walking all weights. The optimiser scales it as any gradient. A weight's pull,
+Each holds by the gradient of strength / 2 x sum of F (w - w*)^2, added to that of the losses: exactly what a Term of
+that penalty would give, without autograd walking all weights. The optimiser scales it as any gradient. A weight's pull,
 strength x F, is at most `limit`: with SGD a step of learning rate x limit above 2 would leap over w* and further away.
 
 A row of the table is pulled when it is touched, and by then by as much as in any step: rows that are not touched stand
@@ -38,9 +38,9 @@ class EWC(Rule):
         section 3.1: one F that fades, one w*.
 
     Differs from the source:
-        F is the mean of squares seen since the last boundary, each at the weights of its time and by the true label (the
-        empirical Fisher), instead of an expectation at the segment's last weights: no second pass over data that is
-        gone. It is larger, by the errors of the beginning. F isn't normalised. No term but the task's own counts.
+        F is the mean of squares seen since the last boundary, each at the weights of its time and by the true label
+        (the empirical Fisher), instead of an expectation at the segment's last weights: no second pass over data
+        that is gone. It is larger, by the errors of the beginning. F isn't normalised. Only the task's loss counts.
     """
 
     class Options(Rule.Options):
@@ -131,9 +131,7 @@ class L2Anchor(Rule):
 
     class Options(Rule.Options):
         kind: Literal["l2_anchor"] = "l2_anchor"
-        to: Literal["anchor", "initial"] = New(
-            "anchor", description="weights of the last boundary, or of the beginning"
-        )
+        to: Literal["anchor", "initial"] = New("anchor", description="weights of the last boundary, or the first ones")
         strength: float = Stop(0.01, ge=0, description="per step; 0: off")
 
     options: Options

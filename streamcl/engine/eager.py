@@ -235,7 +235,7 @@ class Eager:
         return Grads(self.dense.gradient(by_param), touched, gradient)
 
     def gradient(self, read: Rows) -> Grads:
-        """Of the mean task loss of these rows; also in the middle of a step, of which nobody then hears anything else."""
+        """Of the mean task loss of these rows; asked within a step, it leaves no trace in what is known of that."""
         with torch.enable_grad(), unheard(self.model):
             rows = self.table[read.ids].requires_grad_()
             output = self.forward(rows, read.weights, read.dense)

@@ -16,8 +16,13 @@ from streamcl.records import Outcome
 from streamcl.stations import Stop
 from streamcl.testing import PluginCheck, plugin_checks
 
-SETTINGS: dict[str, dict[str, Any]] = {}
-"""Beside the defaults, for methods whose own would do nothing within a hundred events."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cuber": {"segments": 3, "sample": 16},
+    "gem": {"segments": 3, "memory_per_segment": 8},
+    "layer_merge": {"every": 10},
+    "tag": {"segments": 3},
+}
+"""Beside the defaults, for methods whose own would do nothing, or grow, within a hundred events."""
 
 
 @pytest.mark.parametrize("check", plugin_checks(), ids=str)
