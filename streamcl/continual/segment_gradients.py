@@ -207,7 +207,7 @@ class CUBER(Rule):
         room = int(self.options.share * len(basis)) - basis.shape[1]
         added = directions[: max(0, min(enough, room))].T
         grown: Tensor = torch.linalg.qr(torch.cat((basis, added), 1)).Q
-        return grown.float()
+        return grown.float().contiguous()  # as it is loaded: the order in memory decides how a product rounds
 
     def transform(self, grads: Grads, step: Step) -> Grads:
         if not self.options.strength or not self.boundaries:

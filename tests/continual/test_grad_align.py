@@ -61,12 +61,12 @@ def test_agem_leaves_no_conflict_with_the_replayed_rows_and_changes_nothing_else
     learner = made(["agem"], replay=REPLAY)
     rule = learner.plugins["agem"]
     assert isinstance(rule, AGEM)
-    references: list[Grads] = []
     inner = rule.transform
 
     def transform(grads: Grads, step: Step) -> Grads:
+        if step.replay is None:
+            return inner(grads, step)
         found, reference = inner(grads, step), step.gradient("replay")
-        references.append(reference)
         before, after = float(grads.dot(reference)), float(found.dot(reference))
         if before >= 0.0:
             assert found is grads
@@ -163,7 +163,7 @@ def test_gem_without_a_boundary_is_plain_learning() -> None:
 
 
 def test_gem_keeps_the_last_rows_of_the_last_segments() -> None:
-    learner = made([GEMS])
+    learner = made([GEMS], "regression", optimizer={"kind": "adam"})
     events = conflicting("regression", 40, 10)
     lived(learner, events)
     rule = learner.plugins["gem"]
