@@ -325,7 +325,8 @@ def stays_finite(settings: Settings) -> None:
 def claim_finite(state: State, promise: str) -> None:
     for path, array in flatten({name: part for name, part in state.items() if name not in ("memory",)})[1].items():
         values = np.asarray(array)
-        if values.dtype.kind == "f" and "diagnostics" not in path and "owner_time" not in path:
+        raw = "/tables/" in path  # examples, as the memory's: what is missing is NaN there
+        if values.dtype.kind == "f" and "diagnostics" not in path and "owner_time" not in path and not raw:
             claim(bool(np.isfinite(values).all()), f"{promise}: {path} is not finite")
 
 
