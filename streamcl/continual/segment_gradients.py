@@ -1,6 +1,7 @@
 """What the gradients of past segments tell of a new one: how fast to learn, and which directions to spare.
 
-A `boundary` ends a segment, whoever sends it. Both are of dense weights; rows of the table learn as ever.
+A `boundary` ends a segment, whoever sends it. Both are of dense weights; rows of the table learn as ever. An event that
+is to be forgotten stays in means of gradients and in bases, as it stays in the weights.
 """
 
 from __future__ import annotations

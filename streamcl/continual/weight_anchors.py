@@ -5,7 +5,8 @@ that penalty would give, without autograd walking all weights. The optimiser sca
 strength x F, is at most `limit`: with SGD a step of learning rate x limit above 2 would leap over w* and further away.
 
 A row of the table is pulled when it is touched, and by then by as much as in any step: rows that are not touched stand
-still anyway, so their pull could only bring them back. It is not added up meanwhile.
+still anyway, so their pull could only bring them back. It is not added up meanwhile. An event that is to be forgotten
+stays in sums of squares as it stays in the weights.
 """
 
 from __future__ import annotations
