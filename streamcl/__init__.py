@@ -21,6 +21,7 @@ Table of contents, in the order of the journey (start with `worker`):
     commands       record to an order to the shard itself: to forget
     features       event to arrays
     join           tickets waiting for labels
+    key_states     what a recurrent model carries from event to event, by key
     learner        model, memories, plug-ins and engine: predict and learn
     continual      methods of continual learning, one module for each idea
     river_learner  a River model in the learner's place

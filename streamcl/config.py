@@ -244,6 +244,13 @@ class Config(Station):
         return self
 
     @model_validator(mode="after")
+    def _states_fit(self) -> Self:
+        for name, url in (("deltas.url", self.deltas.url), ("outcomes", self.outcomes)):
+            if self.model.kind == "recurrent" and url:
+                raise ValueError(f"{name}: what a recurrent model holds of each key stays in the worker; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _plugins_fit(self) -> Self:
         found = [plugin.resolve(str(station.kind)) for station in self.plugins]  # type: ignore[attr-defined]
         if self.river is not None and found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from threading import get_ident
 
 import numpy as np
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor
 from streamcl.config import Config
 from streamcl.engine.eager import Eager, as_tensors
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
+from streamcl.key_states import KeyStates
 from streamcl.memory import ErrorMemory, Replay, Vectors
 from streamcl.memory.owners import Owners
 from streamcl.memory.replay import held_columns
+from streamcl.models.key_state import KeyStateModel
 from streamcl.plasticity import build_diagnostics
 from streamcl.plugin import Context, Out, Plan, Planner, Plugin, Query, Recall, Rows, Shape, Step, build
 from streamcl.protocols import State
-from streamcl.records import Encoded, Notes, Outcome, Scores, Selector, Signal
+from streamcl.records import Encoded, Event, Notes, Outcome, Scores, Selector, Signal
 
 
 class Learner:
@@ -52,8 +55,10 @@ class Learner:
         self.engine = Eager(config, layout, serving, list(self.plugins.values()))
         self.numerics = RunningNorm(len(layout.numerics), unscaled=layout.unscaled)
         self.target = RunningNorm(1)  # regression learns standardised labels; idle otherwise
+        self.states = self._key_states(config)
+        self.numbers = len(layout.numerics)  # N; behind them in `dense` stands the key's state
         columns = held_columns(self.plugins.values(), Shape(config.outputs, self.engine.widths[1]))
-        self.memory = Replay(config.replay, config.seed, len(layout.slot_field), len(layout.numerics), columns)
+        self.memory = Replay(config.replay, config.seed, len(layout.slot_field), self.width, columns)
         self.notes_hidden = "hidden" in columns
         self.recall = ErrorMemory(config, layout, self.engine.widths)
         self.rules = self.engine.rules
@@ -68,18 +73,53 @@ class Learner:
         self.planners = [plugin for plugin in self.plugins.values() if isinstance(plugin, Planner)]
         self.memory.take_over(self.plugins.values())
 
+    def _key_states(self, config: Config) -> KeyStates | None:
+        model, recurrent = self.engine.model, config.model.recurrent
+        if not isinstance(model, KeyStateModel):
+            return None
+        return KeyStates(recurrent.keys, model.initial().numpy(), recurrent.unit_s)
+
+    @property
+    def width(self) -> int:
+        """Of `dense` in the features of a ticket and of a replayed row."""
+        return self.numbers + (0 if self.states is None else len(self.states.initial))
+
+    def answer(self, event: Event) -> tuple[Encoded, Scores]:
+        """What is served, and what the ticket is to hold: features, and the state of the key before the event.
+
+        The key takes its new state along, so two events of one key in one turn run in their order.
+        """
+        if self.states is None:
+            return event.features, self.predict(event.features)
+        before = self.states.before(event.key, event.time_s)
+        features = event.features._replace(dense=np.concatenate((event.features.dense, before)))
+        scores = self.predict(features)
+        model = self.engine.model
+        assert isinstance(model, KeyStateModel)  # noqa: S101 - as the states are there
+        self.states.write(event.key, event.time_s, model.after.pop(get_ident())[0].numpy())
+        return features, scores
+
     def predict(self, features: Encoded) -> Scores:
-        ids, weights, dense = as_tensors(features.ids, features.weights, self.numerics.apply(features.dense))
-        [scores] = self._scores([features], ids, weights, dense)
+        """Without the state of a key in `features` it is asked about a key that has done nothing."""
+        features = self._with_state(features)
+        ids, weights, dense = as_tensors(*features)
+        [scores] = self._scores([features], ids, weights, self._read(dense))
         return scores
 
     def predict_many(self, batch: Sequence[Encoded]) -> list[Scores]:
         """In one pass: what `predict` says of each, up to the rounding of a matrix product of another height."""
         if not batch:
             return []
+        batch = [self._with_state(features) for features in batch]
         ids, weights, dense = (np.concatenate(column).reshape(len(batch), -1) for column in zip(*batch, strict=True))
-        rows = torch.from_numpy(ids), torch.from_numpy(weights), torch.from_numpy(self.numerics.apply(dense))
-        return self._scores(batch, *rows)
+        return self._scores(
+            batch, torch.from_numpy(ids), torch.from_numpy(weights), self._read(torch.from_numpy(dense))
+        )
+
+    def _with_state(self, features: Encoded) -> Encoded:
+        if self.states is None or len(features.dense) == self.width:
+            return features
+        return features._replace(dense=np.concatenate((features.dense, self.states.initial)))
 
     def _scores(self, batch: Sequence[Encoded], ids: Tensor, weights: Tensor, dense: Tensor) -> list[Scores]:
         if not (self.recall.stages or self.recalls or self.notes_hidden):
@@ -124,7 +164,7 @@ class Learner:
         for planner in self.planners:
             plan = planner.plan(plan, outcome, signals)
         before = self.numerics.state_dict(), self.target.state_dict()
-        self.numerics.update(outcome.ticket.features.dense)
+        self.numerics.update(outcome.ticket.features.dense[: self.numbers])
         if self.task == "regression":
             self.target.update(np.array([outcome.label], np.float32))
         if not self._passes(outcome, plan):
@@ -145,9 +185,10 @@ class Learner:
     def forget(self, who: Selector) -> dict[str, int]:
         """Erase what examples have left behind, by part; what the weights have learned of them stays."""
         diagnostics = {"diagnostics": self.diagnostics.forget(who)} if self.diagnostics else {}
+        states = {"key_states": self.states.forget(who)} if self.states is not None else {}
         plugins = {name: plugin.forget(who) for name, plugin in self.plugins.items()}
         erased = {"replay": self.memory.forget(who), "error_memory": self.recall.forget(who)}
-        return {**erased, **diagnostics, **plugins}
+        return {**erased, **states, **diagnostics, **plugins}
 
     def _passes(self, outcome: Outcome, plan: Plan) -> bool:
         """The steps that are planned; False when not even the event alone can be learned."""
@@ -184,13 +225,19 @@ class Learner:
 
     def _rows(self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor) -> Rows:
         """As the model reads them."""
-        dense = torch.from_numpy(self.numerics.apply(dense.numpy()))
+        dense = self._read(dense)
         if self.task == "regression":
             y = torch.from_numpy(self.target.apply(y.unsqueeze(1).numpy())).squeeze(1)
         return Rows(ids, weights, dense, y)
 
+    def _read(self, dense: Tensor) -> Tensor:
+        """(B, ...) numerics standardised, a key's state as it is."""
+        numbers = torch.from_numpy(self.numerics.apply(dense[:, : self.numbers].numpy()))
+        return numbers if self.states is None else torch.cat((numbers, dense[:, self.numbers :]), 1)
+
     def read(self) -> dict[str, float]:
         held = {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
+        held |= {"key_states": float(len(self.states))} if self.states is not None else {}
         held |= self.recall.read() | (self.diagnostics.read() if self.diagnostics else {})
         for rule in self.rules.values():
             for name, value in rule.read().items():
@@ -207,6 +254,7 @@ class Learner:
             "memory": self.memory.state_dict(),
             "version": self.version,
             "steps": self.steps,
+            **({"states": self.states.state_dict()} if self.states is not None else {}),
             **(
                 {"plugins": {name: plugin.state_dict() for name, plugin in self.plugins.items()}}
                 if self.plugins
@@ -224,6 +272,8 @@ class Learner:
             self.diagnostics.load_state_dict(state.get("diagnostics", {}))
         self.version = int(state["version"])
         self.steps = int(state.get("steps", self.version))
+        if self.states is not None:
+            self.states.load_state_dict(state.get("states", {}))
         kept = state.get("plugins", {})
         for name, plugin in self.plugins.items():
             plugin.load_state_dict(kept.get(name, {}))

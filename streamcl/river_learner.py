@@ -15,7 +15,7 @@ import torch
 from streamcl.config import Config, ConfigError
 from streamcl.features import FLOAT32_MAX, Featurizer
 from streamcl.protocols import State
-from streamcl.records import Encoded, Outcome, Scores, Selector, Signal
+from streamcl.records import Encoded, Event, Outcome, Scores, Selector, Signal
 from streamcl.stations import Categorical, Task
 
 LABELS: dict[Task, Any] = {"binary": bool, "multiclass": int, "regression": float}
@@ -77,6 +77,9 @@ class RiverLearner:
                 f"river: {config.river!r} can't be saved, or can't learn from {sorted(x)} with"
                 f" river_categories {config.river_categories}: {type(error).__name__}: {error}"
             ) from error
+
+    def answer(self, event: Event) -> tuple[Encoded, Scores]:
+        return event.features, self.predict(event.features)
 
     def predict(self, features: Encoded) -> Scores:
         served = np.asarray(self._serve(self.model, self._dict(features)), np.float32)

@@ -135,8 +135,33 @@ KINDS: dict[str, type[Station]] = {"categorical": Categorical, "bag": Bag, "nume
 Feature = Annotated[Categorical | Bag | Numeric, Field(discriminator="kind"), BeforeValidator(named_kind)]
 
 
+class Recurrent(Station):
+    """What model `recurrent` carries from one event of a key to the next; see `streamcl.models.linear_state`."""
+
+    cell: Literal["min_gru", "min_lstm", "lssl", "retnet", "legs"] = New("min_gru", description="the recurrence")
+    units: int = New(16, ge=1, le=4096, description="of the recurrence (count); legs: coefficients per input")
+    credit: Literal["exact", "fixed", "detached"] = New(
+        "exact",
+        description="for what older events did to the state: exact traces (element-wise cells), fixed feedback, none",
+    )
+    feedback: float = New(0.9, ge=0, lt=1, description="credit fixed: what a trace keeps from event to event")
+    horizon: float = New(64.0, gt=1, description="gated cells: longest memory at first (events)")
+    timed: bool = New(False, description="the time between a key's events counts, not their number alone")
+    unit_s: float = New(1.0, gt=0, description="timed: of event time (seconds)")
+    keys: int = New(100_000, ge=1, description="keys whose state is held; the one seen longest ago gives way (count)")
+
+    @model_validator(mode="after")
+    def _credited(self) -> Self:
+        if self.cell in ("retnet", "legs") and self.credit != "detached":
+            raise ValueError(f"credit: {self.cell} is no element-wise recurrence; set detached")
+        return self
+
+
 class Model(Station):
-    kind: Literal["logistic", "mlp", "deepfm"] = New("deepfm", description="what learns, unless river is set")
+    kind: Literal["logistic", "mlp", "deepfm", "recurrent"] = New(
+        "deepfm", description="what learns, unless river is set"
+    )
+    recurrent: Recurrent = Recurrent()
     embedding_dim: int = New(16, ge=1, le=1024, description="width of a row (count)")
     hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = New((64, 32), description="units per hidden layer")
     classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")

@@ -210,10 +210,10 @@ class Worker:
         work.forgotten.append(Forgotten(command.id, record.origin, command.time_s, rows))
 
     def _answer(self, event: Event, work: Work) -> Outcome | None:
-        scores = self.learner.predict(event.features)
+        features, scores = self.learner.answer(event)
         work.predictions.append(Prediction(event.id, event.key, event.time_s, scores, event.origin))
         self.counts["predicted"] += 1
-        ticket = Ticket(event.id, event.time_s, event.features, scores, event.origin, event.segment, event.key)
+        ticket = Ticket(event.id, event.time_s, features, scores, event.origin, event.segment, event.key)
         if event.label is not None:
             self.counts["inline"] += 1
             return Outcome(ticket, event.label, Fate.INLINE, 0.0)

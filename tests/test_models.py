@@ -8,7 +8,8 @@ import torch
 from streamcl.config import Config
 from streamcl.engine.eager import Eager
 from streamcl.features import Featurizer
-from streamcl.models import MODELS, DeepFM, Logistic, Shape, build_model
+from streamcl.models import MODELS, DeepFM, Logistic, build_model
+from streamcl.models.tower import Shape
 from streamcl.state import digest
 from tests.steps import take
 

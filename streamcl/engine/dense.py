@@ -19,7 +19,7 @@ class Dense:
     go to zero.
 
     Attributes:
-        flat: (P,) the parameters in the order of `named_parameters`.
+        flat: (P,) the parameters that learn, in the order of `named_parameters`.
         params: The same by name, as views.
         slots: What the optimiser holds, (P,) each: one step count for each weight, so that a fresh one is
             bias-corrected as fresh.
@@ -29,7 +29,7 @@ class Dense:
     """
 
     def __init__(self, module: nn.Module, update: Update) -> None:
-        self.params = dict(module.named_parameters())
+        self.params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         self.flat = _flatten(list(self.params.values()))
         self.update = update
         self.slots = update.slots(self.flat)

@@ -52,6 +52,7 @@ class Eager:
         self.outputs = config.outputs
         self.fields = len(layout.fields)
         self.slot_field = torch.from_numpy(layout.slot_field)
+        self.numbers, self.dim = len(layout.numerics), config.model.embedding_dim
         self.one_slot_each = len(layout.slot_field) == self.fields
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
         self.max_grad_norm = config.optimizer.max_grad_norm
@@ -141,8 +142,7 @@ class Eager:
         """(E, H) of what `look` finds; 0 for what the model hasn't."""
         if self.model.tower is None:
             return 0, 0
-        layers = [*self.model.tower.hidden, self.model.tower.head]
-        return layers[0].in_features, layers[-1].in_features
+        return self.fields * self.dim + self.numbers, self.model.tower.head.in_features
 
     def look(self, ids: Tensor, weights: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`predict`, and what may be a key: what entered the tower (B, E), and its last hidden layer (B, H)."""
@@ -151,7 +151,8 @@ class Eager:
             output = self.model(first, vectors, dense)
             if self.model.tower is None:
                 return output, output[:, :0], output[:, :0]
-            return output, torch.cat((vectors.flatten(1), dense), 1), self._take_hidden(output)
+            entered = torch.cat((vectors.flatten(1), dense[:, : self.numbers]), 1)
+            return output, entered, self._take_hidden(output)
 
     def inputs(self, rows: Rows, weights: str = "live") -> list[Tensor]:
         """(B, in) what enters each layer of the tower, the head last; no gradient, and none without a tower."""

@@ -8,7 +8,6 @@ say which of the two a model reads, and so what a row of the table holds. `tower
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +15,9 @@ from torch.nn import functional
 
 from streamcl.config import Config
 from streamcl.features import Layout
+from streamcl.models.key_state import KeyStateModel, build_cell
+from streamcl.models.tower import MLP, Shape
 from streamcl.random import key_of, uniform_array
-
-
-class Shape(NamedTuple):
-    """What a model is built for: F fields, D numbers per embedding, N numerics, O outputs, units per hidden layer.
-
-    With `layer_norm` a hidden layer's sums are brought to mean 0 and deviation 1 before the ReLU.
-    """
-
-    fields: int
-    dim: int
-    numerics: int
-    outputs: int
-    hidden: tuple[int, ...]
-    layer_norm: bool = False
 
 
 class Logistic(nn.Module):
@@ -46,35 +33,6 @@ class Logistic(nn.Module):
 
     def forward(self, first: Tensor, _vectors: Tensor, dense: Tensor) -> Tensor:
         out: Tensor = first.sum(1) + functional.linear(dense, self.weight, self.bias)  # (B, O)
-        return out
-
-
-class MLP(nn.Module):
-    """Embeddings and numerics through hidden ReLU layers.
-
-    Source:
-        Layer norm without parameters before the activation: Elsayed et al. 2024, arXiv 2410.14606, section 3; theirs
-        is Leaky ReLU.
-    """
-
-    first_order, embedding = False, True
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        widths = (shape.fields * shape.dim + shape.numerics, *shape.hidden)
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, shape.hidden, strict=False))
-        self.head = nn.Linear(widths[-1], shape.outputs)
-        self.norms = [(width,) if shape.layer_norm else None for width in shape.hidden]
-
-    @property
-    def tower(self) -> MLP:
-        return self
-
-    def forward(self, _first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
-        h = torch.cat((vectors.flatten(1), dense), 1)  # (B, F*D + N)
-        for layer, norm in zip(self.hidden, self.norms, strict=True):
-            h = torch.relu(functional.layer_norm(layer(h), norm) if norm else layer(h))
-        out: Tensor = self.head(h)
         return out
 
 
@@ -112,14 +70,28 @@ class DeepFM(nn.Module):
 MODELS: dict[str, type[Logistic] | type[MLP] | type[DeepFM]] = {"logistic": Logistic, "mlp": MLP, "deepfm": DeepFM}
 
 
-def build_model(config: Config, layout: Layout) -> Logistic | MLP | DeepFM:
+Built = Logistic | MLP | DeepFM | KeyStateModel
+
+
+def build_model(config: Config, layout: Layout) -> Built:
     """The configured model, freshly initialised from the seed alone."""
     sizes = len(layout.fields), config.model.embedding_dim, len(layout.numerics), config.outputs
+    shape = Shape(*sizes, config.model.hidden, config.model.layer_norm)
+    cell = None
+    if config.model.kind == "recurrent":  # its cell draws its own weights
+        cell = build_cell(config.model.recurrent, shape.fields * shape.dim + shape.numerics, config.seed)
     with torch.device("meta"):  # no draw from the global generator
-        model = MODELS[config.model.kind](Shape(*sizes, config.model.hidden, config.model.layer_norm))
-    model.to_empty(device="cpu")
+        model: Built
+        if cell is None:
+            model = MODELS[config.model.kind](shape)
+        else:
+            model = KeyStateModel(shape, cell, config.model.recurrent.timed)
+    for part in model.children():
+        if part is not cell:
+            part.to_empty(device="cpu")
     for name, param in model.named_parameters():
-        _initialise(name, param, config.seed)
+        if not name.startswith("cell."):
+            _initialise(name, param, config.seed)
     return model
 
 

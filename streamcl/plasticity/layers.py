@@ -16,7 +16,7 @@ from torch.nn import functional
 from streamcl.protocols import StreamclError
 
 if TYPE_CHECKING:
-    from streamcl.models import MLP
+    from streamcl.models.tower import MLP
 
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
