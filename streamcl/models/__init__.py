@@ -86,12 +86,12 @@ def build_model(config: Config, layout: Layout) -> Built:
             model = MODELS[config.model.kind](shape)
         else:
             model = KeyStateModel(shape, cell, config.model.recurrent.timed)
-    for part in model.children():
-        if part is not cell:
-            part.to_empty(device="cpu")
-    for name, param in model.named_parameters():
-        if not name.startswith("cell."):
-            _initialise(name, param, config.seed)
+    for name, param in list(model.named_parameters()):
+        if param.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            fresh = nn.Parameter(torch.empty_like(param, device="cpu"))
+            setattr(model.get_submodule(owner), attribute, fresh)
+            _initialise(name, fresh, config.seed)
     return model
 
 
