@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcl.models.legs import LegS
-from streamcl.models.linear_state import DiagonalLSSL, Gated, KeyState, MinGRU, MinLSTM, Recurrent
+from streamcl.models.linear_state import Gated, KeyState, MinGRU, MinLSTM, Recurrent
+from streamcl.models.lssl import DiagonalLSSL
 from streamcl.models.online_credit import OnlineCredit
 from streamcl.models.retnet import RetNet
 from streamcl.models.tower import MLP, Shape
