@@ -65,7 +65,7 @@ class KeyStates:
         """Erase the states of keys that are meant. A selection of events alone cannot be taken out of a state: then all
         that may hold one of them begin anew, which without a key are all.
         """
-        meant = [key for key in self.slots if who.of_key(key)]
+        meant = [key for key in self.slots if who.key in (None, key)]
         for key in meant:
             slot = self.slots.pop(key)
             self.rows[slot], self.times[slot] = 0.0, 0.0
