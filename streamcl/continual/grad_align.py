@@ -248,5 +248,5 @@ PRESETS = {
         "replay": {"retention": "reservoir", "per_event": 32},
         "plugins": [{"kind": "live_only"}, {"kind": "agem"}],
     },
-    "gem": {"plugins": [{"kind": "gem", "memory_per_segment": 256, "sample": 0, "margin": 0.5}]},
+    "gem": {"plugins": [{"kind": "gem"}]},
 }

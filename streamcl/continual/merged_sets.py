@@ -12,7 +12,7 @@ from torch.nn import functional
 from streamcl.continual.weight_sets import Average
 from streamcl.engine.eager import Eager
 from streamcl.engine.weights import WeightSet, shared
-from streamcl.plugin import Context, PluginError, Rows, Rule, Step
+from streamcl.plugin import Context, Grads, PluginError, Rows, Rule, Step
 from streamcl.protocols import State
 from streamcl.random import below
 from streamcl.records import Signal
@@ -126,6 +126,92 @@ class RunningMean(Rule):
 
     def load_state_dict(self, state: State) -> None:
         self.mean.load_state_dict(state)
+
+
+class Consolidated(Average):
+    """A set that follows each dense weight at `1 - decay` / (1 + its stability), and rows as `Average` does."""
+
+    def __init__(self, context: Context, name: str, decay: float) -> None:
+        super().__init__(context, name, decay)
+        self.stability = context.engine.dense.traces[name] = torch.zeros_like(self.flat)  # (P,)
+
+    def after(self, touched: Tensor) -> None:
+        before = self.flat.clone()
+        super().after(touched)
+        self.flat.copy_(before).add_(self._moved(1.0 - self.decay))
+
+    def _moved(self, rate: float) -> Tensor:
+        return rate * (self.engine.dense.flat - self.flat) / (1.0 + self.stability)
+
+    def consolidate(self, importance: Tensor) -> None:
+        """At once as far as stability lets it; what mattered (P,), relative to the mean, is more stable after it."""
+        self.flat.add_(self._moved(1.0))
+        self.table.copy_(self.engine.table)
+        self.at.fill_(self.step)
+        self.stability.add_(importance / importance.mean().clamp_min(torch.finfo(importance.dtype).tiny))
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), "stability": self.stability.clone()}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        if state:
+            self.stability.copy_(state["stability"])
+        else:
+            self.stability.zero_()
+
+
+class FastSlow(Rule):
+    """Fast weights, the live ones, learn each event; slow ones, `consolidated`, follow where nothing is at risk.
+
+    In two steps: at a `boundary` by 1 / (1 + s) of the way, s being a weight's stability, and from then on by `rate` /
+    (1 + s) of it at every step. s begins at 0 and grows at each boundary by the squared gradients of the segment,
+    relative to their mean over all weights. Rows of the table have no stability: they are taken over at a boundary.
+
+    Source:
+        Wang, Li, Zhong & Zhu 2021, arXiv 2104.09034: fast and slow weights, two-step consolidation, and stability as
+        what slows a weight's change.
+
+    Differs from the source:
+        After its idea, not its equations: few-shot episodes and losses of its own are left out, the fast weights are
+        not drawn to the slow ones, and stability is that of squared gradients along the way.
+    """
+
+    class Options(Rule.Options):
+        kind: Literal["fast_slow"] = "fast_slow"
+        rate: float = Stop(0.01, gt=0, le=1, description="of the second step, for a weight without stability")
+
+    options: Options
+    provides = frozenset({"consolidated"})
+
+    def bind(self, context: Context) -> None:
+        self.slow = Consolidated(context, "consolidated", 1.0 - self.options.rate)
+        self.sum = context.engine.dense.traces["fast_slow"] = torch.zeros_like(self.slow.flat)  # (P,) of squares
+
+    def on_signal(self, signal: Signal) -> None:
+        if signal.kind == "boundary":
+            self.slow.consolidate(self.sum)
+            self.sum.zero_()
+
+    def before(self, step: Step) -> None:
+        self.slow.before(step.touched)
+
+    def transform(self, grads: Grads, step: Step) -> Grads:
+        self.sum.add_(grads.dense.square())
+        return grads
+
+    def after(self, step: Step) -> None:
+        self.slow.after(step.touched)
+
+    def state_dict(self) -> State:
+        return {**self.slow.state_dict(), "sum": self.sum.clone()}
+
+    def load_state_dict(self, state: State) -> None:
+        self.slow.load_state_dict(state)
+        if state:
+            self.sum.copy_(state["sum"])
+        else:
+            self.sum.zero_()
 
 
 class Between(WeightSet):
@@ -266,6 +352,7 @@ def _origin(context: Context, kind: str, name: str) -> WeightSet:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mer": {"replay": {"retention": "reservoir", "per_event": 10}, "plugins": [{"kind": "reptile"}]},
+    "fast_slow": {"plugins": [{"kind": "fast_slow"}, {"kind": "served", "sets": ["consolidated"]}]},
     "zscl_mean": {"plugins": [{"kind": "running_mean"}, {"kind": "served", "sets": ["mean"]}]},
     "discount": {
         "plugins": [

@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 import torch
 
-from streamcl.continual.merged_sets import LayerMerge
+from streamcl.continual.merged_sets import FastSlow, LayerMerge
 from streamcl.learner import Learner
-from streamcl.plugin import PluginError
+from streamcl.plugin import Grads, PluginError, Step
 from streamcl.state import digest, flatten, unflatten
 from tests.continual.test_grad_align import REPLAY, conflicting, lived, made
 from tests.test_learner import config, stream
@@ -15,6 +15,7 @@ KINDS: dict[str, list[Any]] = {
     "reptile": [REPTILE, "ema"],
     "running_mean": ["running_mean"],
     "restart": [{"kind": "running_mean", "restart": True}],
+    "fast_slow": ["fast_slow"],
     "discount": ["discount"],
     "layer_merge": [{"kind": "layer_merge", "every": 5, "sample": 8}],
 }
@@ -75,6 +76,34 @@ def test_averages_stay_exact_where_rows_are_moved_beside_the_optimiser() -> None
     sets, ids = learner.engine.sets, torch.arange(len(ema))
     torch.testing.assert_close(sets["ema"].rows(ids), ema, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(sets["mean"].rows(ids), torch.stack(held).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_slow_weights_follow_at_a_boundary_and_then_slowly_by_their_stability() -> None:
+    learner = made([{"kind": "fast_slow", "rate": 0.2}])
+    rule = learner.plugins["fast_slow"]
+    assert isinstance(rule, FastSlow)
+    inner, squares = rule.transform, list[torch.Tensor]()
+
+    def transform(grads: Grads, step: Step) -> Grads:
+        squares.append(grads.dense**2)
+        return inner(grads, step)
+
+    rule.transform = transform  # type: ignore[method-assign]
+    slow, rows = weights(learner)
+    stability = torch.zeros_like(slow)
+    for item, signals in conflicting("binary", 30, 10):
+        if signals:
+            live, rows = weights(learner)
+            slow = slow + (live - slow) / (1.0 + stability)
+            total = torch.stack(squares).sum(0)
+            stability = stability + total / total.mean()
+            squares.clear()
+        assert learner.learn(item, signals)
+        live, table = weights(learner)
+        slow, rows = slow + 0.2 * (live - slow) / (1.0 + stability), torch.lerp(rows, table, 0.2)
+        torch.testing.assert_close(rule.slow.flat, slow, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(rule.slow.rows(torch.arange(len(rows))), rows, rtol=1e-4, atol=1e-6)
+    assert float(rule.slow.stability.mean()) == pytest.approx(2.0)  # two boundaries, relative to the mean each
 
 
 def test_a_discounted_set_is_a_part_of_the_way() -> None:
