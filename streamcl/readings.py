@@ -31,14 +31,18 @@ PARTS = {
     "tickets": ("tickets", "Events that wait for their label (count)."),
     "orphans": ("waiting_labels", "Labels that wait for their event (count)."),
     "watermark_s": ("watermark_timestamp_seconds", "Event time before which nothing more is expected."),
+    "key_states": ("key_states", "Keys whose state a recurrent model holds (count)."),
     "replay_rows": ("replay_rows", "Examples in the replay memory (count)."),
     "weights_version": ("weights_version", "Learning steps behind the current weights (count)."),
     "examples": ("scored_examples", "Labelled examples in the metrics over the whole stream (count)."),
     "unscored": ("unscored_examples", "Labelled examples whose loss was not finite (count)."),
     "auc_bound": ("auc_bound", "Largest error of auc over the whole stream."),
-    "suppressed": ("drift_suppressed", "Alarms within the refractory period since the start of the stream (count)."),
-    "improvements": ("drift_improvements", "Falls of the mean loss since the start of the stream (count)."),
-    "restarts": ("drift_restarts", "Detectors begun afresh after a change of River's version (count)."),
+    "drift_suppressed": (
+        "drift_suppressed",
+        "Alarms within the refractory period since the start of the stream (count).",
+    ),
+    "drift_improvements": ("drift_improvements", "Falls of the mean loss since the start of the stream (count)."),
+    "drift_restarts": ("drift_restarts", "Detectors begun afresh after a change of River's version (count)."),
     "sink_inflight_records": ("producer_inflight_records", "Predictions not yet acknowledged (count)."),
     "sink_inflight_bytes": ("producer_inflight_bytes", "The same in bytes."),
     "sink_rebuilds": ("producer_rebuilds", "Producers replaced since the shard was built (count)."),
@@ -65,7 +69,7 @@ PARTS = {
     "gradient_norm": ("gradient_norm", "Norm of the dense parameters' gradient, mean over recent sampled steps."),
     "dense_weight_magnitude": ("dense_weight_magnitude", "Mean absolute value of the dense parameters."),
     "diagnostics_examples": ("diagnostics_examples", "Sampled examples that a layer's figures are made of (count)."),
-    "mean": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
+    "drift_mean_loss": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
 }
 STAGES = {
     "rows": "Records that the stage may read (count).",
@@ -133,7 +137,7 @@ class Shards(Collector):
         yield _by_stream("lag_records", "Records that wait (count); at least 0.", [each.lag for each in told.values()])
         left = {index: dict(each.readings) for index, each in told.items()}
         for readings in left.values():
-            for told_already in ("lag_records", "alarms"):  # by partition, and as a counter
+            for told_already in ("lag_records", "drift_alarms"):  # by partition, and as a counter
                 readings.pop(told_already, None)
         yield from self._quality(left)
         for pattern, prefix, texts in _NUMBERED:

@@ -16,12 +16,22 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from streamcl import telemetry
 from streamcl.config import Config
+from streamcl.drift import DriftDetector
 from streamcl.readings import BOUNDARIES, LAYERS, PARTS, PERCENTILES, QUALITY, STAGES
 from streamcl.records import DeadLetter, Origin, Record, Signal, Stream, Turn
+from streamcl.stations import Drift
 from streamcl.telemetry import FATES, REASONS, Telemetry, TelemetryError
 
 EVENTS_0 = Stream("events", 0)
-READINGS = {"log_loss": 0.5, "log_loss_window": 0.25, "auc": 0.75, "tickets": 3.0, "watermark_s": 99.5, "mean": 0.4}
+READINGS = {
+    "log_loss": 0.5,
+    "log_loss_window": 0.25,
+    "auc": 0.75,
+    "tickets": 3.0,
+    "watermark_s": 99.5,
+    "drift_mean_loss": 0.4,
+    "drift_alarms": 2.0,
+}
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -72,6 +82,11 @@ def value(series: Series, name: str, **labels: str) -> float:
     return series[f"streamcl_{name}", frozenset(labels.items())]
 
 
+def test_what_the_drift_detector_says_is_explained() -> None:
+    said = DriftDetector(Drift()).read().keys()
+    assert said - {"drift_alarms"} <= PARTS.keys()  # alarms are a counter by source
+
+
 def test_a_turn_is_counted_by_fate_reason_and_source(watching: tuple[Telemetry, httpx.Client]) -> None:
     watcher, client = watching
     for _ in range(2):
@@ -98,6 +113,7 @@ def test_readings_become_gauges_and_the_window_a_label(watching: tuple[Telemetry
     assert value(series, "tickets") == 3
     assert value(series, "watermark_timestamp_seconds") == 99.5
     assert value(series, "drift_loss_mean") == 0.4
+    assert not any(name == "streamcl_drift_alarms" for name, _ in series)
     assert value(series, "dormant_ratio") == 0.1
 
 
