@@ -52,7 +52,7 @@ class Learner:
         self.per_event = config.replay.per_event if config.replay.weight else 0
         self.replay_weight = config.replay.weight
         self.plugins = named([*build(config.plugins), *plugins])
-        self.engine = Eager(config, layout, serving, list(self.plugins.values()))
+        self.engine = Eager(config, layout, serving, self.plugins)
         self.numerics = RunningNorm(len(layout.numerics), unscaled=layout.unscaled)
         self.target = RunningNorm(1)  # regression learns standardised labels; idle otherwise
         self.states = self._key_states(config)

@@ -113,7 +113,8 @@ class Plugin:
     def module(self, shape: Shape) -> nn.Module | None:
         """Parameters of its own: they are learned, saved and guarded with the model's. Before `bind`.
 
-        Their initial values must follow from the seed alone; they are on the model as `plugins.KIND`.
+        Their initial values must follow from the seed alone; on the model they are `plugins.NAME`, mostly
+        its kind.
         """
         return None
 

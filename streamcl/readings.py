@@ -39,7 +39,7 @@ PARTS = {
     "auc_bound": ("auc_bound", "Largest error of auc over the whole stream."),
     "drift_suppressed": (
         "drift_suppressed",
-        "Alarms within the refractory period since the start of the stream (count).",
+        "Alarms in the refractory period since the start of the stream (count).",
     ),
     "drift_improvements": ("drift_improvements", "Falls of the mean loss since the start of the stream (count)."),
     "drift_restarts": ("drift_restarts", "Detectors begun afresh after a change of River's version (count)."),

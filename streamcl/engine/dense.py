@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from streamcl.engine.optimizers import Update
 from streamcl.protocols import State
 
+OPTIONAL = "plugins."
+"""How the names of parameters begin that may come and go at a clean stop."""
+
 
 class Dense:
     """Every parameter of a module as a view of one tensor, so that an optimiser does one update, not many.
@@ -31,6 +34,7 @@ class Dense:
     def __init__(self, module: nn.Module, update: Update) -> None:
         self.params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         self.flat = _flatten(list(self.params.values()))
+        self.first = self.flat.clone()
         self.update = update
         self.slots = update.slots(self.flat)
         self.sets: dict[str, Tensor] = {}
@@ -99,12 +103,23 @@ class Dense:
         }
 
     def load_state_dict(self, state: State) -> None:
-        # Copied into the tensors that exist: their alignment, on which kernels may depend, stays what it was.
+        """Parameters of a plug-in that the state doesn't know begin here; those of one that has gone are left out."""
+        known, at = dict[str, slice](), 0
+        for name, value in state["params"].items():
+            known[name] = slice(at, at + value.numel())
+            at += value.numel()
+        fresh = self.update.slots(self.first)
         with torch.no_grad():
-            for name, param in self.params.items():
-                param.copy_(state["params"][name])
-        for i, slot in enumerate(self.slots):
-            slot.copy_(state["slots"][str(i)])
+            for name, span in self._spans.items():
+                # Copied into the tensors that exist: their alignment, on which kernels may depend, stays what it was.
+                if name in known or not name.startswith(OPTIONAL):
+                    self.params[name].copy_(state["params"][name])
+                    parts = [state["slots"][str(i)][known[name]] for i in range(len(self.slots))]
+                else:
+                    self.flat[span] = self.first[span]
+                    parts = [slot[span] for slot in fresh]
+                for slot, part in zip(self.slots, parts, strict=True):
+                    slot[span] = part
 
 
 def _flatten(params: list[nn.Parameter]) -> Tensor:

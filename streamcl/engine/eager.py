@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from threading import get_ident
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from streamcl.random import key_of, normal_array
 
 BLOCK = 1 << 20  # numbers drawn at once for a fresh table: bounds what its start needs besides the table
 
+Plugins = Mapping[str, Plugin]
+NO_PLUGINS: Plugins = MappingProxyType({})
+
 ROWS_FASTER = 2.0
 """A row is touched by few events, dense weights by all: see "Learning" in DECISIONS.md."""
 
@@ -46,7 +50,13 @@ class Eager:
         float32: the weight of each row's loss.
     """
 
-    def __init__(self, config: Config, layout: Layout, serving: bool = False, plugins: Sequence[Plugin] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        serving: bool = False,
+        plugins: Mapping[str, Plugin] = MappingProxyType({}),
+    ) -> None:
         torch.set_num_threads(config.worker.threads)  # of the process: two are 10 to 40 times slower on a busy box
         self.task = config.task
         self.outputs = config.outputs
@@ -70,17 +80,17 @@ class Eager:
         self.layers = of_tower(self.model, self.model.tower)
         self.rules: dict[str, Rule] = {} if serving else build_rules(config, self.dense, self.model, self.layers)
         # Continual backpropagation and its like come last, so that nothing is done to units made anew.
-        self.around = [plugin for plugin in plugins if isinstance(plugin, Rule)] + list(self.rules.values())
-        self.terms = [plugin for plugin in plugins if isinstance(plugin, Term) and plugin.options.weight]
+        self.around = [plugin for plugin in plugins.values() if isinstance(plugin, Rule)] + list(self.rules.values())
+        self.terms = [plugin for plugin in plugins.values() if isinstance(plugin, Term) and plugin.options.weight]
         self.task_weight = 0.0 if any(term.replaces_task for term in self.terms) else 1.0
         self.sets: dict[str, WeightSet] = {}  # other weights of this model; see `streamcl.engine.weights`
         self.gradient_norm = torch.zeros(())  # of the dense parameters, in the last step
         self.watch: Callable[[Tensor], None] | None = None  # told which rows a step has changed, each once
 
-    def _modules_of(self, plugins: Sequence[Plugin]) -> dict[str, nn.Module]:
-        """Modules of the plug-ins' own, by kind: on the model, behind its own parameters."""
+    def _modules_of(self, plugins: Plugins) -> dict[str, nn.Module]:
+        """Modules of the plug-ins' own, by name: on the model, behind its own parameters."""
         shape = Shape(self.outputs, self.widths[1])
-        made = {plugin.kind.replace(".", "_").replace(":", "_"): plugin.module(shape) for plugin in plugins}
+        made = {name: plugin.module(shape) for name, plugin in plugins.items()}
         own = {name: module for name, module in made.items() if module is not None}
         if own:
             self.model.add_module("plugins", nn.ModuleDict(own))
