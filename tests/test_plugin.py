@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +23,7 @@ from streamcl.plugin import Draw, Grads, Plan, Planner, PluginError, Query, Reca
 from streamcl.records import Origin, Outcome, Signal
 from streamcl.state import digest
 from streamcl.stations import Stop
+from streamcl.testing import plugin_checks
 from tests.test_learner import config, learned, outcome, stream
 
 HERE = __name__
@@ -357,3 +360,19 @@ def test_a_step_on_weights_that_are_not_there_says_so() -> None:
     ids, weights, dense = as_tensors(*stream("binary", 1)[0].ticket.features)
     with pytest.raises(PluginError, match="no weights 'ema'; there are live"):
         learner.engine.out(learner._rows(ids, weights, dense, torch.ones(1)), "ema")
+
+
+def test_the_method_of_the_readme_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Decorrelate" in block]
+    (tmp_path / "decorrelate.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = {"kind": "decorrelate:Decorrelate", "weight": 0.1}
+    checks = {check.name: check for check in plugin_checks()}
+    for name in ("resumes_to_the_bit", "off_is_off", "says_finite_things"):
+        checks[name](kind)
+    plain, with_it = Learner(config()), Learner(config(plugins=[kind], replay={"per_event": 2}))
+    for item in stream("binary", 10):
+        assert plain.learn(item)
+        assert with_it.learn(item)
+    assert not torch.equal(plain.engine.dense.flat, with_it.engine.dense.flat)
