@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from streamcl.bench import continual_sequences
 from streamcl.bench.continual_anchors import ANCHORS
 from streamcl.bench.continual_avalanche import AVALANCHE, MISSING, avalanche_er, interpreter
 from streamcl.bench.continual_course import Course
@@ -27,7 +28,7 @@ from streamcl.bench.report import Bar, Curve, Report, Row, Value, progress
 from streamcl.bench.streams import DataError
 from streamcl.protocols import StreamclError
 
-READS = {"data", "stream", "method", "seeds"}
+READS = {"data", "stream", "task", "method", "seeds"}
 
 QUICK_SEEDS = 2
 ONCE = {"river adaptive forest"}
@@ -79,8 +80,13 @@ def _course(stream: str, data: Path | None, seed: int, quick: bool) -> Course:
 
 
 def run(options: Options) -> Report:
-    """All streams whose data is there, or the one that is asked for; all entrants, or the control and `--method`."""
+    """All streams whose data is there, or the one that is asked for; all entrants, or the control and `--method`.
+
+    `--task sequences`: recurrent backbones and their credit instead.
+    """
     start = time.perf_counter()
+    if options.choice("task", ("methods", "sequences"), "methods") == "sequences":
+        return _sequences(options, start)
     courses, missing = _courses(options)
     missing += [] if interpreter() else [f"left out: {MISSING}"]
     names = {stream: _names(options, FIELDS[stream]) for stream in courses}
@@ -108,6 +114,20 @@ def run(options: Options) -> Report:
         notes=[*DEFINITIONS, *_chosen(courses), PAPERS, *missing, *found.failures],
         curves=[found.curve(stream, name) for stream, name in found.runs],
         axes=("events", "figure named above"),
+    )
+
+
+def _sequences(options: Options, start: float) -> Report:
+    seeds = options.seed_list(1 if options.quick else 5)
+    rows, bars = continual_sequences.measure(options.quick, seeds)
+    return Report(
+        bench="continual",
+        config={"quick": options.quick, "task": "sequences"},
+        seeds=seeds,
+        seconds=time.perf_counter() - start,
+        rows=rows,
+        bars=bars,
+        notes=[continual_sequences.DEFINITION],
     )
 
 
