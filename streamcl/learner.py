@@ -65,10 +65,10 @@ class Learner:
         trained = self.engine.dense, self.engine.model, self.engine.layers
         self.diagnostics = None if serving else build_diagnostics(config, *trained)
         self.version = 0  # events that the current weights have learned from
-        self.loss = 0.0  # of the event that was learned last
+        self.loss = 0.0  # of the event that was learned last; 0 where no step was taken on it
         self.steps = 0  # taken; more than `version` where a planner wants several for one event
         for plugin in self.plugins.values():
-            plugin.bind(Context(config, self.engine, self.memory, self.target, self._rows))
+            plugin.bind(Context(config, self.engine, self.memory, self.target, self._rows, self.recall))
         self.recalls = [plugin for plugin in self.plugins.values() if isinstance(plugin, Recall)]
         self.planners = [plugin for plugin in self.plugins.values() if isinstance(plugin, Planner)]
         self.memory.take_over(self.plugins.values())
@@ -163,17 +163,18 @@ class Learner:
         plan = Plan(draw=self.per_event)
         for planner in self.planners:
             plan = planner.plan(plan, outcome, signals)
-        before = self.numerics.state_dict(), self.target.state_dict()
+        before, steps = (self.numerics.state_dict(), self.target.state_dict()), self.steps
         self.numerics.update(outcome.ticket.features.dense[: self.numbers])
         if self.task == "regression":
             self.target.update(np.array([outcome.label], np.float32))
+        self.loss = 0.0
         if not self._passes(outcome, plan):
             self.numerics.load_state_dict(before[0])
             self.target.load_state_dict(before[1])
             return False
         self.version += 1
         owner = Owners.of(outcome.ticket)
-        if self.diagnostics:
+        if self.diagnostics and self.steps > steps:  # an event that is skipped shows no gradient
             self.diagnostics.observe(self.engine.gradient_norm, owner)
         for plugin in self.recalls:
             plugin.observe(outcome)
@@ -203,10 +204,13 @@ class Learner:
                 taken = step is not None and self.engine.step(step)
             if step is not None and taken:
                 self.memory.touch(step)
-                self.loss = float(step.losses[0]) if step.losses is not None else 0.0
+                if plan.live and step.losses is not None:
+                    self.loss = float(step.losses[0])
                 self.steps += 1
             if not taken and not turn and plan.live:
                 return False
+        if plan.then is not None:
+            self._passes(outcome, plan.then)  # whatever becomes of it, the event has been learned
         return True
 
     def _step(self, outcome: Outcome, plan: Plan, replayed: int) -> Step | None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from streamcl.config import Config
     from streamcl.engine.eager import Eager
     from streamcl.features import RunningNorm
+    from streamcl.memory.error import ErrorMemory
     from streamcl.memory.replay import Replay
 
 GROUP = "streamcl.plugins"
@@ -62,13 +63,18 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a plug-in is bound to, once."""
+    """What a plug-in is bound to, once.
+
+    Attributes:
+        errors: The error memory, for what moves or makes its keys.
+    """
 
     config: Config
     engine: Eager
     memory: Replay
     target: RunningNorm
     read: Callable[[Tensor, Tensor, Tensor, Tensor], Rows]
+    errors: ErrorMemory
 
     def rows(self, memory: Replay, index: Tensor) -> Rows:
         """Of a table of examples, as the model reads them today."""
@@ -225,6 +231,7 @@ class Plan:
         skip: No step at all; whatever has been learned stays. The event may still be kept for replay.
         trainable: Beginnings of the names of the dense parameters that move (`hidden`, `head`, ...) and `table` for
             rows; None: all.
+        then: What follows when these passes have been taken, such as passes of the memory alone.
     """
 
     passes: int = 1
@@ -232,6 +239,7 @@ class Plan:
     live: bool = True
     skip: bool = False
     trainable: tuple[str, ...] | None = None
+    then: Plan | None = None
 
 
 class Step:

@@ -82,6 +82,7 @@ class Eager:
         # Continual backpropagation and its like come last, so that nothing is done to units made anew.
         self.around = [plugin for plugin in plugins.values() if isinstance(plugin, Rule)] + list(self.rules.values())
         self.terms = [plugin for plugin in plugins.values() if isinstance(plugin, Term) and plugin.options.weight]
+        self.asked = bool(self.terms) or any(isinstance(each, Rule) for each in plugins.values())  # for outputs
         self.task_weight = 0.0 if any(term.replaces_task for term in self.terms) else 1.0
         self.sets: dict[str, WeightSet] = {}  # other weights of this model; see `streamcl.engine.weights`
         self.gradient_norm = torch.zeros(())  # of the dense parameters, in the last step
@@ -228,12 +229,12 @@ class Eager:
         losses = self.losses(output, read.y, step.served)
         step.losses = losses.detach()
         loss = losses.dot(step.share) if self.task_weight else losses.new_zeros(())
-        if self.terms:
+        if self.asked:
             live = 0 if step.live is None else 1
             step.outs["live", "live"] = Out(output[:live], hidden[:live])
             step.outs["replay", "live"] = Out(output[live:], hidden[live:])
-            for term in self.terms:
-                loss = loss + term.options.weight * term.loss(step)
+        for term in self.terms:
+            loss = loss + term.options.weight * term.loss(step)
         return loss, rows
 
     def _grads(self, loss: Tensor, rows: Tensor, ids: Tensor, touched: Tensor) -> Grads:

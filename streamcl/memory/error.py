@@ -191,6 +191,10 @@ class ErrorMemory:
             given = choice.serve(found[-1])
         return tuple(found)
 
+    def keyed_by(self, key: str) -> list[Stage]:
+        """Stages whose records are found by this vector (`hidden`, ...): for what makes or moves their keys."""
+        return [stage for stage in self.stages if stage.config.key == key]
+
     def _target(self, label: float) -> Floats:
         if self.width == 1:
             return np.array([label], np.float32)

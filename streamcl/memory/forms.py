@@ -127,6 +127,19 @@ class KNN:
         self.writes += 1
         return True
 
+    def move(self, linear: NDArray[np.float64], shift: NDArray[np.float64], share: NDArray[np.float64]) -> None:
+        """Let keys follow the model that made them: what was key k would now be `linear @ k + shift`.
+
+        Shape:
+            linear (d, d), shift (d,), share (len(self),): by slot, how much of the way a record has to go.
+        """
+        size = len(self)
+        rows = self.rows[:size].astype(np.float64)
+        moved = rows + share[:, None] * (rows @ linear.T - rows)  # rows are centred, so the shift is the centre's alone
+        length = np.linalg.norm(moved, axis=1, keepdims=True)
+        self.rows[:size] = np.where(length > 0.0, moved / np.maximum(length, np.finfo(np.float64).tiny), rows)
+        self.centre.mean = (linear @ self.centre.mean.astype(np.float64) + shift).astype(np.float32)
+
     def reset(self) -> None:
         self.writes = 0
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,8 @@ class Replay:
         self.dense = np.zeros((capacity, numerics), np.float32)
         self.y = np.zeros(capacity, np.float32)
         self.owners = Owners(capacity)
-        self.columns = {name: np.zeros((capacity, *size), kind) for name, (size, kind) in columns.items()}
+        made = {name: np.zeros((capacity, *size), kind) for name, (size, kind) in columns.items()}
+        self.columns: dict[str, NDArray[Any]] = made
         self.kept = 0  # rows held, where a plug-in says who stays
 
     def take_over(self, plugins: Iterable[Plugin]) -> None:
@@ -93,12 +95,13 @@ class Replay:
 
     def pick(self, n: int, step: int) -> tuple[Tensor, Tensor]:
         """(n,) places of rows, and what each row's loss is multiplied by beside the others', mean 1."""
-        size = len(self)
-        if not size:
+        if not len(self):
             raise IndexError("nothing is held that could be replayed")
-        if self.drawer is not None:
-            return self.drawer.pick(n, step, self)
-        return torch.tensor([below(size, self.key, step, i) for i in range(n)]), torch.ones(n)
+        return self.uniform(n, step) if self.drawer is None else self.drawer.pick(n, step, self)
+
+    def uniform(self, n: int, step: int) -> tuple[Tensor, Tensor]:
+        """`pick` of a memory for which no plug-in draws."""
+        return torch.tensor([below(len(self), self.key, step, i) for i in range(n)]), torch.ones(n)
 
     def examples(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(n, S), (n, S), (n, N), (n,) raw features and labels of these rows."""
@@ -126,7 +129,7 @@ class Replay:
                 case "output":
                     column[slot] = ticket.scores.output
                 case "hidden":
-                    column[slot] = ticket.scores.notes["hidden"]
+                    column[slot] = ticket.scores.notes.get("hidden", 0.0)  # an old ticket has none
                 case "loss":
                     column[slot] = loss
                 case "written" | "last_seen":
