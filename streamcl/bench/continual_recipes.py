@@ -47,6 +47,10 @@ RECIPES: dict[str, Recipe] = {
     "recency + user error memory": {**RECENCY, "error_memory": [{"kind": "key", "key": "user"}]},
     "recency + item error memory": {**RECENCY, "error_memory": [{"kind": "key", "key": "item"}]},
     "reservoir + error memory": {**RESERVOIR, "error_memory": [{"kind": "knn"}]},
+    "balanced, by loss": {**BALANCED, "plugins": ["by_loss"]},
+    "balanced, by flips": {**BALANCED, "plugins": ["flips", "by_flips"]},
+    "recency, by loss": {**RECENCY, "plugins": ["by_loss"]},
+    "forgetting curve": {"replay": {"retention": "plugin"}, "plugins": ["forgetting_curve"]},
     "recency, reloop loss": {**RECENCY, "loss": {"kind": "reloop"}},
 }
 """By name. `replay` without capacity and per_event takes the stream's; the configuration has no other default here."""
