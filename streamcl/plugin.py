@@ -19,13 +19,15 @@ entry-point group `streamcl.plugins`; any other by `module:Class`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -404,18 +406,25 @@ def _kind_of(plugin: type[Plugin]) -> str:
     return "" if kind.is_required() else str(kind.get_default())
 
 
+@functools.cache
+def _modules() -> tuple[ModuleType, ...]:
+    package = importlib.import_module(PACKAGE)
+    return tuple(importlib.import_module(f"{PACKAGE}.{each.name}") for each in pkgutil.iter_modules(package.__path__))
+
+
+@functools.cache
+def _registered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
 def builtin() -> dict[str, type[Plugin]]:
     """Every method of `streamcl.continual` by kind: found, not listed."""
-    package = importlib.import_module(PACKAGE)
-    modules = [importlib.import_module(f"{PACKAGE}.{each.name}") for each in pkgutil.iter_modules(package.__path__)]
-    return {_kind_of(member): member for module in modules for member in _members(module)}
+    return {_kind_of(member): member for module in _modules() for member in _members(module)}
 
 
 def presets() -> dict[str, dict[str, Any]]:
     """Settings by the name of a paper's method: the `PRESETS` of the modules of `streamcl.continual`."""
-    package = importlib.import_module(PACKAGE)
-    modules = [importlib.import_module(f"{PACKAGE}.{each.name}") for each in pkgutil.iter_modules(package.__path__)]
-    return {name: settings for module in modules for name, settings in getattr(module, "PRESETS", {}).items()}
+    return {name: settings for module in _modules() for name, settings in getattr(module, "PRESETS", {}).items()}
 
 
 def with_preset(data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -443,13 +452,12 @@ def resolve(kind: str) -> type[Plugin]:
     """The class of a kind. Raises ValueError, saying which are known."""
     if ":" in kind:
         return _imported(kind)
-    registered = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if kind in registered:
-        return _plugin(registered[kind].load(), kind)
     known = builtin()
-    if kind not in known:
-        raise ValueError(f"kind {kind!r} is not known; there are {', '.join(sorted({*known, *registered}))}")
-    return known[kind]
+    if kind in known:
+        return known[kind]
+    if kind not in _registered():
+        raise ValueError(f"kind {kind!r} is not known; there are {', '.join(sorted({*known, *_registered()}))}")
+    return _plugin(_registered()[kind].load(), kind)
 
 
 def _imported(path: str) -> type[Plugin]:

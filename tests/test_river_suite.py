@@ -28,7 +28,7 @@ def found() -> Iterator[Any]:
                 yield pytest.param(model, check, id=f"{name}-{i}-{check.__name__}")
 
 
-@pytest.mark.parametrize(("model", "check"), found())
+@pytest.mark.parametrize(("model", "check"), list(found()))
 def test_every_check_of_river_holds(model: base.Estimator, check: Callable[[base.Estimator], None]) -> None:
     check(model.clone())
 
