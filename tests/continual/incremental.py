@@ -146,3 +146,8 @@ def task_loss(case: Case) -> Tensor:
 def smooth(vector: Tensor) -> Tensor:
     """A direction that is defined at 0."""
     return vector / (vector.dot(vector) + 0.01) ** 0.5
+
+
+def named(value: object) -> str:
+    """Of a case, the same in every process."""
+    return "by_hand" if callable(value) else str(value)[:60]

@@ -21,6 +21,7 @@ from tests.continual.incremental import (
     assert_resumes,
     config,
     events,
+    named,
     net,
     outcome,
     smooth,
@@ -110,7 +111,7 @@ LOSSES: list[tuple[list[Any], Callable[[Case], Tensor]]] = [
 ]
 
 
-@pytest.mark.parametrize(("plugins", "oracle"), LOSSES, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("plugins", "oracle"), LOSSES, ids=named)
 def test_a_loss_and_its_gradient_are_those_written_out(plugins: list[Any], oracle: Callable[[Case], Tensor]) -> None:
     assert assert_loss(config(plugins), oracle) > 0.0
 

@@ -23,6 +23,7 @@ from tests.continual.incremental import (
     config,
     events,
     layers,
+    named,
     net,
     smooth,
     task_loss,
@@ -129,9 +130,7 @@ LOSSES: list[tuple[list[Any], Oracle]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("plugins", "oracle"), LOSSES, ids=lambda value: "by_hand" if callable(value) else str(value)[:60]
-)
+@pytest.mark.parametrize(("plugins", "oracle"), LOSSES, ids=named)
 def test_a_loss_and_its_gradient_are_those_written_out(plugins: list[Any], oracle: Oracle) -> None:
     assert assert_loss(config(plugins), oracle) > 0.0
 
