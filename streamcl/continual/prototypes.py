@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -312,6 +313,9 @@ class NCM(Recall, Rule):
 class Frozen(Planner):
     """Nothing but the parts that are named is learned: an encoder that stays as it was made, or as it came.
 
+    It holds for the plan of the planners before it, and for what follows that plan; where these leave parts out
+    themselves, those move that both name. A planner behind it may let more move, so it comes last.
+
     Source:
         Frozen encoders under a head of class means or a linear one, the baseline beside which continual learning of a
         pre-trained model is judged.
@@ -324,7 +328,20 @@ class Frozen(Planner):
     options: Options
 
     def plan(self, plan: Plan, outcome: Outcome, signals: Sequence[Signal]) -> Plan:
-        return Plan(plan.passes, plan.draw, plan.live, plan.skip, self.options.learned)
+        then = None if plan.then is None else self.plan(plan.then, outcome, signals)
+        return replace(plan, trainable=self._of(plan.trainable), then=then)
+
+    def _of(self, trainable: tuple[str, ...] | None) -> tuple[str, ...]:
+        """What is learned of that, as `Plan.trainable`."""
+        learned = self.options.learned
+        if trainable is None:
+            return learned
+        both = [
+            name
+            for name in self.context.engine.dense.params
+            if all(any(f".{each}" in f".{name}" for each in named) for named in (learned, trainable))
+        ]
+        return (*both, *({"table"} & {*learned} & {*trainable}))
 
 
 REPLAY = {"retention": "class_balanced", "per_event": 10}

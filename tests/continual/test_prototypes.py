@@ -7,7 +7,7 @@ from torch import Tensor
 
 from streamcl.continual.prototypes import PRESETS, UNKNOWN
 from streamcl.learner import Learner
-from streamcl.plugin import PluginError
+from streamcl.plugin import Plan, PluginError, Step
 from streamcl.records import Selector
 from tests.continual.incremental import (
     BOUNDARY,
@@ -152,6 +152,45 @@ def test_a_frozen_encoder_stays_while_the_head_learns() -> None:
     teach(learner, events(8))
     for name, value in learner.engine.dense.params.items():
         assert torch.equal(value, before[name]) != name.startswith("head")
+
+
+def test_passes_that_follow_are_frozen_too_and_move_what_both_name() -> None:
+    tuning = {"kind": "k_fpf", "every": 5, "passes": 2, "draw": 3, "modules": ["hidden.1", "head", "table"]}
+    learner = Learner(config([tuning, {"kind": "frozen", "learned": ["hidden", "head.bias"]}]))
+    take, moved = learner.engine.step, list[set[str]]()
+
+    def watching(step: Step) -> bool:
+        before = {name: value.detach().clone() for name, value in learner.engine.dense.params.items()}
+        taken = take(step)
+        if not step.plan.live:
+            params = learner.engine.dense.params.items()
+            moved.append({name for name, value in params if not torch.equal(value, before[name])})
+            assert step.plan.trainable == ("hidden.1.weight", "hidden.1.bias", "head.bias")
+        return taken
+
+    learner.engine.step = watching  # type: ignore[method-assign]
+    teach(learner, events(14))
+    assert len(moved) == 4
+    assert set().union(*moved) <= {"hidden.1.weight", "hidden.1.bias", "head.bias"}
+    assert "head.bias" in moved[-1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "learned", "both"),
+    [
+        (None, ["table", "head"], ("table", "head")),
+        (("table", "head"), ["table", "hidden"], ("table",)),
+        (("head", "table"), ["head.bias"], ("head.bias",)),
+        (("table",), [], ()),
+    ],
+)
+def test_what_is_learned_is_what_every_planner_lets_move(
+    asked: tuple[str, ...] | None, learned: list[str], both: tuple[str, ...]
+) -> None:
+    live = Learner(config([{"kind": "frozen", "learned": learned}]))
+    [plugin] = live.planners
+    plan = plugin.plan(Plan(3, 2, trainable=asked), outcome(live, events(1)[0], 0), ())
+    assert plan == Plan(3, 2, trainable=both)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
