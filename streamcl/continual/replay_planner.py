@@ -205,6 +205,7 @@ class KFPF(Planner, Rule):
 
     Which these are is said (`modules`), or watched: those dense parameters whose weights have moved most, relative to
     their size, until `share` of all parameter tensors are taken. O(P) per event for watching, nothing else between two.
+    Rows count in a finetuning as in any replay, by `replay.weight`: it can't be 0.
 
     Source:
         FPF and k-FPF, Zhao et al. 2023 (ICML), arXiv 2304.04158, section 4: forgetting prioritised finetuning.
@@ -230,6 +231,8 @@ class KFPF(Planner, Rule):
 
     def bind(self, context: Context) -> None:
         super().bind(context)
+        if context.config.replay.retention == "none" or not context.config.replay.weight:
+            raise PluginError(f"plugins: {self.kind}: there is nothing to replay; set replay.retention and weight")
         names = list(context.engine.dense.params)
         for wanted in self.options.modules:
             if wanted != "table" and not any(f".{wanted}" in f".{name}" for name in names):

@@ -181,3 +181,11 @@ def test_plans_are_resumed_to_the_bit(settings: dict[str, Any]) -> None:
 def test_a_module_that_is_not_there_is_refused() -> None:
     with pytest.raises(PluginError, match="k_fpf: no parameter begins with 'nose'"):
         Learner(made([{"kind": "k_fpf", "modules": ["nose"]}]))
+
+
+@pytest.mark.parametrize("replay", [{"weight": 0.0}, {"retention": "none"}])
+def test_a_finetuning_of_nothing_is_refused(replay: dict[str, Any]) -> None:
+    config = made(["k_fpf"])
+    changed = config.model_copy(update={"replay": config.replay.model_copy(update=replay)})
+    with pytest.raises(PluginError, match="k_fpf: there is nothing to replay"):
+        Learner(changed)
