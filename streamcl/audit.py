@@ -16,6 +16,7 @@ from streamcl.snapshot import CheckpointError
 FILE = "audit.jsonl"
 
 Line = Mapping[str, Any]
+Lines = dict[tuple[str, str], Line]
 
 
 class Audit:
@@ -39,15 +40,16 @@ class Audit:
 
     def lines(self) -> list[Line]:
         """Oldest first."""
-        return list(self._known().values())
+        return list(_merged(self._copies()).values())
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Append those that are not there; durable when it returns."""
-        known = self._known()
-        fresh = {_identity(line): line for line in lines if _identity(line) not in known}
-        if not fresh:
+        """Append those that are not there; durable, here and in the copy, when it returns."""
+        copies = self._copies()
+        known = _merged(copies)
+        whole = known | {_identity(line): line for line in lines if _identity(line) not in known}
+        if all(copy.keys() == whole.keys() for copy in copies):  # one alone may have it: the other failed
             return
-        data = b"".join(orjson.dumps(line) + b"\n" for line in (known | fresh).values())
+        data = b"".join(orjson.dumps(line) + b"\n" for line in whole.values())
         partial = self.path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
@@ -61,15 +63,19 @@ class Audit:
         except OSError as error:
             raise CheckpointError(f"{self.path}: can't be written: {error}") from error
 
-    def _known(self) -> dict[tuple[str, str], Line]:
-        """Of both copies: a shard may have been elsewhere for a while, or its store away."""
+    def _copies(self) -> list[Lines]:
+        """The store's, if there is one, and the folder's."""
         try:
-            away = self.remote.get(FILE) if self.remote else b""
+            away = [self.remote.get(FILE)] if self.remote else []
             here = self.path.read_bytes() if self.path.exists() else b""
         except OSError as error:
             raise CheckpointError(f"{self.path}: can't be read: {error}") from error
-        lines = [orjson.loads(line) for line in (*away.splitlines(), *here.splitlines())]
-        return {_identity(line): line for line in lines}
+        return [{_identity(line): line for line in map(orjson.loads, data.splitlines())} for data in (*away, here)]
+
+
+def _merged(copies: Sequence[Lines]) -> Lines:
+    """A shard may have been elsewhere for a while, or its store away."""
+    return {identity: line for copy in copies for identity, line in copy.items()}
 
 
 def _identity(line: Line) -> tuple[str, str]:

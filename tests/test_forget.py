@@ -21,6 +21,7 @@ from streamcl.config import Config
 from streamcl.protocols import ConnectorError
 from streamcl.records import Selector, mark
 from streamcl.recovery import Keeper, store_of
+from streamcl.remote import Remote
 from streamcl.snapshot import CheckpointError
 from streamcl.state import digest
 from streamcl.stations import Checkpoint
@@ -330,3 +331,25 @@ def test_every_part_says_how_many_rows_it_erased(tmp_path: Path) -> None:
     worker: Worker = finish(config).worker
     assert worker.joiner.forget(Selector(ids=frozenset({"7000000"}))) == {"orphans": 0, "tickets": 0, "closed_ids": 1}
     assert worker.learner.forget(Selector(until_s=0.5))["replay"] == 1
+
+
+def test_a_line_whose_copy_failed_is_copied_when_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Remote((tmp_path / "away").as_uri())
+    audit = Audit(tmp_path, remote)
+    line = {"request": "r-1", "position": "commands:0:0", "time_s": 30.0, "rows": {}, "retired": ["1"]}
+    put, tries = remote.put, iter([True])
+
+    def failing(name: str, data: bytes) -> None:
+        if next(tries, False):
+            raise OSError("the store is away")
+        put(name, data)
+
+    monkeypatch.setattr(remote, "put", failing)
+    with pytest.raises(CheckpointError, match="the store is away"):
+        audit.add([line])
+    elsewhere = Audit(tmp_path / "nowhere", remote)
+    assert elsewhere.lines() == []
+    audit.add([line | {"retired": []}])
+    assert elsewhere.lines() == audit.lines() == [line]
