@@ -29,7 +29,7 @@ from streamcl.continual.classes import (
     whole,
 )
 from streamcl.continual.replay_distill import divergence
-from streamcl.plugin import Context, Query, Recall, Step, Term
+from streamcl.plugin import Context, Out, Query, Recall, Step, Term
 from streamcl.stations import Stop
 
 
@@ -124,7 +124,8 @@ class HPCR(PCR):
     Differs from the source:
         Contrast among rows comes in when at least `least` rows are there (the paper: a step function of the batch
         size). One distillation, of the answers that were stored when the event was live, among classes that there have
-        been.
+        been: of scaled cosines if `cosine_head` serves, of dot products otherwise. A Recall behind it that serves
+        anything else, such as `ncm`, leaves answers that it is not made for.
     """
 
     class Options(PCR.Options):
@@ -137,6 +138,11 @@ class HPCR(PCR):
     options: Options
     needs = frozenset({"output"})
 
+    def bind(self, context: Context) -> None:
+        super().bind(context)
+        heads = [each for each in context.config.plugins if isinstance(each, CosineHead.Options)]
+        self.scale = heads[-1].scale if heads else None
+
     def loss(self, step: Step) -> Tensor:
         given, temperature = self.options, self.options.temperature
         loss = self.contrast(step, temperature)
@@ -146,8 +152,12 @@ class HPCR(PCR):
         if step.replay is None:
             return loss
         known = self.known(step)
-        now, stored = step.out("replay").output[:, known], step.columns["output"][:, known]
+        now, stored = self._answers(step.out("replay"))[:, known], step.columns["output"][:, known]
         return loss + given.beta * mean(step, "replay", divergence("multiclass", now, stored, 1.0))
+
+    def _answers(self, out: Out) -> Tensor:
+        """(n, C) as they would be stored today."""
+        return out.output if self.scale is None else self.scale * cosine(out.hidden, self.head.weight)
 
 
 class UER(Seen, Term):
