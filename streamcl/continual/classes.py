@@ -11,7 +11,7 @@ from streamcl.engine.eager import Eager
 from streamcl.engine.weights import WeightSet
 from streamcl.plugin import Context, Out, PluginError, Rows, Rule, Step
 from streamcl.protocols import State
-from streamcl.records import Selector, Signal
+from streamcl.records import Signal
 from streamcl.stations import Stop
 
 NEVER = -1
@@ -22,6 +22,8 @@ SMALLEST = 0.1
 
 class Seen(Rule):
     """Remembers which classes have been live, and when last. Base of methods whose classes grow.
+
+    That there has been a class is nobody's, so a `forget` leaves it.
 
     Attributes:
         last: (C,) number of the step in which a class was live last; `NEVER`.
@@ -42,12 +44,6 @@ class Seen(Rule):
     def after(self, step: Step) -> None:
         if step.live is not None:
             self.last[step.live.y.long()] = step.number
-
-    def forget(self, who: Selector) -> int:
-        """Whose a class was isn't known, so all begin anew, and are known again when they are live or replayed."""
-        count = int((self.last != NEVER).sum())
-        self.last.fill_(NEVER)
-        return count
 
     def state_dict(self) -> State:
         return {"last": self.last.clone()}
@@ -82,10 +78,6 @@ class Grouped(Seen):
     def on_signal(self, signal: Signal) -> None:
         if signal.kind in self.options.on:
             self.old = self.last != NEVER
-
-    def forget(self, who: Selector) -> int:
-        self.old.zero_()
-        return super().forget(who)
 
     def state_dict(self) -> State:
         return {**super().state_dict(), "old": self.old.clone()}

@@ -29,7 +29,7 @@ from streamcl.continual.classes import (
 )
 from streamcl.plugin import Context, Plan, Planner, Plugin, Query, Recall, Rule, Shape, Step, Term
 from streamcl.protocols import State
-from streamcl.records import Outcome, Selector, Signal
+from streamcl.records import Outcome, Signal
 from streamcl.stations import Stop
 
 UNKNOWN = 10.0
@@ -48,21 +48,12 @@ class Centres:
         """(C,) bool"""
         return self.counts > 0
 
-    def clear(self) -> int:
-        """Begin anew; returns how many centres there were."""
-        count = int(self.known.sum())
-        self.vectors.zero_()
-        self.counts.zero_()
-        return count
-
     def state_dict(self) -> State:
         return {"vectors": self.vectors.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: State) -> None:
-        self.clear()
-        if state:
-            self.vectors.copy_(state["vectors"])
-            self.counts.copy_(state["counts"])
+        for name, tensor in (("vectors", self.vectors), ("counts", self.counts)):
+            tensor.copy_(state[name]) if state else tensor.zero_()
 
 
 class CenterLoss(Term, Rule):
@@ -70,6 +61,7 @@ class CenterLoss(Term, Rule):
 
     After each step a centre follows its rows: c <- c + alpha sum(h - c) / (1 + their number). At the signals `freeze`
     the centres of classes that there have been stop for good, so that later rows are drawn to where the class was.
+    Centres are parameters, learned by a rule of their own: a `forget` leaves them as it leaves the weights.
 
     Source:
         Wen et al. 2016 (ECCV), "A discriminative feature learning approach for deep face recognition", equations 2 to
@@ -119,10 +111,6 @@ class CenterLoss(Term, Rule):
             moves.unsqueeze(1), torch.where(self.centres.known.unsqueeze(1), moved, fresh), old
         )
         self.centres.counts += number[:, 0].long()
-
-    def forget(self, who: Selector) -> int:
-        self.frozen.zero_()
-        return self.centres.clear()
 
     def state_dict(self) -> State:
         return {**self.centres.state_dict(), "frozen": self.frozen.clone()}
@@ -246,6 +234,10 @@ class NCM(Recall, Rule):
     of the live rows alone, right for an encoder that doesn't move (see `frozen`). A class without a mean lies `UNKNOWN`
     below the others; while no class has one, the model's output is served.
 
+    Means are statistics of the model: whose events are in them isn't known, so a `forget` leaves them as it leaves the
+    weights. The mean of a class of one event is that event's hidden vector, and without hidden layers its own numbers,
+    standardised: where these must be erased, give each class several events, or begin anew.
+
     Source:
         Nearest class mean: Mensink et al. 2013; iCaRL, Rebuffi et al. 2017, arXiv 1611.07725, section 3.2. A frozen
         encoder with class means is the baseline of continual learning with pre-trained encoders, such as CLIP: with
@@ -299,9 +291,6 @@ class NCM(Recall, Rule):
         if self.options.measure == "cosine":
             return direction(hidden) @ direction(means).T / t
         return -0.5 * ((hidden.unsqueeze(1) - means) ** 2).sum(2) / t
-
-    def forget(self, who: Selector) -> int:
-        return self.centres.clear()
 
     def state_dict(self) -> State:
         return self.centres.state_dict()

@@ -22,7 +22,7 @@ from streamcl.continual.classes import (
 )
 from streamcl.plugin import Context, PluginError, Shape, Step, Term
 from streamcl.protocols import State
-from streamcl.records import Selector, Signal
+from streamcl.records import Signal
 from streamcl.stations import Stop
 
 Rows = Literal["replay", "live", "both"]
@@ -357,7 +357,7 @@ class OldClasses(Grouped, Term):
     live: cross-entropy among the classes of the label's own group, old or new, + alpha x mean over old classes c of
     (z_c - z'_c)^2 / v_c, z' of the set `previous` and v_c the running variance of z'_c. A class is old if it had been
     live before the last of the signals `on`. Replayed rows, where there are any, carry cross-entropy among all classes
-    that there have been.
+    that there have been. The variances are statistics of the model: a `forget` leaves them as it leaves the weights.
 
     Source:
         RECALL, Knauer et al. 2022 (IROS), arXiv 2209.14774: regression on recorded logits, grouped heads, loss divided
@@ -411,10 +411,6 @@ class OldClasses(Grouped, Term):
         [new], (middle, variance) = step.out("live", "previous").output, self.moments
         d, away = self.options.decay, new - middle
         self.moments = torch.stack((middle + (1 - d) * away, d * (variance + (1 - d) * away**2)))
-
-    def forget(self, who: Selector) -> int:
-        self.moments = self._fresh()
-        return super().forget(who)
 
     def state_dict(self) -> State:
         return {**super().state_dict(), "moments": self.moments.clone()}

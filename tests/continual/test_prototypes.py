@@ -199,12 +199,14 @@ def test_a_preset_resumes_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("plugins", [["center_loss"], ["previous", "prd"], ["previous", "proxy_prototypes"], ["ncm"]])
-def test_what_is_held_of_classes_is_forgotten(plugins: list[str]) -> None:
+@pytest.mark.parametrize("key", ["k1", "nobody"])
+def test_what_is_learned_of_classes_outlives_a_forget_as_weights_do(plugins: list[str], key: str) -> None:
     learner = teach(Learner(config(plugins)), events(24), 12)
-    assert learner.forget(Selector(key="k1"))[plugins[-1]] == CLASSES
-    held = learner.plugins[plugins[-1]].state_dict()
-    assert not any((value > 0).any() for value in held.values())
-    teach(learner, events(4, 8), None, 24)
+    plugin = learner.plugins[plugins[-1]]
+    before = plugin.state_dict()
+    assert learner.forget(Selector(key=key))[plugins[-1]] == 0
+    assert all((value > 0).any() for value in before.values() if value is not before.get("frozen"))
+    assert all(torch.equal(value, before[name]) for name, value in plugin.state_dict().items())
 
 
 @pytest.mark.parametrize("plugin", ["center_loss", "proxy_prototypes"])
