@@ -255,6 +255,10 @@ class Config(Station):
         found = [plugin.resolve(str(station.kind)) for station in self.plugins]  # type: ignore[attr-defined]
         if self.river is not None and found:
             raise ValueError("plugins: a River model is none of theirs")
+        kinds = [str(station.kind) for station in self.plugins]  # type: ignore[attr-defined]
+        for kind, each in zip(kinds, found, strict=True):
+            if kinds.count(kind) > 1 and (each.provides or issubclass(each, plugin.Rule | plugin.Recall)):
+                raise ValueError(f"plugins: {kind} once; two would keep what they have learned in one place")
         keepers = sum(issubclass(each, plugin.Retention) for each in found)
         if keepers != (self.replay.retention == "plugin"):
             raise ValueError(f"replay.retention: {self.replay.retention}, and {keepers} of the plugins say who stays")
@@ -388,6 +392,18 @@ def _settings(station: BaseModel, prefix: str) -> Iterator[tuple[str, Change, An
         yield path, change, str(value) if isinstance(value, Path) else value
 
 
+def _remade(old: Config, config: Config) -> Iterator[str]:
+    """Options of plug-ins that are there before and after, and whose change means other state."""
+    before = {str(station.kind): station for station in old.plugins}  # type: ignore[attr-defined]
+    for station in config.plugins:
+        kind = str(station.kind)  # type: ignore[attr-defined]
+        for name, info in type(station).model_fields.items():
+            extra = info.json_schema_extra
+            new = isinstance(extra, dict) and extra.get("change") == "new"
+            if new and kind in before and getattr(before[kind], name, None) != getattr(station, name):
+                yield f"plugins.{kind}.{name}"
+
+
 def changes(old: Mapping[str, Any], config: Config) -> list[tuple[str, Change]]:
     """What has changed since a checkpoint's configuration (`Config.model_dump(mode="json")`), and what that needs.
 
@@ -397,6 +413,7 @@ def changes(old: Mapping[str, Any], config: Config) -> list[tuple[str, Change]]:
     before = {path: value for path, _, value in Config.parse(old, "checkpoint").settings()}
     after = {path: (change, value) for path, change, value in config.settings()}
     found = [(path, change) for path, (change, value) in after.items() if before.get(path, value) != value]
+    found += [(path, "new") for path in _remade(Config.parse(old, "checkpoint"), config)]
     # A whole table that came or went ([labels]) has paths on one side only.
     found += [(path, "new") for path in sorted(before.keys() ^ after.keys())]
     return sorted(set(found))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -27,6 +28,8 @@ from streamcl.records import (
     mark,
 )
 from streamcl.stations import Join
+
+Restated = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class Watermark:
@@ -129,11 +132,12 @@ class Joiner:
             self._adopt(label)
         return None
 
-    def forget(self, who: Selector) -> dict[str, int]:
+    def forget(self, who: Selector, restated: Restated | None = None) -> dict[str, int]:
         """Erase every trace of some events; returns of how many, by kind.
 
         A label that waits says nothing but its id: without event ids in the selector every one of them is erased. An
-        id that has been forgotten is not known any more: an event of that id is a new one, its label an orphan.
+        id that has been forgotten is not known any more: an event of that id is a new one, its label an orphan. What
+        `restated` says becomes of the numbers of the tickets that stay.
         """
         orphans = [id for id in self.orphans if who.of_id(id)]
         tickets = [t.id for t in self.tickets.values() if who.meets(t.key, t.id, t.time_s)]
@@ -146,6 +150,9 @@ class Joiner:
             del self.tickets[id]
         for id in closed:
             del self.closed[id]
+        for id, ticket in self.tickets.items() if restated else ():
+            features = ticket.features._replace(dense=restated(ticket.features.dense)) if restated else ticket.features
+            self.tickets[id] = replace(ticket, features=features)
         self._sort_out()  # an alarm that rings for nothing has an id too
         return {"orphans": len(orphans), "tickets": len(tickets), "closed_ids": len(closed)}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from threading import get_ident
 
 import numpy as np
@@ -23,7 +24,7 @@ from streamcl.models.key_state import KeyStateModel
 from streamcl.plasticity import build_diagnostics
 from streamcl.plugin import Context, Out, Plan, Planner, Plugin, Query, Recall, Rows, Shape, Step, build
 from streamcl.protocols import State
-from streamcl.records import Encoded, Event, Notes, Outcome, Scores, Selector, Signal
+from streamcl.records import Encoded, Event, Notes, Outcome, Scores, Selector, Signal, Ticket
 
 
 class Learner:
@@ -39,10 +40,10 @@ class Learner:
         `predict(features)` gives `Scores` with output (O,) and served (1,), or (C,) for multiclass.
 
     Errors:
-        None are raised for data: `learn` returns False, and nothing has changed, when the label would make the loss
-        or the gradient non-finite or larger than `optimizer.max_grad_norm` (the outcome is to be quarantined). An
-        example is left out for its own gradient only: when the replayed rows are what is too large, it is learned
-        without them.
+        None are raised for data: `learn` returns False, and neither a weight nor a memory has changed (plug-ins have
+        heard the signals, and planned), when the label would make the loss or the gradient non-finite or larger than
+        `optimizer.max_grad_norm` (the outcome is to be quarantined). An example is left out for its own gradient only:
+        when the replayed rows are what is too large, it is learned without them.
     """
 
     def __init__(self, config: Config, serving: bool = False, plugins: Sequence[Plugin] = ()) -> None:
@@ -65,7 +66,7 @@ class Learner:
         trained = self.engine.dense, self.engine.model, self.engine.layers
         self.diagnostics = None if serving else build_diagnostics(config, *trained)
         self.version = 0  # events that the current weights have learned from
-        self.loss = 0.0  # of the event that was learned last; 0 where no step was taken on it
+        self.loss: float | None = None  # of the event that was learned last; None where no step was taken on it
         self.steps = 0  # taken; more than `version` where a planner wants several for one event
         for plugin in self.plugins.values():
             plugin.bind(Context(config, self.engine, self.memory, self.target, self._rows, self.recall))
@@ -167,7 +168,7 @@ class Learner:
         self.numerics.update(outcome.ticket.features.dense[: self.numbers])
         if self.task == "regression":
             self.target.update(np.array([outcome.label], np.float32))
-        self.loss = 0.0
+        self.loss = None
         if not self._passes(outcome, plan):
             self.numerics.load_state_dict(before[0])
             self.target.load_state_dict(before[1])
@@ -178,7 +179,7 @@ class Learner:
             self.diagnostics.observe(self.engine.gradient_norm, owner)
         for plugin in self.recalls:
             plugin.observe(outcome)
-        self.memory.write(outcome.ticket, outcome.label, self.steps, self.loss)
+        self.memory.write(self._noted(outcome.ticket), outcome.label, self.steps, self._loss_of(outcome))
         if self.recall.stages:
             self.recall.observe(outcome.ticket.scores, outcome.label, owner=owner)
         return True
@@ -187,9 +188,38 @@ class Learner:
         """Erase what examples have left behind, by part; what the weights have learned of them stays."""
         diagnostics = {"diagnostics": self.diagnostics.forget(who)} if self.diagnostics else {}
         states = {"key_states": self.states.forget(who)} if self.states is not None else {}
+        if restated := self.restated(who):
+            for row in range(len(self.memory)):
+                self.memory.dense[row] = restated(self.memory.dense[row])
         plugins = {name: plugin.forget(who) for name, plugin in self.plugins.items()}
         erased = {"replay": self.memory.forget(who), "error_memory": self.recall.forget(who)}
         return {**erased, **states, **diagnostics, **plugins}
+
+    def restated(self, who: Selector) -> Callable[[NDArray[np.float32]], NDArray[np.float32]] | None:
+        """What to make of the numbers of tickets and rows that stay, when events go whose keys do not go whole.
+
+        They hold the state that their keys had by then, of which those events are part: every one begins anew.
+        """
+        if self.states is None or who == Selector(key=who.key):
+            return None
+        initial, numbers = self.states.initial, self.numbers
+        return lambda dense: np.concatenate((dense[:numbers], initial))
+
+    def _loss_of(self, outcome: Outcome) -> float:
+        """In the step that it was learned in; else that of what it was answered with."""
+        if self.loss is not None:
+            return self.loss
+        y = torch.from_numpy(self.target.apply(np.array([outcome.label], np.float32)))
+        output = torch.from_numpy(outcome.ticket.scores.output)[None]
+        return float(self.engine.losses(output, y if self.task == "regression" else torch.tensor([outcome.label]))[0])
+
+    def _noted(self, ticket: Ticket) -> Ticket:
+        """A ticket from before anybody asked for the hidden layer gets that of now."""
+        if not self.notes_hidden or "hidden" in ticket.scores.notes:
+            return ticket
+        ids, weights, dense = as_tensors(*ticket.features)
+        hidden = self.engine.out(self._rows(ids, weights, dense, torch.zeros(1))).hidden[0].numpy()
+        return replace(ticket, scores=replace(ticket.scores, notes={**ticket.scores.notes, "hidden": hidden}))
 
     def _passes(self, outcome: Outcome, plan: Plan) -> bool:
         """The steps that are planned; False when not even the event alone can be learned."""
@@ -269,18 +299,31 @@ class Learner:
         }
 
     def load_state_dict(self, state: State) -> None:
-        for name in ("engine", "numerics", "target", "memory"):
+        for name in ("engine", "numerics", "target"):
             getattr(self, name).load_state_dict(state[name])
+        unknown = self.memory.load_state_dict(state["memory"])
         self.recall.load_state_dict(state.get("recall", {}))
         if self.diagnostics:
             self.diagnostics.load_state_dict(state.get("diagnostics", {}))
         self.version = int(state["version"])
         self.steps = int(state.get("steps", self.version))
+        if unknown:
+            self._fill(unknown)
         if self.states is not None:
             self.states.load_state_dict(state.get("states", {}))
         kept = state.get("plugins", {})
         for name, plugin in self.plugins.items():
             plugin.load_state_dict(kept.get(name, {}))
+
+    def _fill(self, columns: frozenset[str]) -> None:
+        """Columns that nobody needed when the rows were written: as if every row were seen now for the first time."""
+        rows = self._rows(*self.memory.examples(torch.arange(len(self.memory))))
+        out = self.engine.out(rows)
+        steps = torch.full((len(self.memory),), self.steps)
+        values = {"output": out.output, "hidden": out.hidden, "loss": self.engine.losses(out.output, rows.y)}
+        for name, value in (values | {"written": steps, "last_seen": steps}).items():
+            if name in columns:
+                self.memory.columns[name][: len(value)] = value.numpy()
 
 
 def named(plugins: Sequence[Plugin]) -> dict[str, Plugin]:

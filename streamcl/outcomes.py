@@ -51,7 +51,7 @@ Numbering = Callable[[Record], int | None]
 class Memory:
     """The error memory of one model, from its snapshot's outcome on.
 
-    Prediction reads what `take` writes: whoever predicts holds `lock`, which `take` holds for some microseconds.
+    Prediction reads what `take` writes: whoever predicts holds `lock`, which `take` holds for a prediction at most.
 
     Lambda is judged by what was known when an event came, not by what is known when its label does: by then the memory
     has the labels of the same minutes, and would trust itself too much. So a second memory of the same kind takes each
@@ -98,7 +98,9 @@ class Memory:
         """Write an outcome as if it had been predicted under these weights; nothing, if the snapshot knows it."""
         if learned.number <= self.number:
             return
-        scores, recall = self.learner.predict(learned.features), self.learner.recall
+        recall = self.learner.recall
+        with self.lock:  # a pass under other weights than the live ones puts them in the model's place for its time
+            scores = self.learner.predict(learned.features)
         while self._late and (self._late[0][0] <= learned.time_s or len(self._late) > LATE):
             self._then.write(*self._late.popleft()[1:])
         known: Recalls = ()

@@ -7,6 +7,7 @@ What belongs to a partition follows it (partition p goes to shard p % M), the re
 | positions, tickets, orphans, closed ids, alarms, newest event times | to the shard that now holds their partition |
 | watermark | the least of those it is made from: no window closes before its labels could come |
 | model, optimiser, replay memory, metrics, signals | from the old shard that held most of the new one's partitions |
+| states of keys (a recurrent model's) | with the model: those of its shard's keys go on, the other keys begin anew |
 | number of the newest outcome | the highest of all: a topic of outcomes may have had another shard's before |
 | records, counts, learned hash | old shard i's are added to new shard i % M, so that their sums stay what they were |
 

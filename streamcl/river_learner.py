@@ -78,6 +78,9 @@ class RiverLearner:
                 f" river_categories {config.river_categories}: {type(error).__name__}: {error}"
             ) from error
 
+    def restated(self, _who: Selector) -> None:
+        return None
+
     def answer(self, event: Event) -> tuple[Encoded, Scores]:
         return event.features, self.predict(event.features)
 

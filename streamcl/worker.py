@@ -204,7 +204,8 @@ class Worker:
             self._refuse(record, error.reason, str(error), work)
             return
         self.recent_faults.append(False)
-        rows = self.joiner.forget(command.who) | self.learner.forget(command.who)
+        restated = self.learner.restated(command.who)
+        rows = self.joiner.forget(command.who, restated) | self.learner.forget(command.who)
         self.counts["forget_requests"] += 1
         self.counts["forgotten_rows"] += sum(rows.values())
         work.forgotten.append(Forgotten(command.id, record.origin, command.time_s, rows))

@@ -195,3 +195,35 @@ def test_replicas_are_not_told_of_states(field: str) -> None:
 def test_a_cell_without_traces_says_so() -> None:
     with pytest.raises(ConfigError, match="retnet is no element-wise recurrence; set detached"):
         config("retnet", "exact")
+
+
+def test_the_state_that_a_key_takes_along_is_that_of_the_live_weights() -> None:
+    plain = config(optimizer={"kind": "sgd", "learning_rate": 0.5})
+    served = config(optimizer={"kind": "sgd", "learning_rate": 0.5}, plugins=["ema", "served"])
+    one, two = Learner(plain), Learner(served)
+    stream = events(plain, 12)
+    for event, label in stream:
+        for learner in (one, two):
+            features, scores = learner.answer(event)
+            ticket = Ticket(event.id, event.time_s, features, scores, event.origin, key=event.key)
+            assert learner.learn(Outcome(ticket, label, Fate.INLINE, 0.0))
+    assert one.states is not None
+    assert two.states is not None
+    assert digest(one.states.state_dict()) == digest(two.states.state_dict())
+
+
+def test_forgetting_an_event_leaves_none_of_it_in_later_states() -> None:
+    made = config(replay={"retention": "recency", "capacity": 50})
+    learner, stream = Learner(made), events(made, 30)
+    live(learner, stream)
+    assert learner.states is not None
+    initial = learner.states.initial
+    assert learner.forget(Selector(ids=frozenset({"0"})))["replay"] == 1
+    held = learner.memory.dense[: len(learner.memory), learner.numbers :]
+    assert len(held) == 29
+    np.testing.assert_array_equal(held, np.broadcast_to(initial, held.shape))
+    restated = learner.restated(Selector(ids=frozenset({"0"})))
+    assert restated is not None
+    features = learner.answer(stream[3][0])[0]
+    np.testing.assert_array_equal(restated(features.dense)[learner.numbers :], initial)
+    assert learner.restated(Selector(key="u1")) is None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from streamcl import plugin
-from streamcl.config import Config, ConfigError
+from streamcl.config import Config, ConfigError, changes
 from streamcl.engine.eager import as_tensors
 from streamcl.learner import Learner, named
 from streamcl.memory import Replay
@@ -303,7 +303,8 @@ def test_every_preset_is_a_configuration() -> None:
     base = {"name": "t", "task": "multiclass", "events": {"url": "memory://a/b", "label": "y"}}
     base |= {"features": {"n": "numeric"}, "model": {"kind": "mlp", "classes": 3}}
     for name, fragment in plugin.presets().items():
-        made = Config.parse({**base, "replay": {"retention": "recency", "per_event": 2}, "preset": name})
+        retention = fragment.get("replay", {}).get("retention", "recency")
+        made = Config.parse({**base, "replay": {"retention": retention, "per_event": 2}, "preset": name})
         assert len(made.plugins) >= len(fragment.get("plugins", [])), name
         assert Config.parse(made.model_dump(mode="json", by_alias=True)) == made
 
@@ -376,3 +377,128 @@ def test_the_method_of_the_readme_keeps_the_contract(tmp_path: Path, monkeypatch
         assert plain.learn(item)
         assert with_it.learn(item)
     assert not torch.equal(plain.engine.dense.flat, with_it.engine.dense.flat)
+
+
+COMING_AND_GOING = [
+    ([], ["upgd"]),
+    ([], ["l2_init"]),
+    (["ema"], []),
+    (["previous"], []),
+    (["ewc"], []),
+    (["fast_slow"], []),
+    (["hold_largest"], []),
+    (["tag"], []),
+    (["cuber"], []),
+]
+
+
+@pytest.mark.parametrize(("plugins", "rules"), COMING_AND_GOING, ids=str)
+def test_what_is_held_of_each_weight_follows_when_a_plugins_parameters_come_or_go(
+    plugins: list[str], rules: list[str]
+) -> None:
+    more: dict[str, Any] = {"plasticity": rules, "optimizer": {"kind": "sgd", "learning_rate": 1e-3}}
+    shift = {"kind": f"{HERE}:Shift", "weight": 0.1}
+    without, with_it = config(plugins=plugins, **more), config(plugins=[*plugins, shift], **more)
+    signals = [Signal("boundary", "clock", Origin("events", 0, 0))]
+    for before, after in ((without, with_it), (with_it, without)):
+        old, new = Learner(before), Learner(after)
+        for n, item in enumerate(stream("binary", 20)):
+            assert old.learn(item, signals if n % 7 == 6 else ())
+        new.load_state_dict(old.state_dict())
+        own = old.engine.dense.params.keys() & new.engine.dense.params.keys()
+        for name in own:
+            assert torch.equal(old.engine.dense.params[name], new.engine.dense.params[name])
+            for key in old.engine.dense.traces:
+                mine, theirs = (each.engine.dense.part(each.engine.dense.traces[key], name) for each in (old, new))
+                assert torch.equal(mine, theirs), key
+        for item in stream("binary", 10, seed=1):
+            assert new.learn(item)
+
+
+def test_a_column_that_is_new_to_a_filled_memory_is_that_of_now() -> None:
+    replay = {"retention": "recency", "capacity": 20, "per_event": 2}
+    made: dict[str, Any] = {"replay": replay, "model": {"kind": "mlp"}}
+    old = learned(config(**made), stream("binary", 30))
+    new = Learner(config(plugins=[{"kind": f"{HERE}:Curious"}], **made))
+    new.load_state_dict(old.state_dict())
+    for row in range(len(new.memory)):
+        ids, weights, dense, y = new.memory.examples(torch.tensor([row]))
+        out = new.engine.out(new._rows(ids, weights, dense, y))
+        np.testing.assert_allclose(new.memory.columns["output"][row], out.output[0].numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(new.memory.columns["hidden"][row], out.hidden[0].numpy(), rtol=1e-5, atol=1e-6)
+        loss = float(new.engine.losses(out.output, y)[0])
+        assert new.memory.columns["loss"][row] == pytest.approx(loss, rel=1e-4)
+    assert set(new.memory.columns["written"][: len(new.memory)]) == {old.steps}
+
+
+class Curious(Rule):
+    needs = frozenset({"output", "hidden", "loss", "written"})
+
+    class Options(Rule.Options):
+        kind: Literal["curious"] = "curious"
+
+
+class Demanding(Rule):
+    needs = frozenset({"blame"})
+
+    class Options(Rule.Options):
+        kind: Literal["demanding"] = "demanding"
+
+
+class Broken(Rule):
+    """Makes a gradient that no optimiser could take."""
+
+    class Options(Rule.Options):
+        kind: Literal["broken"] = "broken"
+
+    def transform(self, grads: Grads, step: Step) -> Grads:
+        return grads.with_dense(grads.dense * float("inf"))
+
+
+def test_a_column_that_nobody_provides_is_an_error_at_the_start() -> None:
+    with pytest.raises(PluginError, match="Demanding needs blame, which nobody provides"):
+        Learner(with_plugins("Demanding"))
+
+
+def test_a_gradient_that_a_rule_has_broken_moves_nothing() -> None:
+    learner = Learner(with_plugins("Broken"))
+    before = digest(learner.engine.state_dict())
+    assert not learner.learn(stream("binary", 1)[0])
+    assert digest(learner.engine.state_dict()) == before
+
+
+def test_a_pass_that_has_nothing_to_learn_is_no_step() -> None:
+    made = config(
+        plugins=["live_only", {"kind": f"{HERE}:ReplayAlone"}], replay={"retention": "recency", "per_event": 2}
+    )
+    learner = Learner(made)
+    before = learner.engine.dense.flat.clone()
+    for item in stream("binary", 4):
+        assert learner.learn(item)
+    assert torch.equal(learner.engine.dense.flat, before)
+    assert learner.steps == 0
+
+
+def test_an_event_that_is_skipped_is_kept_with_the_loss_of_its_answer() -> None:
+    learner = Learner(with_plugins("Half", "Curious", replay={"retention": "recency"}, model={"kind": "mlp"}))
+    items = stream("binary", 2)
+    assert learner.learn(items[0])
+    scores = learner.predict(items[1].ticket.features)
+    ticket = items[1].ticket.__class__("x", 1.0, items[1].ticket.features, scores, items[1].ticket.origin)
+    assert learner.learn(Outcome(ticket, items[1].label, items[1].fate, 0.0))
+    p = float(scores.served[0])
+    expected = -np.log(p if items[1].label else 1.0 - p)
+    assert learner.memory.columns["loss"][1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_that_would_make_the_same_weights_are_refused() -> None:
+    with pytest.raises(ConfigError, match="plugins: ema once"):
+        config(plugins=[{"kind": "ema", "decay": 0.5}, {"kind": "ema", "decay": 0.9}])
+    with pytest.raises(PluginError, match="two of them make the weights 'ema'"):
+        Learner(config(plugins=["ema"]), plugins=[plugin.resolve("ema")()])
+
+
+def test_a_new_option_of_a_plugin_needs_a_new_start() -> None:
+    old = config(plugins=[{"kind": "ewc"}]).model_dump(mode="json", by_alias=True)
+    assert dict(changes(old, config(plugins=[{"kind": "ewc", "rows": False}])))["plugins.ewc.rows"] == "new"
+    assert dict(changes(old, config(plugins=[{"kind": "ewc", "strength": 2.0}, "ema"]))) == {"plugins": "stop"}

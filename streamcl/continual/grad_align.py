@@ -1,8 +1,9 @@
 """A step may not raise the loss of what was learned before: gradients turned until they agree with those of old rows.
 
 Rows of the table take part: a gradient is one vector of all dense weights and of the rows that the step moves. What an
-old gradient says of other rows counts for nothing, since they stand still. So only weights that would have moved anyway
-move, and to first order the promise holds for the step as it is taken by SGD; other optimisers scale it.
+old gradient says of other rows counts for nothing, since they stand still: GEM moves only weights that would have
+moved anyway, A-GEM the replayed rows as well. To first order the promise holds for the step as it is taken by SGD;
+other optimisers scale it.
 """
 
 from __future__ import annotations

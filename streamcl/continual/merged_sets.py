@@ -156,7 +156,8 @@ class Consolidated(Average):
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)
         if state:
-            self.stability.copy_(state["stability"])
+            dense = self.engine.dense
+            self.stability.copy_(dense.fitted(state["stability"], torch.zeros_like(self.stability)))
         else:
             self.stability.zero_()
 
@@ -209,7 +210,7 @@ class FastSlow(Rule):
     def load_state_dict(self, state: State) -> None:
         self.slow.load_state_dict(state)
         if state:
-            self.sum.copy_(state["sum"])
+            self.sum.copy_(self.slow.engine.dense.fitted(state["sum"], torch.zeros_like(self.sum)))
         else:
             self.sum.zero_()
 

@@ -114,8 +114,8 @@ class TAG(Rule):
         self._begin()
         if state:
             self.number, self.steps = int(state["number"]), int(state["steps"])
-            self.first.copy_(state["first"])
-            self.second.copy_(state["second"])
+            for name, column in (("first", self.first), ("second", self.second)):
+                column.copy_(self.dense.fitted(state[name], torch.zeros_like(column)))
 
 
 class CUBER(Rule):
@@ -244,8 +244,8 @@ class CUBER(Rule):
         self._begin()
         if state:
             self.boundaries = int(state["boundaries"])
-            self.known.copy_(state["known"])
-            self.old.copy_(state["old"])
+            for name, column in (("known", self.known), ("old", self.old)):
+                column.copy_(self.dense.fitted(state[name], torch.zeros_like(column)))
             self.bases = [state["bases"][str(place)].clone() for place in range(len(self.layers))]
 
 

@@ -110,7 +110,8 @@ class EWC(Rule):
         self.count, self.boundaries = int(state.get("count", 0)), int(state.get("boundaries", 0))
         for name, tensor in self._tensors().items():
             if state:
-                tensor.copy_(state[name])
+                fitted = name in ("anchor", "fisher", "sum")  # of dense parameters; the others are of rows
+                tensor.copy_(self.engine.dense.fitted(state[name], torch.zeros_like(tensor)) if fitted else state[name])
             else:
                 tensor.zero_()
 
@@ -216,8 +217,8 @@ class HoldLargest(Rule):
 
     def load_state_dict(self, state: State) -> None:
         if state:
-            self.anchor.copy_(state["anchor"])
-            self.held.copy_(state["held"])
+            self.anchor.copy_(self.dense.fitted(state["anchor"], self.dense.flat))
+            self.held.copy_(self.dense.fitted(state["held"], torch.zeros_like(self.held)))
         else:
             self.anchor.copy_(self.dense.flat)
             self.held.zero_()

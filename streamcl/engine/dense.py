@@ -43,6 +43,7 @@ class Dense:
         sizes = [param.numel() for param in self.params.values()]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self._spans = {name: slice(a, a + n) for name, a, n in zip(self.params, starts, sizes, strict=True)}
+        self._saved = self._spans  # of the state that was loaded last
 
     def gradient(self, by_param: Sequence[Tensor]) -> Tensor:
         """(P,) of gradients in the order of `params`."""
@@ -104,22 +105,32 @@ class Dense:
 
     def load_state_dict(self, state: State) -> None:
         """Parameters of a plug-in that the state doesn't know begin here; those of one that has gone are left out."""
-        known, at = dict[str, slice](), 0
+        missing = [name for name in self.params if name not in state["params"] and not name.startswith(OPTIONAL)]
+        if missing:
+            raise KeyError(f"params: the state has no {missing[0]}")
+        self._saved, at = dict[str, slice](), 0
         for name, value in state["params"].items():
-            known[name] = slice(at, at + value.numel())
+            self._saved[name] = slice(at, at + value.numel())
             at += value.numel()
-        fresh = self.update.slots(self.first)
+        flat = torch.cat([value.reshape(-1) for value in state["params"].values()])
+        # Copied into the tensors that exist: their alignment, on which kernels may depend, stays what it was.
         with torch.no_grad():
-            for name, span in self._spans.items():
-                # Copied into the tensors that exist: their alignment, on which kernels may depend, stays what it was.
-                if name in known or not name.startswith(OPTIONAL):
-                    self.params[name].copy_(state["params"][name])
-                    parts = [state["slots"][str(i)][known[name]] for i in range(len(self.slots))]
-                else:
-                    self.flat[span] = self.first[span]
-                    parts = [slot[span] for slot in fresh]
-                for slot, part in zip(self.slots, parts, strict=True):
-                    slot[span] = part
+            self.flat.copy_(self.fitted(flat, self.first))
+            for i, (slot, fresh) in enumerate(zip(self.slots, self.update.slots(self.first), strict=True)):
+                slot.copy_(self.fitted(state["slots"][str(i)], fresh))
+
+    def fitted(self, saved: Tensor, fresh: Tensor) -> Tensor:
+        """A column (..., P') of the state that was loaded last, for the parameters that are here now (..., P).
+
+        What belongs to a plug-in's parameters that the state doesn't know is `fresh` (P,) or (..., P).
+        """
+        if self._saved == self._spans:
+            return saved
+        column = fresh.expand(*saved.shape[:-1], len(self.flat)).clone()
+        for name, span in self._spans.items():
+            if name in self._saved:
+                column[..., span] = saved[..., self._saved[name]]
+        return column
 
 
 def _flatten(params: list[nn.Parameter]) -> Tensor:

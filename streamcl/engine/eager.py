@@ -20,6 +20,7 @@ from streamcl.engine.optimizers import build_update
 from streamcl.engine.weights import WeightSet
 from streamcl.features import Layout
 from streamcl.models import build_model
+from streamcl.models.key_state import KeyStateModel
 from streamcl.plasticity import build_rules, of_tower
 from streamcl.plasticity.layers import unheard
 from streamcl.plugin import Grads, Out, Plugin, PluginError, Rows, Rule, Shape, Step, Term
@@ -133,15 +134,18 @@ class Eager:
         Raises:
             PluginError: there is no set of this name.
         """
+        states = self.model.after if isinstance(self.model, KeyStateModel) else {}
+        kept = states.get(get_ident())  # what a key takes along is what the live weights made of its event
         with torch.inference_mode():
             if weights == "live":
                 output = self.forward(self.table[rows.ids], rows.weights, rows.dense)
             else:
                 pooled = self._pooled(self._set(weights).rows(rows.ids), rows.weights)
                 output = functional_call(self.model, self._set(weights).params(), (*pooled, rows.dense))
-        return Out(
-            output.clone(), self._take_hidden(output).clone()
-        )  # a tensor of inference mode can't be learned from
+        if kept is not None:
+            states[get_ident()] = kept
+        hidden = self._take_hidden(output)
+        return Out(output.clone(), hidden.clone())  # a tensor of inference mode can't be learned from
 
     def _set(self, name: str) -> WeightSet:
         if name not in self.sets:
@@ -208,17 +212,22 @@ class Eager:
         return 0.5 * (output[:, 0] - y) ** 2
 
     def step(self, step: Step) -> bool:
-        """One update on the plan's rows. Returns False, and changes nothing, when the gradient is unusable."""
+        """One update on the plan's rows.
+
+        Returns False when the gradient is unusable, or nothing is to be learned; then no weight has moved, and unless a
+        rule has made the gradient what it is, no rule has heard of it.
+        """
         step.engine = self
         loss, rows = self._loss(step)
+        if not loss.requires_grad:
+            return False
         grads = self._grads(loss, rows, step.rows.ids, step.touched)
         self.gradient_norm = torch.linalg.vector_norm(grads.dense)
         norm = torch.hypot(torch.linalg.vector_norm(grads.rows), self.gradient_norm)
         if not float(norm) <= self.max_grad_norm:  # also when the norm is NaN
             return False
         with torch.no_grad():
-            self._update(grads, step)
-        return True
+            return self._update(grads, step)
 
     def _loss(self, step: Step) -> tuple[Tensor, Tensor]:
         """What is pulled down, and the rows (B, S, W) of the table that it was computed from."""
@@ -254,11 +263,13 @@ class Eager:
             self._take_hidden(output)
             return self._grads(self.losses(output, read.y).mean(), rows, read.ids, torch.unique(read.ids))
 
-    def _update(self, grads: Grads, step: Step) -> None:
+    def _update(self, grads: Grads, step: Step) -> bool:
         for rule in self.around:
             rule.before(step)
         for rule in self.around:
             grads = rule.transform(grads, step)
+        if self.around and not bool(torch.isfinite(grads.norm())):
+            return False
         trainable = step.plan.trainable
         if trainable is None or "table" in trainable:
             self._move_rows(grads.touched, grads.rows)
@@ -267,6 +278,7 @@ class Eager:
             rule.after(step)
         if self.watch:
             self.watch(grads.touched)
+        return True
 
     def put_rows(self, ids: Tensor, rows: Tensor) -> None:
         """Change rows (n, W) of the table beside the optimiser, each once; whoever follows them is told."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamcl.plugin import PluginError
 from streamcl.protocols import State
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class WeightSet:
     ready = True
 
     def __init__(self, engine: Eager, name: str) -> None:
+        if name in engine.sets:
+            raise PluginError(f"plugins: two of them make the weights {name!r}")
         self.engine = engine
         self.flat = engine.dense.sets[name] = engine.dense.flat.clone()
         self.table = engine.table.clone()
@@ -58,7 +61,7 @@ class WeightSet:
         """An empty state: it begins as the live weights are."""
         with torch.no_grad():
             if state:
-                self.flat.copy_(state["flat"])
+                self.flat.copy_(self.engine.dense.fitted(state["flat"], self.engine.dense.flat))
                 self.table.copy_(state["table"])
             else:
                 self.copy_live()

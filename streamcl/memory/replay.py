@@ -26,7 +26,7 @@ from torch import Tensor
 
 from streamcl.memory.owners import Owners, close_ranks
 from streamcl.memory.retention import RETENTIONS
-from streamcl.plugin import Draw, Plugin, Retention, Shape, Step
+from streamcl.plugin import Draw, Plugin, PluginError, Retention, Shape, Step
 from streamcl.protocols import State
 from streamcl.random import below, key_of
 from streamcl.records import Selector, Ticket
@@ -35,15 +35,21 @@ from streamcl.stations import Replay as ReplayConfig
 EXAMPLE = ("ids", "weights", "dense", "y")
 COLUMNS = ("output", "hidden", "loss", "hits", "written", "last_seen")
 
+ALWAYS = ("key", "time_s", "live")
+
 Spec = Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
 """Shape of a row and dtype of the columns beside the example, by name."""
 
 
 def held_columns(plugins: Iterable[Plugin], shape: Shape) -> Spec:
-    """The columns that these plug-ins need. Raises PluginError for one that nobody provides."""
+    """The columns that these plug-ins need. Raises PluginError for what nobody provides."""
     plugins = list(plugins)
     own = {name: size for plugin in plugins for name, size in plugin.columns(shape).items()}
     wanted = frozenset[str]().union(*(plugin.needs for plugin in plugins))
+    there = {*COLUMNS, *own, *ALWAYS}.union(*(plugin.provides for plugin in plugins))
+    for plugin in plugins:
+        if missing := plugin.needs - there:
+            raise PluginError(f"plugins: {plugin.kind} needs {', '.join(sorted(missing))}, which nobody provides")
     shapes = {"output": (shape.outputs,), "hidden": (shape.hidden,)}
     kinds: dict[str, type[np.generic]] = dict.fromkeys(("hits", "written", "last_seen"), np.int64)
     found = {name: (shapes.get(name, ()), kinds.get(name, np.float32)) for name in COLUMNS if name in wanted}
@@ -180,8 +186,8 @@ class Replay:
         held |= {} if self.keeper is None else {"kept": self.kept}
         return {**held, "policy": self.policy.state_dict() if self.policy is not None else {}}
 
-    def load_state_dict(self, state: State) -> None:
-        """A column that the state hasn't begins at 0."""
+    def load_state_dict(self, state: State) -> frozenset[str]:
+        """Returns the columns that the state hasn't: they begin at 0, and whoever knows the rows may say more."""
         if self.policy is not None:  # an empty one is false
             self.policy.load_state_dict(state["policy"])
         self.kept = int(state.get("kept", 0))
@@ -191,3 +197,4 @@ class Replay:
         kept = state.get("columns", {})
         for name, column in self.columns.items():
             column[: len(self)] = kept.get(name, 0)
+        return frozenset(self.columns.keys() - kept.keys()) if len(self) else frozenset()

@@ -42,4 +42,4 @@ class L2Init(Rule):
         return {"anchor": self.anchor.clone()}
 
     def load_state_dict(self, state: State) -> None:
-        self.anchor.copy_(state["anchor"] if state else self.dense.flat)
+        self.anchor.copy_(self.dense.fitted(state["anchor"], self.dense.flat) if state else self.dense.flat)

@@ -98,6 +98,6 @@ class UPGD(Rule):
     def load_state_dict(self, state: State) -> None:
         self.step = int(state.get("step", 0))
         if state:
-            self.utility.copy_(state["utility"])
+            self.utility.copy_(self.dense.fitted(state["utility"], torch.zeros_like(self.utility)))
         else:
             self.utility.zero_()
