@@ -26,7 +26,7 @@ from torch import Tensor
 
 from streamcl.memory.owners import Owners, close_ranks
 from streamcl.memory.retention import RETENTIONS
-from streamcl.plugin import Draw, Plugin, PluginError, Retention, Shape, Step
+from streamcl.plugin import Draw, Plugin, PluginError, Retention, Shape, Step, builtin
 from streamcl.protocols import State
 from streamcl.random import below, key_of
 from streamcl.records import Selector, Ticket
@@ -46,7 +46,10 @@ def held_columns(plugins: Iterable[Plugin], shape: Shape) -> Spec:
     plugins = list(plugins)
     own = {name: size for plugin in plugins for name, size in plugin.columns(shape).items()}
     wanted = frozenset[str]().union(*(plugin.needs for plugin in plugins))
+    # Weight sets that could be there are for whoever reads them to miss: which it wants may hang on its options.
     there = {*COLUMNS, *own, *ALWAYS}.union(*(plugin.provides for plugin in plugins))
+    if wanted - there:
+        there |= frozenset[str]().union(*(each.provides for each in builtin().values()))
     for plugin in plugins:
         if missing := plugin.needs - there:
             raise PluginError(f"plugins: {plugin.kind} needs {', '.join(sorted(missing))}, which nobody provides")
