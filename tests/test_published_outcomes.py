@@ -88,7 +88,7 @@ def test_the_size_of_a_poll_changes_no_message(tmp_path: Path) -> None:
 
 def test_a_label_that_is_quarantined_has_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learn = Learner.learn
-    monkeypatch.setattr(Learner, "learn", lambda self, outcome: outcome.ticket.id != "3" and learn(self, outcome))
+    monkeypatch.setattr(Learner, "learn", lambda self, outcome, _: outcome.ticket.id != "3" and learn(self, outcome))
     fill([view(id, float(id), clicked=1) for id in range(6)])
     events = {"url": f"memory://{BROKER}/views", "id": "id", "time": "ts", "label": "clicked"}
     done = finish(settings(tmp_path, events=events, labels=None, outcomes=URL))

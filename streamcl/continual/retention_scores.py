@@ -20,6 +20,9 @@ from streamcl.stations import Stop
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]
 
+LOWEST = float(np.finfo(np.float64).min)
+"""Below every score, and finite, as a state should be."""
+
 
 class Strata:
     """Which part of the stream a row is of: its class, the segment that it came in, or how old it is.
@@ -99,7 +102,7 @@ class Kept(Retention, Rule):
         super().bind(context)
         self.strata = Strata(self.options.by, self.options.segments, context, self.kind)
         self.seen = np.zeros(self.strata.count)  # examples by part
-        self.bar = np.full(self.strata.count, -np.inf)  # the highest score that has left, of lasting scores
+        self.bar = np.full(self.strata.count, LOWEST)  # the highest score that has left, of lasting scores
         self.luck = np.zeros(context.memory.capacity)  # (N,) uniform
         self.key = context.key(f"{self.kind}.luck")
 
@@ -115,7 +118,7 @@ class Kept(Retention, Rule):
     def on_signal(self, signal: Signal) -> None:
         if signal.kind == "boundary" and self.strata.begin():
             self.seen = merged(self.seen)
-            self.bar = np.concatenate(([self.bar[:2].max()], self.bar[2:], [-np.inf]))
+            self.bar = np.concatenate(([self.bar[:2].max()], self.bar[2:], [LOWEST]))
 
     def after(self, step: Step) -> None:
         self.strata.steps = step.number + 1
@@ -165,7 +168,7 @@ class Kept(Retention, Rule):
 
     def load_state_dict(self, state: State) -> None:
         """Of other parts of the stream than now: it counts anew."""
-        self.seen[:], self.bar[:], self.luck[:] = 0, -np.inf, 0
+        self.seen[:], self.bar[:], self.luck[:] = 0, LOWEST, 0
         self.strata.load_state_dict(state.get("strata", {}))
         if state and len(state["luck"]) == len(self.luck):
             self.luck[:] = state["luck"]
