@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from river import base
 
+from streamcl import plugin
 from streamcl.config import Config
 from streamcl.features import FLOAT32_MAX, Featurizer
 from streamcl.learner import Learner
@@ -172,7 +173,8 @@ class _Settings(base.Estimator):
         replay_capacity: Examples kept for replay, by reservoir sampling (count).
         replay_per_event: How many of them are learned from again beside each new one; 0: no replay.
         plasticity: Rules that keep a net able to learn, by kind or as tables: `("continual_backprop",)`.
-        plugins: Methods of continual learning, likewise: `streamcl.plugin` says what they can do.
+        plugins: Methods of continual learning, likewise: `streamcl.plugin` says what they can do. Nobody sends signals
+            here, so a method that waits for a boundary goes on waiting.
         numbers: Inputs for numbers (count). With 0 all are hashed, and a missing one is zero instead of the mean: the
             choice for bags of words.
         categories: Fields for strings and bools (count).
@@ -211,7 +213,10 @@ class _Settings(base.Estimator):
         features: dict[str, Any] = {f"n{i:05}": "numeric" for i in range(self.numbers)}
         features |= {f"c{i:05}": {"kind": "categorical", "buckets": self.buckets} for i in range(self.categories)}
         features[REST] = {"kind": "bag", "buckets": self.buckets, "max_items": self.rest, "pooling": "sum"}
-        replay = {"retention": "reservoir", "capacity": self.replay_capacity, "per_event": self.replay_per_event}
+        kinds = [each if isinstance(each, str) else each["kind"] for each in self.plugins or ()]
+        keeps = any(issubclass(plugin.resolve(kind), plugin.Retention) for kind in kinds)
+        retention = "plugin" if keeps else "reservoir"
+        replay = {"retention": retention, "capacity": self.replay_capacity, "per_event": self.replay_per_event}
         config = {
             "name": "river",
             "task": task,
@@ -225,7 +230,7 @@ class _Settings(base.Estimator):
                 "classes": classes,
             },
             "optimizer": {"kind": self.optimizer, "learning_rate": self.learning_rate},
-            "replay": replay if self.replay_per_event else {},
+            "replay": replay if self.replay_per_event or keeps else {},
             "plasticity": self.plasticity or (),
             "plugins": self.plugins or (),
             "diagnostics": {"sample_every_steps": 0},  # nobody would read them

@@ -267,3 +267,12 @@ def test_methods_of_continual_learning_work_inside() -> None:
     assert state_of(copied.learner) == state_of(model.learner)
     assert accuracy(copied, stream[30:]) == accuracy(model, stream[30:])
     assert state_of(copied.learner) == state_of(model.learner)
+
+
+def test_a_method_may_say_who_stays_in_the_memory() -> None:
+    model = small_classifier(plugins=("forgetting_curve",), replay_capacity=8)
+    for i in range(30):
+        model.learn_one({"a": float(i)}, "x" if i % 2 else "y")
+    memory = model.learner.learner.memory
+    assert len(memory) == 8
+    assert memory.keeper is not None
