@@ -138,8 +138,9 @@ class Plugin:
         """A boundary, a drift, a new class, ...: before anything else is done with the event that brought it."""
 
     def forget(self, who: Selector) -> int:
-        """Erase what it holds of these events, but for rows of the memory; returns how many. What cannot be taken out
-        of a sum begins anew.
+        """Erase what it holds of these events, but for rows of the memory; returns how many.
+
+        What cannot be taken out of a sum begins anew, or stays like what the weights have learned: its docstring says.
         """
         return 0
 
