@@ -296,7 +296,7 @@ def test_the_memory_has_one_keeper(kinds: list[str], replay: dict[str, Any], tex
 
 def test_deltas_do_not_carry_what_plugins_recall() -> None:
     with pytest.raises(ConfigError, match="snapshots alone"):
-        with_plugins("Noting", deltas={"url": "file:///tmp/deltas"})
+        with_plugins("Noting", deltas={"url": "file:///deltas"})
 
 
 def test_every_preset_is_a_configuration() -> None:

@@ -56,7 +56,7 @@ class Eager:
         config: Config,
         layout: Layout,
         serving: bool = False,
-        plugins: Mapping[str, Plugin] = MappingProxyType({}),
+        plugins: Plugins = NO_PLUGINS,
     ) -> None:
         torch.set_num_threads(config.worker.threads)  # of the process: two are 10 to 40 times slower on a busy box
         self.task = config.task
@@ -266,9 +266,10 @@ class Eager:
     def _update(self, grads: Grads, step: Step) -> bool:
         for rule in self.around:
             rule.before(step)
+        given = grads
         for rule in self.around:
             grads = rule.transform(grads, step)
-        if self.around and not bool(torch.isfinite(grads.norm())):
+        if grads is not given and not bool(torch.isfinite(grads.norm())):
             return False
         trainable = step.plan.trainable
         if trainable is None or "table" in trainable:
