@@ -138,8 +138,8 @@ Feature = Annotated[Categorical | Bag | Numeric, Field(discriminator="kind"), Be
 class Recurrent(Station):
     """What model `recurrent` carries from one event of a key to the next; see `streamcl.models.linear_state`.
 
-    With credit every key, waiting ticket and replayed row holds traces: for min_gru about 8 x units x inputs bytes, 25 kB
-    for 16 units and 192 inputs. Set `keys`, `join.max_tickets` and `replay.capacity` to suit, or credit to detached.
+    With credit every key, waiting ticket and replayed row holds traces: about 8 x units x inputs bytes for min_gru,
+    25 kB for 16 units and 192 inputs. Set `keys`, `join.max_tickets`, `replay.capacity` to suit, or credit detached.
     """
 
     cell: Literal["min_gru", "min_lstm", "lssl", "retnet", "legs"] = New("min_gru", description="the recurrence")
