@@ -7,6 +7,7 @@ config file means nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,10 @@ from streamcl.records import Encoded
 from streamcl.stations import Bag, Categorical, Numeric
 
 ABSENT = object()
+MOST_KNOWN = 16_384
+"""Values of a field whose rows are kept at hand (count)."""
+LONGEST_KNOWN = 64
+"""Of those (characters)."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -66,6 +71,14 @@ def number(field: str, value: Any) -> float:
     return float(value)
 
 
+def _number_at(payload: Mapping[str, Any], name: str, path: tuple[str, ...]) -> float:
+    """NaN where there is none."""
+    value = payload.get(name) if len(path) == 1 else lookup(payload, path)
+    if type(value) is float and -FLOAT32_MAX <= value <= FLOAT32_MAX:
+        return value
+    return math.nan if value is None or value is ABSENT else number(name, value)
+
+
 def _kind(value: Any) -> str:
     return "a fraction" if isinstance(value, float) else kind_of(value)
 
@@ -82,9 +95,24 @@ class Field:
     slots: int
     mean: bool
 
+    known: dict[str | int, int]
+    """Rows of values that have come lately: half the time of an event would go into hashing them again."""
+
     def row(self, text: str) -> int:
         # The field's name is no part of the hash: it has rows of its own.
         return self.base + 1 + xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) % self.buckets
+
+    def row_of(self, value: Any) -> int:
+        """Raises BadInput for what is no category."""
+        exactly = type(value) is int or (type(value) is str and len(value) <= LONGEST_KNOWN)
+        row = self.known.get(value) if exactly else None
+        if row is None:
+            row = self.row(category(self.name, value))
+            if exactly:
+                if len(self.known) >= MOST_KNOWN:
+                    self.known.clear()
+                self.known[value] = row
+        return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +149,7 @@ class Featurizer:
                 continue
             slots = feature.max_items if isinstance(feature, Bag) else 1
             mean = isinstance(feature, Bag) and feature.pooling == "mean"
-            fields.append(Field(name, tuple(name.split(".")), base, feature.buckets, slot, slots, mean))
+            fields.append(Field(name, tuple(name.split(".")), base, feature.buckets, slot, slots, mean, {}))
             base, slot = base + feature.buckets + 1, slot + slots
         self.categoricals = [f for f in fields if isinstance(config.features[f.name], Categorical)]
         self.bags = [f for f in fields if isinstance(config.features[f.name], Bag)]
@@ -137,26 +165,26 @@ class Featurizer:
             rows=base,
         )
 
+        # What the loop over an event's fields needs, at hand; the name of one that isn't nested.
+        self._places = [(f.slot, f.name if len(f.path) == 1 else None, f.known, f) for f in self.categoricals]
         self._base = self.layout.slot_base.tolist()
         self._weights = np.zeros(slot, np.float32)
         self._weights[[field.slot for field in self.categoricals]] = 1.0
 
     def encode(self, payload: Mapping[str, Any]) -> Encoded:
         rows = self._base.copy()  # setting a list's elements is faster than an array's
-        for field in self.categoricals:
-            path = field.path
-            value = payload.get(path[0]) if len(path) == 1 else lookup(payload, path)
-            if value is not None and value is not ABSENT:
-                rows[field.slot] = field.row(category(field.name, value))
+        for slot, name, known, field in self._places:
+            value = payload.get(name) if name is not None else lookup(payload, field.path)
+            kind = type(value)
+            if kind is str or kind is int:  # True and 1.0 would be found under 1
+                rows[slot] = known.get(value) or field.row_of(value)
+            elif value is not None and value is not ABSENT:
+                rows[slot] = field.row_of(value)
         ids, weights = np.array(rows, np.int64), self._weights.copy()
         for field in self.bags:
             self._fill(field, lookup(payload, field.path), ids, weights)
-        dense = np.full(len(self.numerics), np.nan, np.float32)
-        for i, (name, path) in enumerate(self.numerics):
-            value = lookup(payload, path)
-            if value is not None and value is not ABSENT:
-                dense[i] = number(name, value)
-        return Encoded(ids, weights, dense)
+        numbers = [_number_at(payload, name, path) for name, path in self.numerics]
+        return Encoded(ids, weights, np.array(numbers, np.float32))
 
     @staticmethod
     def _fill(field: Field, value: Any, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
@@ -164,7 +192,7 @@ class Featurizer:
             return
         if not isinstance(value, list):
             raise BadInput("schema", f"field {field.name!r}: expected a list, not {kind_of(value)}")
-        items = [field.row(category(field.name, item)) for item in value[: field.slots]]
+        items = [field.row_of(item) for item in value[: field.slots]]
         end = field.slot + len(items)
         ids[field.slot : end] = items
         weights[field.slot : end] = 1.0 / len(items) if field.mean and items else 1.0

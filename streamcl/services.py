@@ -171,7 +171,7 @@ class Serve(Station):
     max_body_bytes: int = Free(1 << 20, ge=1, description="a larger body is refused (413)")
     max_header_bytes: int = Free(16_384, ge=256, description="a longer head is refused (431)")
     max_instances: int = Free(1000, ge=1, description="of one request (413)")
-    max_queued_instances: int = Free(4000, ge=1, description="of all requests under way; beyond it: 503, Retry-After")
+    max_queued_instances: int = Free(10_000, ge=1, description="of all requests under way; beyond it: 503, Retry-After")
     max_connections: int = Free(1000, ge=1, description="at once; further ones are refused (503)")
     request_timeout_s: float = Free(
         10.0, gt=0, description="from its first byte a request must be whole within this (408); an answer be read"
