@@ -52,6 +52,9 @@ def directions(layout: Layout) -> Keys:
     """
     fields, end = len(layout.fields), -len(layout.numerics) or None
 
+    if not fields:
+        return lambda _features, embedding, _hidden: embedding
+
     def unit(_features: Encoded, embedding: Floats, _hidden: Floats) -> Floats:
         parts = embedding[:end].reshape(fields, -1)
         lengths = np.sqrt(np.einsum("fd,fd->f", parts, parts))

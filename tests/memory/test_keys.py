@@ -27,3 +27,10 @@ def test_numerics_stay_what_they_are() -> None:
 
 def test_nothing_has_no_direction() -> None:
     assert key([0.0, 0.0, 0.0, 2.0]) == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_without_categories_the_key_is_the_numerics() -> None:
+    features = {"age": "numeric", "price": "numeric"}
+    data = {"name": "t", "events": {"url": "memory://t/events", "label": "label"}, "features": features}
+    keys = directions(Featurizer(Config.parse(data)).layout)
+    assert list(keys(NO_FEATURES, np.array([3.0, 4.0], np.float32), NO_HIDDEN)) == [3.0, 4.0]
