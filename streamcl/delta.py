@@ -145,12 +145,13 @@ class Deltas:
         self.last = ""
         learner.engine.watch = self.touched.add
 
-    def cut(self, progress: Progress) -> Delta | None:
-        """Behind every record: a delta, if one is due."""
+    def due(self, progress: Progress) -> bool:
+        """Behind every record: whether a delta is to be cut here."""
         if self.since is None:
             self.since = progress.records - 1
-        if progress.records % self.every:
-            return None
+        return progress.records % self.every == 0
+
+    def cut(self, progress: Progress) -> Delta:
         head = {
             "previous": self.last,
             "fingerprint": self.lineage,

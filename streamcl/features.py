@@ -174,7 +174,7 @@ class Featurizer:
     def encode(self, payload: Mapping[str, Any]) -> Encoded:
         rows = self._base.copy()  # setting a list's elements is faster than an array's
         for slot, name, known, field in self._places:
-            value = payload.get(name) if name is not None else lookup(payload, field.path)
+            value: Any = payload.get(name) if name is not None else lookup(payload, field.path)
             kind = type(value)
             if kind is str or kind is int:  # True and 1.0 would be found under 1
                 rows[slot] = known.get(value) or field.row_of(value)

@@ -7,14 +7,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import get_ident
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamcl.config import Config
+from streamcl.config import Config, ConfigError
 from streamcl.engine.eager import Eager, as_tensors
+from streamcl.engine.fused import Fused, obstacle
+from streamcl.engine.scan import Found
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
 from streamcl.key_states import KeyStates
 from streamcl.memory import ErrorMemory, Replay, Vectors
@@ -73,6 +76,10 @@ class Learner:
         self.recalls = [plugin for plugin in self.plugins.values() if isinstance(plugin, Recall)]
         self.planners = [plugin for plugin in self.plugins.values() if isinstance(plugin, Planner)]
         self.memory.take_over(self.plugins.values())
+        self.obstacle = obstacle(config, plugins)
+        if self.obstacle and config.worker.engine == "fused":
+            raise ConfigError(f"worker.engine: fused has no form of {self.obstacle}; set auto or eager")
+        self.fused = Fused(config, self) if config.worker.engine != "eager" and not self.obstacle else None
 
     def _key_states(self, config: Config) -> KeyStates | None:
         model, recurrent = self.engine.model, config.model.recurrent
@@ -88,8 +95,11 @@ class Learner:
     def answer(self, event: Event) -> tuple[Encoded, Scores]:
         """What is served, and what the ticket is to hold: features, and the state of the key before the event.
 
-        The key takes its new state along, so two events of one key in one turn run in their order.
+        The key takes its new state along, so two events of one key in one turn run in their order. With a fused engine
+        the scores are a promise, which its `settle` keeps.
         """
+        if self.fused is not None:
+            return event.features, self.fused.answer(event.features)
         if self.states is None:
             return event.features, self.predict(event.features)
         before = self.states.before(event.key, event.time_s)
@@ -102,15 +112,19 @@ class Learner:
 
     def predict(self, features: Encoded) -> Scores:
         """Without the state of a key in `features` it is asked about a key that has done nothing."""
+        if self.fused is not None:
+            return self.predict_many([features])[0]
         features = self._with_state(features)
         ids, weights, dense = as_tensors(*features)
         [scores] = self._scores([features], ids, weights, self._read(dense))
         return scores
 
     def predict_many(self, batch: Sequence[Encoded]) -> list[Scores]:
-        """In one pass: what `predict` says of each, up to the rounding of a matrix product of another height."""
+        """In one pass: what `predict` says of each; of the eager engine up to a matrix product's rounding."""
         if not batch:
             return []
+        if self.fused is not None:
+            return self._said(batch, self.fused.predict(batch))
         batch = [self._with_state(features) for features in batch]
         ids, weights, dense = (np.concatenate(column).reshape(len(batch), -1) for column in zip(*batch, strict=True))
         return self._scores(
@@ -131,6 +145,18 @@ class Learner:
         served = self._served(output)
         served, recalled = self.recall.recall(batch, served, Vectors(*(each.numpy() for each in looked[1:])))
         return [Scores(output[b], served[b], self.version, recalled[b], notes[b]) for b in range(len(batch))]
+
+    def _said(self, batch: Sequence[Encoded], found: Found) -> list[Scores]:
+        """What the fused engine has found, put right by the error memory."""
+        if not self.recall.stages:
+            return [Scores(*each, self.version) for each in zip(found.output, found.served, strict=True)]
+        served, recalled = self.recall.recall(batch, found.served, Vectors(found.entered, found.hidden))
+        return [Scores(*each[:2], self.version, each[2]) for each in zip(found.output, served, recalled, strict=True)]
+
+    def put_right(self, features: Encoded, scores: Scores, entered: NDArray[Any], hidden: NDArray[Any]) -> None:
+        """Finish a score that was promised by what the error memory says; entered (1, E), hidden (1, H)."""
+        served, recalled = self.recall.recall([features], scores.served[None], Vectors(entered, hidden))
+        scores.fulfil(served=served[0], recalled=recalled[0])
 
     def _recalled(self, query: Query) -> tuple[NDArray[np.float32], list[Notes]]:
         """(B, O) of what the plug-ins make of raw outputs, and what each ticket is to carry."""
@@ -156,6 +182,9 @@ class Learner:
 
     def learn(self, outcome: Outcome, signals: Sequence[Signal] = ()) -> bool:
         """Learn from one outcome, and from what it has told of the stream; False when it had to be left out."""
+        if self.fused is not None:
+            self.fused.learn(outcome)
+            return self.fused.settle()[-1]
         for signal in signals:
             for plugin in self.plugins.values():
                 plugin.on_signal(signal)
@@ -245,7 +274,7 @@ class Learner:
 
     def _step(self, outcome: Outcome, plan: Plan, replayed: int) -> Step | None:
         """None when it would have no row."""
-        live, served, share = None, None, torch.ones(1 if plan.live else 0)
+        live, served, share = None, None, torch.ones(1 if plan.live else 0, dtype=self.engine.dtype)
         if plan.live:
             ids, weights, dense = as_tensors(*outcome.ticket.features)
             live = self._rows(ids, weights, dense, torch.tensor([outcome.label]))
@@ -253,7 +282,7 @@ class Learner:
         if not replayed:
             return Step(self.steps, plan, live, None, share, served=served, outcome=outcome) if live else None
         index, weight = self.memory.pick(replayed, self.steps)
-        share = torch.cat((share, weight * (self.replay_weight / replayed)))
+        share = torch.cat((share, weight.to(share) * (self.replay_weight / replayed)))
         replay, columns = self._rows(*self.memory.examples(index)), self.memory.columns_of(index)
         return Step(self.steps, plan, live, replay, share, index=index, columns=columns, served=served, outcome=outcome)
 
@@ -262,11 +291,11 @@ class Learner:
         dense = self._read(dense)
         if self.task == "regression":
             y = torch.from_numpy(self.target.apply(y.unsqueeze(1).numpy())).squeeze(1)
-        return Rows(ids, weights, dense, y)
+        return Rows(ids, weights, dense, y.to(self.engine.dtype))
 
     def _read(self, dense: Tensor) -> Tensor:
         """(B, ...) numerics standardised, a key's state as it is."""
-        numbers = torch.from_numpy(self.numerics.apply(dense[:, : self.numbers].numpy()))
+        numbers = torch.from_numpy(self.numerics.apply(dense[:, : self.numbers].numpy())).to(self.engine.dtype)
         return numbers if self.states is None else torch.cat((numbers, dense[:, self.numbers :]), 1)
 
     def read(self) -> dict[str, float]:

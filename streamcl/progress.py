@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import xxhash
 
@@ -96,11 +97,20 @@ LEAP = 1 << 32
 """More outcomes than can be void."""
 
 
+class Due(NamedTuple):
+    """An outcome that is to be learned. `records` had been taken; `history`: nobody is told what it teaches."""
+
+    outcome: Outcome
+    records: int
+    history: bool
+
+
 class Work:
     """What the turn under way has brought about so far. `history`: nobody is told what the record at hand teaches."""
 
     def __init__(self) -> None:
         self.history = False
+        self.due: list[Due] = []
         self.predictions: list[Prediction] = []
         self.outcomes: list[Outcome] = []
         self.learned: list[Learned] = []

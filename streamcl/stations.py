@@ -170,6 +170,7 @@ class Model(Station):
     hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = New((64, 32), description="units per hidden layer")
     classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")
     init_scale: float = New(0.01, gt=0, description="standard deviation of a fresh embedding")
+    dtype: Literal["float32", "float64"] = New("float32", description="of weights and of what the optimiser holds")
     layer_norm: bool = New(False, description="each hidden layer's sums at mean 0 and deviation 1, before its ReLU")
 
 
@@ -277,7 +278,9 @@ class Shard(Station):
 class Worker(Station):
     max_records: int = Free(500, ge=1, description="most records of a turn; never changes a result")
     poll_timeout_s: float = Free(0.1, gt=0, description="a turn waits no longer for its first record")
-    engine: Literal["auto", "eager"] = Stop("auto", description="how steps are computed")
+    engine: Literal["auto", "eager", "fused"] = Stop(
+        "auto", description="how steps are computed; auto: fused if all that is configured has a compiled form"
+    )
     device: Literal["cpu"] = Stop("cpu", description="where steps are computed")
     threads: int = Stop(1, ge=1, description="torch threads; more than one is slower at batch size one")
     max_bad_ratio: float = Free(0.5, gt=0, le=1, description="stop when more of the last 1,000 records are bad")

@@ -25,7 +25,7 @@ from streamcl.join import Joiner
 from streamcl.learner import Learner
 from streamcl.metrics import Prequential
 from streamcl.outlets import Outlets
-from streamcl.progress import Counts, Progress, Work
+from streamcl.progress import Counts, Due, Progress, Work
 from streamcl.protocols import (
     BadInput,
     Codecs,
@@ -49,11 +49,15 @@ from streamcl.records import (
     Prediction,
     Record,
     Run,
+    Signal,
     Stream,
     Ticket,
     Turn,
 )
 from streamcl.river_learner import RiverLearner
+
+STRIDE, ASKED_STRIDE = 512, 32
+"""Records that are taken at once where the learner's engine works on a chunk of them: some milliseconds, or a tenth."""
 
 
 class Worker:
@@ -106,6 +110,10 @@ class Worker:
         self.boundaries = Boundaries(config)
         known = self.learner if config.deltas.url and isinstance(self.learner, Learner) else None
         self.deltas = Deltas(config, known) if known else None
+        # Whoever works on a chunk at a time is told what to do first, and asked for all of it then.
+        self.fused = self.learner.fused if isinstance(self.learner, Learner) else None
+        # With an endpoint of its own a worker lets others look at the state more often.
+        self.stride = (ASKED_STRIDE if config.serve.in_worker else STRIDE) if self.fused else 1
 
     def run(self) -> Iterator[Turn]:
         """Yields a turn per poll, an empty one when nothing came; ends when stopped or when the source is exhausted."""
@@ -156,11 +164,14 @@ class Worker:
     def turn(self, records: Sequence[Record], recovering: bool = False) -> Turn:
         """Work through some records; the cut into turns never changes a state or a prediction."""
         before, work = Counter(self.counts), Work()
-        for record in records:
-            with self.gate:  # between two records others may look at the state
-                self._take(record, work)
-                if self.deltas and (delta := self.deltas.cut(self.progress)):
-                    work.deltas.append(delta)
+        for start in range(0, len(records), self.stride):
+            with self.gate:  # in between others may look at the state
+                for record in records[start : start + self.stride]:
+                    self._take(record, work)
+                    if self.deltas and self.deltas.due(self.progress):
+                        self._settle(work)
+                        work.deltas.append(self.deltas.cut(self.progress))
+                self._settle(work)
         return Turn(
             records=len(records),
             position=dict(self.progress.position),
@@ -204,6 +215,7 @@ class Worker:
             self._refuse(record, error.reason, str(error), work)
             return
         self.recent_faults.append(False)
+        self._settle(work)
         restated = self.learner.restated(command.who)
         rows = self.joiner.forget(command.who, restated) | self.learner.forget(command.who)
         self.counts["forget_requests"] += 1
@@ -224,17 +236,40 @@ class Worker:
         return self.joiner.add(ticket)
 
     def _learn(self, outcome: Outcome, work: Work) -> None:
+        due = Due(outcome, self.progress.records, work.history)
+        if self.fused:
+            self.fused.learn(outcome)
+            work.due.append(due)
+            return
+        signals = self._watch(outcome, work)
+        self._conclude(due, self.learner.learn(outcome, signals), work)
+
+    def _settle(self, work: Work) -> None:
+        """Let the learner do what it has put off; then everything is as if it had been done record by record."""
+        if not self.fused:
+            return
+        learned = self.fused.settle()
+        due, work.due = work.due, []
+        for each, taken in zip(due, learned, strict=True):
+            self._watch(each.outcome, work)
+            self._conclude(each, taken, work)
+
+    def _watch(self, outcome: Outcome, work: Work) -> tuple[Signal, ...]:
         work.outcomes.append(outcome)
         loss = self.metrics.update(outcome)
         if self.base_metrics:
             self.base_metrics.add(outcome.label, outcome.ticket.scores.base)
         signals = (*self.drift.update(loss, outcome.ticket.origin), *self.boundaries.update(outcome))
         work.signals += signals
-        if self.learner.learn(outcome, signals):
+        return signals
+
+    def _conclude(self, due: Due, learned: bool, work: Work) -> None:
+        outcome = due.outcome
+        if learned:
             self.progress.learn(outcome.ticket.origin)
             self.counts["learned"] += 1
-            if not work.history:
-                work.learned.append(self._learned(outcome))
+            if not due.history:
+                work.learned.append(self._learned(due))
             return
         self.counts["quarantined"] += 1
         stub = orjson.dumps({"id": outcome.ticket.id, "label": outcome.label})
@@ -242,12 +277,13 @@ class Worker:
         error = "learning from this label would have made the weights non-finite or the gradient too large"
         work.dead_letters.append(DeadLetter(record, "quarantined_label", error))
 
-    def _learned(self, outcome: Outcome) -> Learned:
-        ticket, progress = outcome.ticket, self.progress
+    def _learned(self, due: Due) -> Learned:
+        outcome, ticket = due.outcome, due.outcome.ticket
         told = (ticket.id, ticket.origin, ticket.features, outcome.label, outcome.fate, ticket.time_s, outcome.delay_s)
-        return Learned(progress.outcomes, progress.records, *told)
+        return Learned(self.progress.outcomes, due.records, *told)
 
     def _refuse(self, record: Record, reason: str, error: str, work: Work) -> None:
+        self._settle(work)  # dead letters stand in the order of what they are of
         self.counts["dead_letter"] += 1
         work.dead_letters.append(DeadLetter(record, reason, error))
         self.recent_faults.append(True)

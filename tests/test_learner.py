@@ -185,7 +185,7 @@ def test_a_replay_of_no_weight_is_no_replay(rule: str) -> None:
 
 
 def test_an_example_never_replays_itself() -> None:
-    made = config(replay={"per_event": 4, "capacity": 1})
+    made = config(replay={"per_event": 4, "capacity": 1}, worker={"engine": "eager"})
     learner, drawn = Learner(made), []
     examples = learner.memory.examples
 

@@ -23,6 +23,7 @@ BENCHES = {
     "error-memory": "streamcl.bench.error_memory",
     "plasticity": "streamcl.bench.plasticity",
     "continual": "streamcl.bench.continual",
+    "step": "streamcl.bench.step",
 }
 """Module by bench name. A module has `READS`, the options that it heeds, and `run(options) -> Report`."""
 

@@ -23,6 +23,7 @@ class Dense:
 
     Attributes:
         flat: (P,) the parameters that learn, in the order of `named_parameters`.
+        spans: Where each lies in it, by name.
         params: The same by name, as views.
         slots: What the optimiser holds, (P,) each: one step count for each weight, so that a fresh one is
             bias-corrected as fresh.
@@ -42,8 +43,8 @@ class Dense:
         self.traces: dict[str, Tensor] = {}
         sizes = [param.numel() for param in self.params.values()]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._spans = {name: slice(a, a + n) for name, a, n in zip(self.params, starts, sizes, strict=True)}
-        self._saved = self._spans  # of the state that was loaded last
+        self.spans = {name: slice(a, a + n) for name, a, n in zip(self.params, starts, sizes, strict=True)}
+        self._saved = self.spans  # of the state that was loaded last
 
     def gradient(self, by_param: Sequence[Tensor]) -> Tensor:
         """(P,) of gradients in the order of `params`."""
@@ -58,7 +59,7 @@ class Dense:
 
     def part(self, column: Tensor, name: str) -> Tensor:
         """What a column of shape (P,) holds of one parameter, as a view of the parameter's shape."""
-        return column[self._spans[name]].view_as(self.params[name])
+        return column[self.spans[name]].view_as(self.params[name])
 
     def copies(self, name: str) -> Iterator[Tensor]:
         """A parameter, and its counterparts in the weight sets."""
@@ -124,10 +125,10 @@ class Dense:
 
         What belongs to a plug-in's parameters that the state doesn't know is `fresh` (P,) or (..., P).
         """
-        if self._saved == self._spans:
+        if self._saved == self.spans:
             return saved
         column = fresh.expand(*saved.shape[:-1], len(self.flat)).clone()
-        for name, span in self._spans.items():
+        for name, span in self.spans.items():
             if name in self._saved:
                 column[..., span] = saved[..., self._saved[name]]
         return column

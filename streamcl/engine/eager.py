@@ -67,7 +67,8 @@ class Eager:
         self.one_slot_each = len(layout.slot_field) == self.fields
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
         self.max_grad_norm = config.optimizer.max_grad_norm
-        self.model = build_model(config, layout)
+        self.dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
+        self.model = build_model(config, layout).to(self.dtype)
         self._hidden: dict[int, Tensor] = {}  # by thread: a replica predicts for requests and for its memory
         if self.model.tower is not None:
             self.model.tower.head.register_forward_pre_hook(self._note_hidden)
@@ -76,7 +77,8 @@ class Eager:
         self.table = self._fresh_table(config, layout.rows)  # (R, W)
         rate = config.optimizer.learning_rate
         self.dense = Dense(self.model, build_update(config.optimizer, rate))
-        self.row_update = build_update(config.optimizer, config.optimizer.embedding_learning_rate or ROWS_FASTER * rate)
+        self.row_rate = config.optimizer.embedding_learning_rate or ROWS_FASTER * rate
+        self.row_update = build_update(config.optimizer, self.row_rate)
         self.row_slots = self.row_update.slots(self.table)
         self.layers = of_tower(self.model, self.model.tower)
         self.rules: dict[str, Rule] = {} if serving else build_rules(config, self.dense, self.model, self.layers)
@@ -100,7 +102,7 @@ class Eager:
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
         dim = config.model.embedding_dim if self.model.embedding else 0
-        table = torch.zeros(rows, self.first + dim)
+        table = torch.zeros(rows, self.first + dim, dtype=self.dtype)
         self.draw = partial(_normal, key_of(config.seed, "table"), config.model.init_scale)
         block = BLOCK // max(dim, 1)
         for start in range(0, rows if dim else 0, block):

@@ -92,7 +92,7 @@ class Adam:
         self.rate, self.l2 = rate, config.l2
 
     def slots(self, value: Tensor) -> Slots:
-        steps = torch.zeros(value.shape[0], *(1,) * (value.dim() - 1))
+        steps = value.new_zeros(value.shape[0], *(1,) * (value.dim() - 1))
         return torch.zeros_like(value), torch.zeros_like(value), steps
 
     def step(self, value: Tensor, gradient: Tensor, slots: Sequence[Tensor]) -> tuple[Tensor, Slots]:

@@ -88,7 +88,7 @@ class ContinualBackprop(Rule):
         self.reset = Reset(dense, module, "continual_backprop", taps, seed, init)
         self.coins = [key_of(seed, f"continual_backprop.{place}.utility") for place in taps.places]
         starts = [sum(layer.units for layer in layers[:i]) for i in range(len(layers))]
-        self._spans = [slice(start, start + layer.units) for start, layer in zip(starts, layers, strict=True)]
+        self.spans = [slice(start, start + layer.units) for start, layer in zip(starts, layers, strict=True)]
         outgoing = [module.get_submodule(name) for layer in layers for name in layer.outgoing]
         self._vectors = all(isinstance(reader, nn.Linear) for reader in outgoing) and all(
             module.get_submodule(layer.outgoing[0]).in_features == layer.units for layer in layers
@@ -98,7 +98,7 @@ class ContinualBackprop(Rule):
         self.mean = dense.flat.new_zeros(units)  # (U,) f, running mean of h
         self.born = torch.zeros(units, dtype=torch.int64, device=dense.flat.device)  # step of the last reset
         self._whole = self._part(slice(None))
-        self._parts = [self._part(span) for span in self._spans]
+        self._parts = [self._part(span) for span in self.spans]
         self._begin(0)
 
     def _part(self, span: slice) -> _Part:
@@ -119,7 +119,7 @@ class ContinualBackprop(Rule):
 
         So the host knows when a reset is due and never has to ask a device.
         """
-        births = [Counter(self.born[span].tolist()) for span in self._spans]
+        births = [Counter(self.born[span].tolist()) for span in self.spans]
         self._eligible = [sum(n for t, n in found.items() if self.step - t > self.maturity) for found in births]
         self._young = [deque((t, n) for t, n in sorted(b.items()) if self.step - t <= self.maturity) for b in births]
 
@@ -128,6 +128,16 @@ class ContinualBackprop(Rule):
             return
         self.step += 1
         self._observe()
+        self._ripen()
+        self.replace_due()
+
+    def catch_up(self, step: int, eligible_steps: Sequence[int]) -> None:
+        """Steps have been taken elsewhere, which have moved the running means and made no unit anew."""
+        self.step, self.eligible_steps = step, list(eligible_steps)
+        self._count_eligible()
+
+    def replace_due(self) -> None:
+        """Make units anew, as many as are due after the step under way."""
         if due := self._due():
             # Every unit is chosen before anything changes; then from front to back.
             chosen = [(place, self._least_useful(place, count)) for place, count in due]
@@ -158,13 +168,16 @@ class ContinualBackprop(Rule):
         """1 - eta^a: a running mean that began at 0 is this share of what it would be."""
         return (1.0 - self.decay ** (self.step - born).double()).to(self.mean.dtype)
 
-    def _due(self) -> list[tuple[int, int]]:
-        """(layer, how many units) for each layer with any."""
-        due = []
+    def _ripen(self) -> None:
         for place, young in enumerate(self._young):
             while young and self.step - young[0][0] > self.maturity:
                 self._eligible[place] += young.popleft()[1]
             self.eligible_steps[place] += self._eligible[place]
+
+    def _due(self) -> list[tuple[int, int]]:
+        """(layer, how many units) for each layer with any."""
+        due = []
+        for place in range(len(self.layers)):
             replaced = self.replaced[place] - self.replaced_before[place]
             count = math.floor(self.rates[place] * self.eligible_steps[place]) - replaced
             if count > 0 and self._eligible[place]:
@@ -175,14 +188,14 @@ class ContinualBackprop(Rule):
         """(k,) eligible units of the lowest utility; of equal ones the first."""
         utility = self._utility(place)
         utility = utility.clamp_max(torch.finfo(utility.dtype).max)  # below what is not eligible
-        utility = torch.where(self.step - self.born[self._spans[place]] > self.maturity, utility, math.inf)
+        utility = torch.where(self.step - self.born[self.spans[place]] > self.maturity, utility, math.inf)
         return utility.argmin().view(1) if count == 1 else utility.argsort(stable=True)[:count]
 
     def _utility(self, place: int) -> Tensor:
         """(n,) of each unit today; NaN for one that was made anew in the last step."""
         if self.utility not in ("contribution", "mean_corrected", "adaptable"):
             return self._weighing(place)
-        span = self._spans[place]
+        span = self.spans[place]
         utility = self.mean_use[span] / self._unbias(self.born[span])
         return utility if self.exact else utility * self._weighing(place)
 
@@ -192,7 +205,7 @@ class ContinualBackprop(Rule):
         if self.utility == "random":
             draw = uniform_array(self.coins[place], layer.units, self.step * layer.units)
             return torch.from_numpy(draw).to(self.mean)
-        one = torch.ones_like(self.mean[self._spans[place]])
+        one = torch.ones_like(self.mean[self.spans[place]])
         if self.utility != "adaptation":
             outgoing = [self.dense.params[f"{name}.weight"].detach() for name in layer.outgoing]
             one = sum((w.view(len(w), layer.units, -1).abs().sum((0, 2)) for w in outgoing), torch.zeros_like(one))
@@ -202,7 +215,7 @@ class ContinualBackprop(Rule):
         return one
 
     def _reset(self, place: int, units: Tensor) -> None:
-        span = self._spans[place]
+        span = self.spans[place]
         mean = self.mean[span][units] / self._unbias(self.born[span][units])  # before it is zeroed
         self.reset(self.layers[place], place, units, self.replaced[place], mean if self.transfer else None)
         self.mean[span].index_fill_(0, units, 0.0)
@@ -214,7 +227,7 @@ class ContinualBackprop(Rule):
 
     def read(self) -> dict[str, float]:
         told: dict[str, float] = {}
-        for place, (number, span) in enumerate(zip(self.taps.places, self._spans, strict=True)):
+        for place, (number, span) in enumerate(zip(self.taps.places, self.spans, strict=True)):
             age = self.step - self.born[span]
             told[f"layer_{number}_replacements"] = float(self.replaced[place])
             told |= _percentiles(f"layer_{number}_unit_age_steps", age)

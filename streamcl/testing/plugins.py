@@ -130,6 +130,7 @@ def _config(kind: type[Plugin], settings: dict[str, Any], task: str, beside: boo
         "model": {"kind": "mlp", "embedding_dim": 3, "hidden": [8, 6], "classes": CLASSES, "init_scale": 0.3},
         "optimizer": {"kind": "sgd", "learning_rate": 0.05},
         "replay": {"retention": "plugin" if keeps else "recency", "capacity": ROWS, "per_event": 3},
+        "worker": {"engine": "eager"},  # of the one without plug-ins too: they are compared to the bit
         **(BESIDE if beside else {}),
     }
     return Config.parse(data | ({} if off else {"plugins": plugins}))

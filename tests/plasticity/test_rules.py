@@ -37,7 +37,13 @@ IDLE: dict[str, dict[str, Any]] = {
 
 def plastic(kind: str, settings: dict[str, Any], optimizer: str = "sgd") -> Config:
     rules = [{"kind": kind, **settings}] if kind else []
-    return config(plasticity=rules, optimizer={"kind": optimizer}, replay={"per_event": 2}, model={"hidden": [6, 5]})
+    return config(
+        plasticity=rules,
+        optimizer={"kind": optimizer},
+        replay={"per_event": 2},
+        model={"hidden": [6, 5]},
+        worker={"engine": "eager"},
+    )
 
 
 @pytest.mark.parametrize("kind", PLASTICITY)

@@ -1,0 +1,412 @@
+"""The fused engine: a learner's work in compiled code, a chunk of the stream at a time, one example after another.
+
+It holds no state. Weights, optimiser slots, replayed rows and running means lie where the eager engine has them, seen
+through views, so either engine may go on where the other has stopped. What is seldom due (a unit made anew, a report
+of the diagnostics) ends the compiled loop, is done by the eager engine's own code, and the loop goes on behind it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from streamcl.engine import scan as loop
+from streamcl.engine.dense import Dense
+from streamcl.engine.kernels import KINDS
+from streamcl.engine.scan import ANSWER, LEARN, REFUSE
+from streamcl.features import FLOAT32_MAX, RunningNorm
+from streamcl.memory.owners import Owners
+from streamcl.models import DeepFM, Logistic
+from streamcl.models.tower import MLP
+from streamcl.plasticity.continual_backprop import ContinualBackprop
+from streamcl.records import Encoded, Outcome, Scores
+
+if TYPE_CHECKING:
+    from streamcl.config import Config
+    from streamcl.learner import Learner
+
+TASKS = {"binary": loop.BINARY, "multiclass": loop.MULTICLASS, "regression": loop.REGRESSION}
+NOTHING = np.zeros((0, 0), np.float32)
+NO_ROWS = np.zeros(0, np.int64)
+UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
+
+Arrays = NDArray[Any]
+
+
+def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
+    """What of a configuration has no compiled form, by its path; None when all of it has."""
+    if config.river is not None:
+        return f"river: {config.river}"
+    if config.plugins or plugins:
+        return "plugins: " + ", ".join(str(getattr(each, "kind", each)) for each in (*config.plugins, *plugins))
+    if config.model.kind not in ("logistic", "mlp", "deepfm"):
+        return f"model.kind: {config.model.kind}"
+    if config.model.layer_norm and config.model.kind != "logistic":
+        return "model.layer_norm"
+    for index, rule in enumerate(config.plasticity):
+        if rule.kind != "continual_backprop" or rule.exact:
+            return f"plasticity.{index}: {rule.kind}{', exact' if rule.kind == 'continual_backprop' else ''}"
+    if config.loss.kind == "reloop" and config.error_memory:
+        return "loss.kind: reloop, on what an error memory has put right"
+    return None
+
+
+class Job(NamedTuple):
+    """One operation: an answer that is promised, or an outcome that is to be learned."""
+
+    kind: int
+    features: Encoded
+    scores: Scores
+    outcome: Outcome | None = None
+
+
+class Fused:
+    """Takes a learner's work, and does it when asked to.
+
+    `predict` may be called by several threads while nothing is learned; it is to the bit what `answer` promises under
+    the same weights, whatever else is asked at once.
+
+    Args:
+        learner: Its engine has the weights; nobody else changes them while work is waiting.
+
+    Attributes:
+        drawn: If it is made a list, each outcome's replayed rows are put into it, (draw,) each.
+
+    Errors:
+        IndexError from `settle` and `predict`: features that point outside the table.
+    """
+
+    drawn: list[Arrays] | None = None
+
+    def __init__(self, config: Config, learner: Learner) -> None:
+        self.learner = learner
+        self.engine = learner.engine
+        self.jobs: list[Job] = []
+        self.renewal_rule = next((r for r in learner.rules.values() if isinstance(r, ContinualBackprop)), None)
+        self.plan = self._plan(config)
+        self.net = self._net()
+        self.scratch = _scratch(self.plan, 1 + self.plan.draw, self.engine.numbers, self.net)
+        self._asked = threading.local()
+
+    def _plan(self, config: Config) -> loop.Plan:
+        engine, model = self.engine, self.engine.model
+        dense, dtype = engine.dense, engine.dense.flat.numpy().dtype
+        rate = config.optimizer.learning_rate
+        rates = [[r, config.optimizer.l1, config.optimizer.l2] for r in (rate, engine.row_rate)]
+        linear = model if isinstance(model, Logistic) else model.linear if isinstance(model, DeepFM) else None
+        projected = isinstance(model, DeepFM) and model.pairs is not None
+        at = {name: span.start for name, span in dense.spans.items()}
+        layers = _layers(model.tower, "deep." if isinstance(model, DeepFM) else "", dense)
+        memory = self.learner.memory
+        return loop.Plan(
+            task=TASKS[config.task],
+            optimizer=KINDS[config.optimizer.kind],
+            outputs=config.outputs,
+            first=engine.first,
+            fields=engine.fields,
+            dim=engine.dim if model.embedding else 0,
+            linear=-1 if linear is None else at["weight" if linear is model else "linear.weight"],
+            pairs=loop.NO_PAIRS if not isinstance(model, DeepFM) else loop.PROJECTED if projected else loop.SUMMED,
+            projection=at["pairs.weight"] if projected else 0,
+            layers=np.array(layers, np.int64).reshape(-1, 4),
+            slot_field=engine.slot_field.numpy(),
+            key=np.uint64(memory.key),
+            draw=self.learner.per_event if memory.capacity else 0,
+            share=self.learner.replay_weight / max(self.learner.per_event, 1),
+            alpha=engine.alpha,
+            largest=float(engine.max_grad_norm),
+            rates=np.array(rates[0], dtype),
+            row_rates=np.array(rates[1], dtype),
+        )
+
+    def _net(self) -> loop.Net:
+        """Views of what the engine holds."""
+        dense, table = self.engine.dense, self.engine.table.numpy()
+        flat = dense.flat.numpy()
+        slots = [[slot.numpy().reshape(-1) for slot in each] for each in (dense.slots, self.engine.row_slots)]
+        return loop.Net(flat, _three(slots[0], flat[:0]), table, table.reshape(-1), _three(slots[1], flat[:0]))
+
+    def answer(self, features: Encoded) -> Scores:
+        """What will be answered: the arrays are filled when the work is done."""
+        plan, version = self.plan, self.learner.version + len(self.jobs)
+        scores = Scores(np.zeros(plan.outputs, np.float32), np.zeros(plan.outputs, np.float32), version)
+        self.jobs.append(Job(ANSWER, features, scores))
+        return scores
+
+    def predict(self, batch: Sequence[Encoded]) -> loop.Found:
+        """What is said of each of a batch now."""
+        scratch = getattr(self._asked, "scratch", None)
+        if scratch is None:
+            scratch = self._asked.scratch = _scratch(self.plan, 1, self.engine.numbers, self.net)
+        jobs = [Job(ANSWER, features, UNSAID) for features in batch]
+        found, nobody = self._found(jobs), self._renewal(on=False)
+        rows, watch = self._rows(), self._watch(on=False)
+        loop.scan(
+            0, 0, self._chunk(jobs), found, self.net, self.plan, self._norms(), rows, nobody, watch, NO_ROWS, scratch
+        )
+        return found
+
+    def learn(self, outcome: Outcome) -> None:
+        """Learn from it when the work is done."""
+        label = outcome.label
+        good = abs(label) <= FLOAT32_MAX
+        if self.plan.task == loop.MULTICLASS:
+            good = good and 0 <= label < self.plan.outputs
+        self.jobs.append(Job(LEARN if good else REFUSE, outcome.ticket.features, outcome.ticket.scores, outcome))
+
+    def settle(self) -> list[bool]:
+        """Do the work that is waiting; for each outcome, in their order, whether it could be learned."""
+        jobs, self.jobs = self.jobs, []
+        return self._run(jobs) if jobs else []
+
+    def _run(self, jobs: Sequence[Job]) -> list[bool]:
+        chunk, found = self._chunk(jobs), self._found(jobs)
+        refused: set[int] = set()
+        policy = self.learner.memory.policy
+        before = policy.state_dict() if policy is not None else {}
+        self._place(jobs, chunk, refused)
+        norms, renewal, watch, rows = self._norms(), self._renewal(), self._watch(), self._rows()
+        moved = np.empty(len(jobs) * len(self.scratch.touched), np.int64) if self.engine.watch else NO_ROWS
+        plan = self.plan._replace(largest=float(self.engine.max_grad_norm))
+        n = 0
+        while n < len(jobs):
+            first, steps = n, self.learner.steps
+            n, why, logged = loop.scan(
+                n, steps, chunk, found, self.net, plan, norms, rows, renewal, watch, moved, self.scratch
+            )
+            if why == loop.REFUSED:
+                refused.add(n - 1)
+            taken = [i for i in range(first, n) if jobs[i].kind != ANSWER and i not in refused]
+            self._take_over(norms, renewal, watch, len(taken))
+            if self.engine.watch and logged:
+                self.engine.watch(torch.from_numpy(np.unique(moved[:logged])))
+            if why == loop.REFUSED and policy is not None:
+                policy.load_state_dict(before)
+                self._place(jobs, chunk, refused)
+            if why == loop.DUE:
+                renewal = self._due(watch)
+        self._hand_out(jobs, found, refused)
+        self._own(jobs, chunk, refused)
+        if self.drawn is not None:
+            self.drawn += [found.drawn[i] for i, job in enumerate(jobs) if job.kind != ANSWER]
+        return [i not in refused for i, job in enumerate(jobs) if job.kind != ANSWER]
+
+    def _chunk(self, jobs: Sequence[Job]) -> loop.Chunk:
+        n = len(jobs)
+        ids, weights, dense = (
+            np.concatenate(column).reshape(n, -1) for column in zip(*(job.features for job in jobs), strict=True)
+        )
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(self.net.table)):
+            raise IndexError(f"features point to row {ids.min()} or {ids.max()} of a table of {len(self.net.table)}")
+        label, served = np.zeros(n, np.float32), np.zeros(n)
+        source = np.full(n, -1, np.int64)
+        promised = {id(job.scores): i for i, job in enumerate(jobs) if job.kind == ANSWER} if self.plan.alpha else {}
+        for i, job in enumerate(jobs):
+            if job.outcome is not None:
+                label[i] = job.outcome.label if job.kind == LEARN else np.nan
+                if self.plan.alpha:
+                    source[i] = promised.get(id(job.scores), -1)
+                    served[i] = job.scores.served[0]
+        kinds = np.array([job.kind for job in jobs], np.int8)
+        zeros = np.zeros(n, np.int64)
+        return loop.Chunk(kinds, ids, weights, dense, label, served, source, zeros, zeros - 1)
+
+    def _found(self, jobs: Sequence[Job]) -> loop.Found:
+        n, plan, dtype = len(jobs), self.plan, self.net.flat.dtype
+        looks = bool(self.learner.recall.stages)
+        entered, hidden = self.engine.widths if looks else (0, 0)
+        return loop.Found(
+            output=np.zeros((n, plan.outputs), np.float32),
+            served=np.zeros((n, plan.outputs), np.float32),
+            entered=np.zeros((n if entered else 0, entered), dtype),
+            hidden=np.zeros((n if hidden else 0, hidden), dtype),
+            drawn=np.full((n if self.drawn is not None else 0, plan.draw), -1, np.int64),
+            norm=np.zeros(n, dtype),
+        )
+
+    def _place(self, jobs: Sequence[Job], chunk: loop.Chunk, refused: set[int]) -> None:
+        """Which place each outcome will have in memory: what its policy says does not hang on weights."""
+        memory = self.learner.memory
+        if memory.policy is None:
+            return
+        for i, job in enumerate(jobs):
+            if job.kind == ANSWER:
+                continue
+            chunk.held[i] = len(memory)
+            slot = None
+            if job.kind == LEARN and job.outcome is not None and i not in refused:
+                slot = memory.policy.place(job.outcome.label)
+            chunk.slot[i] = -1 if slot is None else slot
+
+    def _norms(self) -> loop.Norms:
+        numerics, target = self.learner.numerics, self.learner.target
+        width = len(numerics.count)
+        scaled = np.ones(width, np.bool_) if numerics.scaled is None else numerics.scaled
+        clip = np.broadcast_to(np.asarray(numerics.clip, np.float64), (width,)).copy()
+        return loop.Norms(*_copied(numerics), clip, scaled, *_copied(target))
+
+    def _rows(self) -> loop.Rows:
+        memory = self.learner.memory
+        return loop.Rows(memory.ids, memory.weights, memory.dense, memory.y)
+
+    def _renewal(self, on: bool = True) -> loop.Renewal:
+        rule = self.renewal_rule
+        if not on or rule is None or not any(rule.rates):
+            whole, real = np.zeros(0, np.int64), np.zeros(0)
+            none = np.zeros(0, self.net.flat.dtype)
+            return loop.Renewal(False, False, 0.0, 0, whole, real, whole, whole, whole, none, none, whole, real)
+        levels = len(self.plan.layers) - 1
+        starts, rates = np.full(levels, -1, np.int64), np.zeros(levels)
+        replaced, eligible = np.zeros(levels, np.int64), np.zeros(levels, np.int64)
+        for i, (place, span) in enumerate(zip(rule.taps.places, rule.spans, strict=True)):
+            starts[place], rates[place] = span.start, rule.rates[i]
+            replaced[place], eligible[place] = rule.replaced[i] - rule.replaced_before[i], rule.eligible_steps[i]
+        return loop.Renewal(
+            on=True,
+            corrected=rule.utility in ("mean_corrected", "adaptable"),
+            decay=rule.decay,
+            maturity=rule.maturity,
+            starts=starts,
+            rates=rates,
+            replaced=replaced,
+            eligible=eligible,
+            step=np.array([rule.step], np.int64),
+            mean_use=rule.mean_use.numpy(),
+            mean=rule.mean.numpy(),
+            born=rule.born.numpy(),
+            powers=_powers(rule.decay),
+        )
+
+    def _watch(self, on: bool = True) -> loop.Watch:
+        diagnostics = self.learner.diagnostics
+        if not on or diagnostics is None:
+            return loop.Watch(0, 1, np.zeros(2, np.int64), NOTHING.astype(self.net.flat.dtype))
+        steps = np.array([diagnostics.steps, diagnostics.sampled], np.int64)
+        return loop.Watch(diagnostics.sample_every, diagnostics.report_every, steps, diagnostics.ring.numpy())
+
+    def _take_over(self, norms: loop.Norms, renewal: loop.Renewal, watch: loop.Watch, taken: int) -> None:
+        """What the loop counts in arrays of its own."""
+        learner, rule = self.learner, self.renewal_rule
+        learner.steps += taken
+        learner.version += taken
+        for mine, theirs in ((learner.numerics, norms[:3]), (learner.target, norms[5:])):
+            mine.count, mine.mean, mine.m2 = (each.copy() for each in theirs)
+        if rule is not None and renewal.on:
+            rule.catch_up(int(renewal.step[0]), [int(renewal.eligible[place]) for place in rule.taps.places])
+        if learner.diagnostics is not None:
+            learner.diagnostics.steps, learner.diagnostics.sampled = watch.steps.tolist()
+
+    def _due(self, watch: loop.Watch) -> loop.Renewal:
+        """Units to be made anew, and then a report."""
+        if self.renewal_rule is not None and any(self.renewal_rule.rates):
+            self.renewal_rule.replace_due()
+        diagnostics = self.learner.diagnostics
+        if diagnostics is not None and watch.steps[0] % watch.report == 0:
+            diagnostics.report = diagnostics.reckon()
+        return self._renewal()
+
+    def _hand_out(self, jobs: Sequence[Job], found: loop.Found, refused: set[int]) -> None:
+        """Fill the answers that were promised; and with an error memory let it see all in the order of the stream."""
+        version, recall = (
+            self.learner.version - sum(job.kind != ANSWER for job in jobs) + len(refused),
+            self.learner.recall,
+        )
+        for i, job in enumerate(jobs):
+            if job.kind != ANSWER:
+                version += i not in refused
+                continue
+            job.scores.output[:], job.scores.served[:] = found.output[i], found.served[i]
+            job.scores.fulfil(version=version)
+        if recall.stages:
+            self._recall(jobs, found, refused)
+
+    def _recall(self, jobs: Sequence[Job], found: loop.Found, refused: set[int]) -> None:
+        for i, job in enumerate(jobs):
+            if job.kind == ANSWER:
+                self.learner.put_right(job.features, job.scores, found.entered[i : i + 1], found.hidden[i : i + 1])
+            elif i not in refused and job.outcome is not None:
+                ticket = job.outcome.ticket
+                self.learner.recall.observe(ticket.scores, job.outcome.label, owner=Owners.of(ticket))
+
+    def _own(self, jobs: Sequence[Job], chunk: loop.Chunk, refused: set[int]) -> None:
+        """Whose the rows are that were written; and of whom the diagnostics have heard."""
+        memory, diagnostics = self.learner.memory, self.learner.diagnostics
+        learned = [i for i, job in enumerate(jobs) if job.kind == LEARN and i not in refused]
+        for i in np.flatnonzero(chunk.slot >= 0).tolist():
+            memory.owners.write(chunk.slot[i], Owners.of(jobs[i].outcome.ticket))  # type: ignore[union-attr]
+        if diagnostics is None:
+            return
+        every, first = diagnostics.sample_every, diagnostics.steps - len(learned)
+        sampled = diagnostics.sampled - (diagnostics.steps // every - first // every)
+        for step in range(first + every - first % every, diagnostics.steps + 1, every):
+            ticket = jobs[learned[step - first - 1]].outcome.ticket  # type: ignore[union-attr]
+            diagnostics.owners.write(sampled % diagnostics.window, Owners.of(ticket))
+            sampled += 1
+
+
+def _layers(tower: MLP | None, prefix: str, dense: Dense) -> list[tuple[int, int, int, int]]:
+    """Inputs, units, and where weights and bias begin, of each layer."""
+    if tower is None:
+        return []
+    names = [*(f"{prefix}hidden.{i}" for i in range(len(tower.hidden))), f"{prefix}head"]
+    shapes = [dense.params[f"{name}.weight"].shape for name in names]
+    starts = [[dense.spans[f"{name}.{part}"].start for part in ("weight", "bias")] for name in names]
+    return [(shape[1], shape[0], w, b) for shape, (w, b) in zip(shapes, starts, strict=True)]
+
+
+def _three(slots: Sequence[Arrays], like: Arrays) -> tuple[Arrays, Arrays, Arrays]:
+    """Slots; for those that the optimiser hasn't `like`, from which nothing is read."""
+    a, b, c = (*slots, like, like, like)[:3]
+    return a, b, c
+
+
+def _copied(norm: RunningNorm) -> tuple[Arrays, Arrays, Arrays]:
+    return norm.count.copy(), norm.mean.copy(), norm.m2.copy()
+
+
+def _powers(decay: float) -> Arrays:
+    """decay ** age for the ages at which it can be told from nothing."""
+    ages = 1 if decay <= 0.0 else math.ceil(math.log(2.0**-54) / math.log(decay)) + 1
+    return np.asarray(decay ** np.arange(ages, dtype=np.float64))
+
+
+def _scratch(plan: loop.Plan, rows: int, numbers: int, net: loop.Net) -> loop.Scratch:
+    """For steps of at most so many rows."""
+    dtype, slots = net.flat.dtype, len(plan.slot_field)
+    entering, units = plan.fields * plan.dim + numbers, plan.layers[:-1, 1].sum()
+    widest = max(entering, *plan.layers[:, :2].ravel().tolist(), 1)
+    buckets = 1 << (2 * rows * max(slots, 1)).bit_length()
+
+    def zeros(*shape: int) -> Arrays:
+        return np.zeros(shape, dtype)
+
+    return loop.Scratch(
+        x=zeros(rows, entering),
+        dx=zeros(rows, entering),
+        acts=zeros(rows * units),
+        deltas=zeros(rows * units),
+        z=zeros(rows, plan.outputs),
+        dz=zeros(rows, plan.outputs),
+        total=zeros(rows, plan.dim),
+        pull=zeros(rows, plan.dim),
+        products=zeros(rows, plan.dim),
+        y=zeros(rows),
+        numbers=zeros(rows, numbers),
+        place=np.zeros((rows, slots), np.int64),
+        ids=np.zeros((rows, slots), np.int64),
+        weights=np.zeros((rows, slots), np.float32),
+        touched=np.zeros(rows * slots, np.int64),
+        row_grads=zeros(rows * slots, net.table.shape[1]),
+        grads=zeros(len(net.flat)),
+        g=zeros(widest),
+        mix=np.zeros(max(widest, rows + 3), np.int64),
+        buckets=np.zeros((2, buckets), np.int64),
+        stamps=np.zeros(buckets, np.int64),
+        stamp=np.zeros(1, np.int64),
+    )
