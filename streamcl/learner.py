@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from streamcl.plasticity import build_diagnostics
 from streamcl.plugin import Context, Out, Plan, Planner, Plugin, Query, Recall, Rows, Shape, Step, build
 from streamcl.protocols import State
 from streamcl.records import Encoded, Event, Notes, Outcome, Scores, Selector, Signal, Ticket
+
+log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -80,6 +83,8 @@ class Learner:
         if self.obstacle and config.worker.engine == "fused":
             raise ConfigError(f"worker.engine: fused has no form of {self.obstacle}; set auto or eager")
         self.fused = Fused(config, self) if config.worker.engine != "eager" and not self.obstacle else None
+        if self.obstacle and config.worker.engine == "auto" and not serving:
+            log.info("steps are computed by the eager engine: %s has no compiled form", self.obstacle)
 
     def _key_states(self, config: Config) -> KeyStates | None:
         model, recurrent = self.engine.model, config.model.recurrent
@@ -91,6 +96,12 @@ class Learner:
     def width(self) -> int:
         """Of `dense` in the features of a ticket and of a replayed row."""
         return self.numbers + (0 if self.states is None else len(self.states.initial))
+
+    def described(self) -> dict[str, str]:
+        """How steps are computed, and what stands in the way of the fused engine where that was open."""
+        if self.fused is not None:
+            return {"engine": "fused"}
+        return {"engine": "eager", **({"because": self.obstacle} if self.obstacle else {})}
 
     def answer(self, event: Event) -> tuple[Encoded, Scores]:
         """What is served, and what the ticket is to hold: features, and the state of the key before the event.

@@ -52,7 +52,8 @@ class LiveModel:
             position = self.worker.progress.state_dict()["position"]
         config = self.worker.config
         features = {name: feature.kind for name, feature in sorted(config.features.items())}
-        return {**self.brief(), "task": config.task, "position": position, "features": features}
+        how = self.worker.learner.described()
+        return {**self.brief(), "task": config.task, **how, "position": position, "features": features}
 
 
 class Live:

@@ -96,6 +96,7 @@ class Model:
         return {
             **self.brief(),
             "task": config.task,
+            **self.learner.described(),
             "digest": self.snapshot.digest,
             "position": self.about["position"],
             "features": {name: feature.kind for name, feature in sorted(config.features.items())},

@@ -78,6 +78,9 @@ class RiverLearner:
                 f" river_categories {config.river_categories}: {type(error).__name__}: {error}"
             ) from error
 
+    def described(self) -> dict[str, str]:
+        return {"engine": "river"}
+
     def restated(self, _who: Selector) -> None:
         return None
 

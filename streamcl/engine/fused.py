@@ -7,8 +7,10 @@ of the diagnostics) ends the compiled loop, is done by the eager engine's own co
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,12 +33,17 @@ if TYPE_CHECKING:
     from streamcl.config import Config
     from streamcl.learner import Learner
 
+log = logging.getLogger(__name__)
+
 TASKS = {"binary": loop.BINARY, "multiclass": loop.MULTICLASS, "regression": loop.REGRESSION}
 NOTHING = np.zeros((0, 0), np.float32)
 NO_ROWS = np.zeros(0, np.int64)
 UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
 
 Arrays = NDArray[Any]
+
+_loaded: set[str] = set()
+"""Of which numbers this process has the machine code."""
 
 
 def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
@@ -93,6 +100,7 @@ class Fused:
         self.net = self._net()
         self.scratch = _scratch(self.plan, 1 + self.plan.draw, self.engine.numbers, self.net)
         self._asked = threading.local()
+        self._prepare()
 
     def _plan(self, config: Config) -> loop.Plan:
         engine, model = self.engine, self.engine.model
@@ -119,6 +127,7 @@ class Fused:
             key=np.uint64(memory.key),
             draw=self.learner.per_event if memory.capacity else 0,
             share=self.learner.replay_weight / max(self.learner.per_event, 1),
+            label_scaled=np.ones(1, np.bool_),
             alpha=engine.alpha,
             largest=float(engine.max_grad_norm),
             rates=np.array(rates[0], dtype),
@@ -131,6 +140,19 @@ class Fused:
         flat = dense.flat.numpy()
         slots = [[slot.numpy().reshape(-1) for slot in each] for each in (dense.slots, self.engine.row_slots)]
         return loop.Net(flat, _three(slots[0], flat[:0]), table, table.reshape(-1), _three(slots[1], flat[:0]))
+
+    def _prepare(self) -> None:
+        """Have the machine code at hand before the first event comes."""
+        kind = str(self.net.flat.dtype)
+        first, began = kind not in _loaded, time.monotonic()
+        if first:
+            log.info("loading the fused engine; on a machine's first start it is compiled, which takes half a minute")
+        slots = len(self.plan.slot_field)
+        nothing = np.zeros(slots, np.int64), np.zeros(slots, np.float32), np.zeros(self.engine.numbers, np.float32)
+        self.predict([Encoded(*nothing)])
+        _loaded.add(kind)
+        if first:
+            log.info("the fused engine is ready after %.1f s", time.monotonic() - began)
 
     def answer(self, features: Encoded) -> Scores:
         """What will be answered: the arrays are filled when the work is done."""

@@ -1,8 +1,7 @@
 """The compiled arithmetic of the fused engine: dense layers, losses, and the optimisers' updates of one row.
 
-All loops run over the last axis, which is contiguous, so that the compiler makes vector code of them. A sum may be
-taken in any order (`reassoc`), and a root in a quotient be estimated and refined (`arcp`, `afn`); NaN and infinity keep
-their meaning. In float32 that is right to a few units of the last place, in float64 to rounding.
+All loops run over the last axis, which is contiguous, so that the compiler makes vector code of them. What `fast` does
+to sums and roots is right to a few units of the last place in float32, to rounding in float64.
 """
 
 from __future__ import annotations
@@ -10,13 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 
+from streamcl.compiled import exact, fast
 from streamcl.engine.optimizers import FTRL, Adagrad, Adam
-
-fast = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
-exact = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 SGD_KIND, ADAGRAD_KIND, ADAM_KIND, FTRL_KIND = range(4)
 KINDS = {"sgd": SGD_KIND, "adagrad": ADAGRAD_KIND, "adam": ADAM_KIND, "ftrl": FTRL_KIND}
@@ -90,6 +86,13 @@ def dot(a: Any, b: Any) -> Any:
     for j in range(len(a)):
         total += a[j] * b[j]
     return total
+
+
+@fast
+def put(out: Any, x: Any) -> None:
+    """out = x; an assignment of arrays is slower to compile, for the text of its error is compiled with it."""
+    for j in range(len(x)):
+        out[j] = x[j]
 
 
 @fast

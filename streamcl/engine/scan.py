@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from streamcl.compiled import entry, exact, fast
 from streamcl.engine.kernels import (
     add_scaled,
     affine,
     binary_loss,
     cross_entropy,
     dot,
-    exact,
-    fast,
     move,
     outer,
     pull_back,
+    put,
     self_corrected,
     sigmoid,
 )
@@ -65,6 +65,7 @@ class Plan(NamedTuple):
     key: Any  # uint64, of the draws
     draw: int
     share: float  # weight of each replayed row's loss
+    label_scaled: Any  # (1,) True
     alpha: float  # of the ReLoop loss; 0: none
     largest: float  # norm of a gradient that is still learned from
     rates: Any  # (3,) of the dense weights
@@ -466,7 +467,7 @@ def _dense_gradients(count: int, plan: Any, s: Any) -> Any:
 
 @fast
 def _summed(d: Any, count: int, out: Any) -> None:
-    out[:] = d[0]
+    put(out, d[0])
     for b in range(1, count):
         for j in range(len(out)):
             out[j] += d[b, j]
@@ -519,7 +520,7 @@ def _renew(count: int, plan: Any, renewal: Any, s: Any) -> bool:
         mean, mean_use = renewal.mean[start : start + units], renewal.mean_use[start : start + units]
         born = renewal.born[start : start + units]
         sums = s.g[:units]
-        sums[:] = h[0]
+        put(sums, h[0])
         for b in range(1, count):
             add_scaled(sums, one, h[b])
         for j in range(units):
@@ -559,7 +560,7 @@ def _sample(norm: Any, plan: Any, watch: Any, s: Any) -> Any:
         at = 0
         for level in range(len(plan.layers) - 1):
             h = _acts(s, plan, level, len(s.x))[0]
-            row[at : at + len(h)] = h
+            put(row[at:], h)
             at += len(h)
         row[at] = norm
         watch.steps[1] += 1
@@ -577,7 +578,7 @@ def _label(y: float, plan: Any, norms: Any) -> Any:
 def _answer(n: int, plan: Any, norms: Any, found: Any, s: Any) -> None:
     """Output and served score of operation n."""
     z, served = s.z[0], found.served[n]
-    found.output[n] = z
+    put(found.output[n], z)
     if plan.task == BINARY:
         served[0] = sigmoid(z[0])
     elif plan.task == REGRESSION:
@@ -608,7 +609,7 @@ def _step(n: int, count: int, served: float, net: Any, plan: Any, found: Any, s:
     return True, touched
 
 
-@exact
+@entry
 def scan(
     n: int,
     steps: int,
@@ -640,7 +641,7 @@ def scan(
     held, slots, source, given, asked = chunk.held, chunk.slot, chunk.source, chunk.served, found.served
     draw, key, regression, y, norm = plan.draw, plan.key, plan.task == REGRESSION, s.y, found.norm
     entered, hidden, drawn, scaled, every = found.entered, found.hidden, found.drawn, norms.scaled, watch.every
-    levels, renewing, always = len(plan.layers), renewal.on, np.ones(1, np.bool_)
+    levels, renewing = len(plan.layers), renewal.on
     while n < len(kinds):
         ids, weights, dense = all_ids[n], all_weights[n], all_dense[n]
         if kinds[n] == REFUSE:
@@ -650,16 +651,18 @@ def scan(
             _forward(1, net, plan, s)
             _answer(n, plan, norms, found, s)
             if len(entered):
-                entered[n] = s.x[0]
+                put(entered[n], s.x[0])
             if len(hidden):
-                hidden[n] = s.x[0] if levels == 1 else _acts(s, plan, levels - 2, len(s.x))[0]
+                put(hidden[n], s.x[0] if levels == 1 else _acts(s, plan, levels - 2, len(s.x))[0])
             n += 1
             continue
-        keep[0, :width], keep[1, :width], keep[2, :width] = count_, mean, m2
+        put(keep[0], count_)
+        put(keep[1], mean)
+        put(keep[2], m2)
         keep[0, width], keep[1, width], keep[2, width] = y_count[0], y_mean[0], y_m2[0]
         _observe(count_, mean, m2, scaled, dense)
         if regression:
-            _observe(y_count, y_mean, y_m2, always, labels[n : n + 1])
+            _observe(y_count, y_mean, y_m2, plan.label_scaled, labels[n : n + 1])
         served = given[n] if source[n] < 0 else float(asked[source[n], 0])
         count = 1
         _gather(0, ids, weights, dense, net, plan, norms, s)
@@ -679,19 +682,23 @@ def scan(
             taken, touched = _step(n, count, served, net, plan, found, s)
         n += 1
         if not taken:
-            count_[:], mean[:], m2[:] = keep[0, :width], keep[1, :width], keep[2, :width]
+            put(count_, keep[0, :width])
+            put(mean, keep[1, :width])
+            put(m2, keep[2, :width])
             y_count[0], y_mean[0], y_m2[0] = keep[0, width], keep[1, width], keep[2, width]
             return n, REFUSED, logged
         steps += 1
         if len(moved):
-            moved[logged : logged + touched] = s.touched[:touched]
+            put(moved[logged:], s.touched[:touched])
             logged += touched
         due = _renew(count, plan, renewal, s) if renewing else False
         if every and _sample(norm[n - 1], plan, watch, s):
             due = True
         slot = slots[n - 1]
         if slot >= 0:
-            rows_ids[slot], rows_weights[slot], rows_dense[slot] = ids, weights, dense
+            put(rows_ids[slot], ids)
+            put(rows_weights[slot], weights)
+            put(rows_dense[slot], dense)
             rows_y[slot] = labels[n - 1]
         if due:
             return n, DUE, logged

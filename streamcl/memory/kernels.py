@@ -12,7 +12,9 @@ from typing import Any
 import numba
 import numpy as np
 
-_fast = numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"})
+from streamcl.compiled import KEPT
+
+_fast = numba.njit(cache=KEPT, fastmath={"reassoc", "contract", "nsz"})
 
 
 @_fast
@@ -158,7 +160,7 @@ def write_sketch(
     return True
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=KEPT)
 def put_right(
     given: float, label_mean: float, given_mean: float, gamma: float, strength: float, low: float, high: float
 ) -> float:
@@ -167,7 +169,7 @@ def put_right(
     return min(max(score, low), high)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=KEPT)
 def follow_losses(scores: Any, pairs: Any, label: float, binary: bool, least: float, rate: float, losses: Any) -> None:
     """Move each pair's running loss (n,) by what it would have lost, where one number is served.
 
