@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from streamcl import __version__, channel, connect, inspection, plasticity, summary
+from streamcl import __version__, channel, connect, garbage, inspection, plasticity, summary
 from streamcl import reshard as resharding
 from streamcl.bench.command import bench
 from streamcl.bootstrap import Bootstrap
@@ -118,6 +118,7 @@ def run(
             signals.enter_context(_answering(settings, host))
         signals.enter_context(_stopping(host))
         telemetry.start()
+        garbage.spare()
         quiet_since = time.monotonic()
         for turn in host.run():
             if turn.records or not host.settled():
@@ -235,6 +236,7 @@ def replay(
     with contextlib.closing(worker), _stopping(worker):
         worker.progress.position = dict(worker.source.seek({}))
         url = order or (settings.control_url if _logged(worker) else None)
+        garbage.spare()
         turns = worker.rerun(logged(connect.connector(url).open_control(url, settings), 0)) if url else worker.run()
         for _ in _progress(turns, worker):
             pass

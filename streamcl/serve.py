@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import uvloop
 
-from streamcl import connect
+from streamcl import connect, garbage
 from streamcl.channel import open_reader
 from streamcl.config import Config
 from streamcl.endpoint import Endpoint, Models
@@ -138,8 +137,7 @@ def serve(config: Config) -> None:
     predictor.refresh()
     listening = Listening(predictor, config)
     threading.Thread(target=predictor.follow, name="follow", daemon=True).start()
-    gc.collect()
-    gc.freeze()  # to look through the libraries' 300,000 objects takes 0.1 s, in which nobody would be answered
+    garbage.spare()
     try:
         listening.run(signal.SIGTERM, signal.SIGINT)
     finally:
