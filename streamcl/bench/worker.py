@@ -1,4 +1,4 @@
-"""What Kafka costs a worker: from the record's bytes to the acknowledged prediction, with next to no model.
+"""A worker's events a second: with a model, in memory (`worker_clicks`); and what Kafka costs, with next to no model.
 
 The bar compares the worker on a broker with the sum of its parts: a bare loop of the same client (consume, decode, add
 a field, encode, produce) and the same worker on topics in memory. What the connector does beyond the client's own work
@@ -23,7 +23,7 @@ import orjson
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from streamcl import connect
-from streamcl.bench import passthrough
+from streamcl.bench import passthrough, worker_clicks
 from streamcl.bench.brokers import chosen
 from streamcl.bench.options import Options
 from streamcl.bench.report import Bar, Report, Row, progress
@@ -32,7 +32,8 @@ from streamcl.protocols import ConnectorError
 from streamcl.records import Message
 from streamcl.worker import build
 
-READS = frozenset({"via"})
+READS = frozenset({"via", "task"})
+TASKS = ("clicks", "kafka")
 PEERS = ("quix", "bytewax", "faust")
 PEERS_PYTHON = "STREAMCL_PEERS_PYTHON"
 FULL, QUICK = (60_000, 5), (5_000, 3)
@@ -48,6 +49,11 @@ Pass = Callable[[], "tuple[float, float]"]
 def run(options: Options) -> Report:
     """`--via kafka://host:port` takes a broker that runs already; else Apache Kafka, without Java the embedded one."""
     began = time.perf_counter()
+    tasks = (options.choice("task", TASKS, "clicks"),) if options.task else TASKS
+    clicks, promised = worker_clicks.measure(options.quick) if "clicks" in tasks else ([], [])
+    if "kafka" not in tasks:
+        seconds, settings = time.perf_counter() - began, {"quick": options.quick}
+        return Report("worker", settings, [0], seconds, clicks, promised, notes=worker_clicks.NOTES)
     count, rounds = QUICK if options.quick else FULL
     with chosen(options.via) as broker:
         stage = Stage(broker.url, count)
@@ -70,8 +76,9 @@ def run(options: Options) -> Report:
         Row(name, {"us_per_event": 1e6 * w, "cpu_us_per_event": 1e6 * cpu[name], "events_per_s": 1 / w})
         for name, w in wall.items()
     ]
-    settings = {"broker": broker.kind, "events": count, "rounds": rounds, "bytes": stage.bytes, "max_records": 500}
-    return Report("worker", settings, [0], time.perf_counter() - began, rows, _bars(wall, cpu), notes=_notes())
+    shape = {"broker": broker.kind, "events": count, "rounds": rounds, "bytes": stage.bytes, "max_records": 500}
+    bars, notes = [*promised, *_bars(wall, cpu)], [*(worker_clicks.NOTES if clicks else ()), *_notes()]
+    return Report("worker", shape, [0], time.perf_counter() - began, [*clicks, *rows], bars, notes=notes)
 
 
 EXACTLY_ONCE: dict[str, Any] = {"delivery": {"mode": "exactly_once"}}
