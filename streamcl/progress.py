@@ -55,9 +55,10 @@ class Progress:
         self.outcomes = 0
 
     def advance(self, origin: Origin) -> None:
-        if origin.offset < self.position.get(origin.stream, 0):
-            raise ConnectorError(f"{origin} was delivered again; expected offset {self.position[origin.stream]}")
-        self.position[origin.stream] = origin.offset + 1
+        stream, offset = origin.stream, origin.offset
+        if offset < self.position.get(stream, 0):
+            raise ConnectorError(f"{origin} was delivered again; expected offset {self.position[stream]}")
+        self.position[stream] = offset + 1
         self.records += 1
 
     def leap(self, position: Position) -> None:

@@ -108,6 +108,7 @@ class Worker:
         )
         self.drift = DriftDetector(config.drift)
         self.boundaries = Boundaries(config)
+        self.tells = config.outcomes_url is not None  # of what it has learned
         known = self.learner if config.deltas.url and isinstance(self.learner, Learner) else None
         self.deltas = Deltas(config, known) if known else None
         # Whoever works on a chunk at a time is told what to do first, and asked for all of it then.
@@ -268,7 +269,7 @@ class Worker:
         if learned:
             self.progress.learn(outcome.ticket.origin)
             self.counts["learned"] += 1
-            if not due.history:
+            if self.tells and not due.history:
                 work.learned.append(self._learned(due))
             return
         self.counts["quarantined"] += 1
