@@ -58,6 +58,8 @@ Table of contents, in the order of the journey (start with `worker`):
     serve          the endpoint on its socket, its key and its certificate
     gate           two threads at one state, in turn
     random         counter-based random numbers
+    compiled       how loops are compiled, and where their code is kept
+    garbage        Python's collector, kept from stopping the process
     testing        contract checks for connectors and parts
     bench          `streamcl bench NAME`
     demo           `streamcl demo`

@@ -24,6 +24,7 @@ BENCHES = {
     "plasticity": "streamcl.bench.plasticity",
     "continual": "streamcl.bench.continual",
     "step": "streamcl.bench.step",
+    "scale": "streamcl.bench.scale",
 }
 """Module by bench name. A module has `READS`, the options that it heeds, and `run(options) -> Report`."""
 

@@ -70,8 +70,8 @@ def run(options: Options) -> Report:
 # the learner, fed by hand
 
 
-def clicks(engine: str, precision: str = "float32", **more: Any) -> Learner:
-    names = {f"c{field:02}": {"kind": "categorical", "buckets": 1000} for field in range(FIELDS)}
+def clicks(engine: str, precision: str = "float32", buckets: int = 1000, **more: Any) -> Learner:
+    names = {f"c{field:02}": {"kind": "categorical", "buckets": buckets} for field in range(FIELDS)}
     model = {"kind": "mlp", "hidden": list(HIDDEN), "embedding_dim": DIM, "dtype": precision}
     return Learner(_config(names, model, {"kind": "adagrad", "learning_rate": step_plain.RATE}, engine, **more))
 
