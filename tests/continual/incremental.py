@@ -39,6 +39,7 @@ def config(plugins: Plugins = (), task: str = "multiclass", **more: Any) -> Conf
         "optimizer": {"kind": "sgd", "learning_rate": 0.1},
         "replay": {"retention": "reservoir", "capacity": 12, "per_event": 4, "weight": 0.75},
         "plugins": plugins,
+        "worker": {"engine": "eager"},  # without plug-ins too: bits are compared
     }
     return Config.parse({**base, **more})
 

@@ -5,13 +5,20 @@ from typing import Any
 
 import numpy as np
 
+from streamcl.config import Config
 from streamcl.learner import Learner
 from streamcl.plugin import Plugin
 from streamcl.records import EVENTS, Origin, Outcome, Signal
 from streamcl.state import digest, flatten, unflatten
-from tests.test_learner import config, stream
+from tests import test_learner
+from tests.test_learner import stream
 
 BOUNDARY = Signal("boundary", "segment", Origin(EVENTS, 0, 0))
+
+
+def config(task: str = "binary", **more: Any) -> Config:
+    """Of the eager engine, with plug-ins and without: bits are compared."""
+    return test_learner.config(task, **{"worker": {"engine": "eager"}, **more})
 
 
 def made(plugins: list[Any], retention: str = "recency", task: str = "multiclass", **replay: Any) -> Any:

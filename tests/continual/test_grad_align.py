@@ -15,7 +15,8 @@ from streamcl.learner import Learner
 from streamcl.plugin import Grads, PluginError, Rule, Step
 from streamcl.records import EVENTS, Origin, Outcome, Selector, Signal
 from streamcl.state import digest, flatten, unflatten
-from tests.test_learner import config, learned, stream
+from tests.continual.rows import config
+from tests.test_learner import learned, stream
 
 BOUNDARY = Signal("boundary", "segment", Origin(EVENTS, 0, 0))
 REPLAY = {"retention": "reservoir", "per_event": 4}

@@ -11,8 +11,8 @@ from streamcl.learner import Learner
 from streamcl.memory.forms import KNN
 from streamcl.methods import KNNMemory
 from streamcl.plugin import PluginError, Shape
-from tests.continual.rows import BOUNDARY, answered, made, resumes
-from tests.test_learner import config, stream
+from tests.continual.rows import BOUNDARY, answered, config, made, resumes
+from tests.test_learner import stream
 
 
 def test_the_map_is_that_of_least_squares_with_a_pull_to_the_identity() -> None:

@@ -7,8 +7,9 @@ from streamcl.continual.merged_sets import FastSlow, LayerMerge
 from streamcl.learner import Learner
 from streamcl.plugin import Grads, PluginError, Step
 from streamcl.state import digest, flatten, unflatten
+from tests.continual.rows import config
 from tests.continual.test_grad_align import REPLAY, conflicting, lived, made
-from tests.test_learner import config, stream
+from tests.test_learner import stream
 
 REPTILE = {"kind": "reptile", "every": 4, "rate": 0.25}
 KINDS: dict[str, list[Any]] = {

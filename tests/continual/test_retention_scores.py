@@ -8,8 +8,8 @@ from streamcl.learner import Learner
 from streamcl.memory.replay import Replay
 from streamcl.plugin import PluginError
 from streamcl.records import Selector
-from tests.continual.rows import BOUNDARY, bound, chi_square, held, made, resumes
-from tests.test_learner import config, stream
+from tests.continual.rows import BOUNDARY, bound, chi_square, config, held, made, resumes
+from tests.test_learner import stream
 
 
 def kept(settings: dict[str, object], labels: list[int], seed: int, capacity: int = 10) -> list[int]:

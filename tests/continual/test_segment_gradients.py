@@ -8,8 +8,9 @@ from streamcl.continual.segment_gradients import CUBER, TAG
 from streamcl.learner import Learner
 from streamcl.plugin import Grads, PluginError, Step
 from streamcl.state import digest, flatten, unflatten
+from tests.continual.rows import config
 from tests.continual.test_grad_align import BOUNDARY, REPLAY, conflicting, lived, made
-from tests.test_learner import config, stream
+from tests.test_learner import stream
 
 TAGS = {"kind": "tag", "segments": 2, "b": 3.0}
 CUBERS = {"kind": "cuber", "segments": 2, "sample": 40}

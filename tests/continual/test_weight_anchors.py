@@ -9,8 +9,9 @@ from streamcl.learner import Learner
 from streamcl.plugin import Grads, Step
 from streamcl.records import EVENTS, Origin, Signal
 from streamcl.state import digest, flatten, unflatten
+from tests.continual.rows import config
 from tests.continual.test_grad_align import conflicting, lived, made
-from tests.test_learner import config, learned, stream
+from tests.test_learner import learned, stream
 
 BOUNDARY = Signal("boundary", "segment", Origin(EVENTS, 0, 0))
 KINDS: dict[str, Any] = {

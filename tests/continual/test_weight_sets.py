@@ -3,7 +3,8 @@ import torch
 from streamcl.learner import Learner
 from streamcl.records import EVENTS, Origin, Signal
 from streamcl.state import digest, flatten, unflatten
-from tests.test_learner import config, learned, stream
+from tests.continual.rows import config
+from tests.test_learner import learned, stream
 
 BOUNDARY = Signal("boundary", "segment", Origin(EVENTS, 0, 0))
 

@@ -9,8 +9,8 @@ from streamcl.continual.weighted_draws import ByDistance, Learnt, Weighted, marg
 from streamcl.learner import Learner
 from streamcl.plugin import Plan, PluginError, Step
 from streamcl.state import digest
-from tests.continual.rows import BOUNDARY, bound, chi_square, held, made, resumes
-from tests.test_learner import config, learned, stream
+from tests.continual.rows import BOUNDARY, bound, chi_square, config, held, made, resumes
+from tests.test_learner import learned, stream
 
 LOSS = np.linspace(0.0, 3.0, 20)
 
