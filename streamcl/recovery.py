@@ -221,7 +221,7 @@ class Keeper:
                 "state; change back, or start in another checkpoint.folder under another name"
             )
         differences = [path for path, change in changed if change == "stop"]
-        differences += difference(loaded.manifest["environment"], environment())
+        differences += difference(loaded.manifest["environment"], self._environment())
         if not differences:
             return
         if not (loaded.manifest["clean"] or self.accept_changes):
@@ -339,8 +339,11 @@ class Keeper:
             "forgotten": list(self.forgotten),
             "forgets": self.worker.counts["forget_requests"],
             "config": self.worker.config.model_dump(mode="json"),
-            "environment": environment(),
+            "environment": self._environment(),
         }
+
+    def _environment(self) -> dict[str, Any]:
+        return environment(self.worker.learner.described()["engine"])
 
 
 def _refuse_other_counts(config: Config) -> None:

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import torch
 from safetensors import SafetensorError, TensorSpec, serialize_file
 from safetensors.torch import load
@@ -224,9 +225,13 @@ def _unsealed(data: bytes) -> Any:
     return json.loads(data)
 
 
-def environment() -> dict[str, Any]:
-    """What "bit-identical" rests on besides configuration and stream: versions, CPU, threads."""
+def environment(engine: str = "eager") -> dict[str, Any]:
+    """What "bit-identical" rests on besides configuration and stream: the engine, versions, CPU, threads."""
+    # Compiled code is made for one kind of CPU, torch's for its vector instructions alone.
+    host = {"host": llvmlite.binding.get_host_cpu_name()} if engine == "fused" else {}
     return {
+        "engine": engine,
+        **host,
         "python": platform.python_version(),
         "streamcl": __version__,
         **{name: metadata.version(name) for name in ("torch", "numpy", "numba", "river")},
@@ -238,5 +243,6 @@ def environment() -> dict[str, Any]:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One line for each entry that differs between two environments."""
+    old = {"engine": "eager", **old}  # there was no other
     names = sorted(old.keys() | new.keys())
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

@@ -167,5 +167,18 @@ def golden() -> State:
 def test_an_environment_is_equal_to_itself_and_a_difference_is_named() -> None:
     here = environment()
     assert difference(here, environment()) == []
-    assert {"python", "streamcl", "torch", "numpy", "numba", "river", "machine", "cpu", "threads"} == here.keys()
+    assert environment("fused").keys() - here.keys() == {"host"}
+    assert difference({"python": "3.0"}, {"python": "3.0", "engine": "fused"}) == ["engine: eager -> fused"]
+    assert {
+        "engine",
+        "python",
+        "streamcl",
+        "torch",
+        "numpy",
+        "numba",
+        "river",
+        "machine",
+        "cpu",
+        "threads",
+    } == here.keys()
     assert difference(here, here | {"threads": 64}) == [f"threads: {here['threads']} -> 64"]

@@ -64,6 +64,14 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
     return None
 
 
+def engine_of(config: Config) -> tuple[str, str]:
+    """The engine that a configuration comes to, and what stands in the way of the fused one where that was open."""
+    if config.river is not None:
+        return "river", ""
+    because = obstacle(config) or ""
+    return ("eager" if because or config.worker.engine == "eager" else "fused"), because
+
+
 class Job(NamedTuple):
     """One operation: an answer that is promised, or an outcome that is to be learned."""
 
