@@ -94,7 +94,7 @@ class Stream:
     def __init__(self, n: int, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.categories: Ids = (1000 * rng.random((n, FIELDS)) ** 3).astype(np.int64)
-        chance = 0.2 + 0.5 * ((self.categories[:, 0] % 7 < 3) ^ (self.categories[:, 1] % 5 < 2))
+        chance = 0.1 + 0.4 * (self.categories[:, 0] % 7 < 3) + 0.4 * (self.categories[:, 1] % 5 < 2)
         self.y = (rng.random(n) < chance).astype(np.float64)
         self.plain: Ids = self.categories + 1000 * np.arange(FIELDS)
         ids = self.categories + 1 + 1001 * np.arange(FIELDS)
