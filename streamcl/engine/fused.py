@@ -8,7 +8,6 @@ of the diagnostics) ends the compiled loop, is done by the eager engine's own co
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ log = logging.getLogger(__name__)
 TASKS = {"binary": loop.BINARY, "multiclass": loop.MULTICLASS, "regression": loop.REGRESSION}
 NOTHING = np.zeros((0, 0), np.float32)
 NO_ROWS = np.zeros(0, np.int64)
+POWERS = 4096
 UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
 
 Arrays = NDArray[Any]
@@ -104,6 +104,7 @@ class Fused:
         self.engine = learner.engine
         self.jobs: list[Job] = []
         self.renewal_rule = next((r for r in learner.rules.values() if isinstance(r, ContinualBackprop)), None)
+        self.powers = _powers(self.renewal_rule)
         self.plan = self._plan(config)
         self.net = self._net()
         self.scratch = _scratch(self.plan, 1 + self.plan.draw, self.engine.numbers, self.net)
@@ -310,7 +311,7 @@ class Fused:
             mean_use=rule.mean_use.numpy(),
             mean=rule.mean.numpy(),
             born=rule.born.numpy(),
-            powers=_powers(rule.decay),
+            powers=self.powers,
         )
 
     def _watch(self, on: bool = True) -> loop.Watch:
@@ -400,10 +401,10 @@ def _copied(norm: RunningNorm) -> tuple[Arrays, Arrays, Arrays]:
     return norm.count.copy(), norm.mean.copy(), norm.m2.copy()
 
 
-def _powers(decay: float) -> Arrays:
-    """decay ** age for the ages at which it can be told from nothing."""
-    ages = 1 if decay <= 0.0 else math.ceil(math.log(2.0**-54) / math.log(decay)) + 1
-    return np.asarray(decay ** np.arange(ages, dtype=np.float64))
+def _powers(rule: ContinualBackprop | None) -> Arrays:
+    """decay ** age of the first ages: a power takes as long as ten other operations."""
+    wanted = rule is not None and rule.utility in ("mean_corrected", "adaptable")
+    return np.asarray((rule.decay if rule else 0.0) ** np.arange(POWERS if wanted else 0, dtype=np.float64))
 
 
 def _scratch(plan: loop.Plan, rows: int, numbers: int, net: loop.Net) -> loop.Scratch:

@@ -243,6 +243,7 @@ def _move_adam(
     alike = True
     for j in range(np.uint64(c_n)):
         alike &= c[c_at + j] == c[c_at]
+    for j in range(np.uint64(c_n)):
         c[c_at + j] += one
     if alike:  # but for units that were made anew all weights have taken as many steps
         _adam_step(rate, w, a, b, p, n, c[c_at])

@@ -109,7 +109,7 @@ class Renewal(NamedTuple):
     mean_use: Any  # (U,)
     mean: Any  # (U,)
     born: Any  # (U,)
-    powers: Any  # decay ** age, as long as it isn't nothing
+    powers: Any  # decay ** age of the first ages
 
 
 class Watch(NamedTuple):
@@ -526,7 +526,7 @@ def _renew(count: int, plan: Any, renewal: Any, s: Any) -> bool:
         for j in range(units):
             mean[j] += rate * (sums[j] / n - mean[j])
         if renewal.corrected:
-            _correct(count, step, renewal.powers, born, mean, h, sums)
+            _correct(count, step, renewal.decay, renewal.powers, born, mean, h, sums)
         for j in range(units):
             mean_use[j] += rate * (sums[j] / n - mean_use[j])
         old = 0
@@ -539,12 +539,12 @@ def _renew(count: int, plan: Any, renewal: Any, s: Any) -> bool:
 
 
 @exact
-def _correct(count: int, step: int, powers: Any, born: Any, mean: Any, h: Any, sums: Any) -> None:
+def _correct(count: int, step: int, decay: float, powers: Any, born: Any, mean: Any, h: Any, sums: Any) -> None:
     """sums (n,) of |h - its mean|."""
-    one = h.dtype.type(1)
     for j in range(len(mean)):
         age = step - born[j]
-        centre = mean[j] / h.dtype.type(1.0 - powers[age]) if age < len(powers) else mean[j] / one
+        kept = powers[age] if age < len(powers) else decay**age
+        centre = mean[j] / h.dtype.type(1.0 - kept)
         total = h.dtype.type(0)
         for b in range(count):
             total += abs(h[b, j] - centre)
