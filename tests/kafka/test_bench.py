@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def test_worker_measures_every_path_on_a_broker(broker: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "QUICK", (600, 1))
     monkeypatch.setenv(worker.PEERS_PYTHON, "/nowhere/python")
-    report = worker.run(Options(quick=True, via=broker.url))
+    report = worker.run(Options(task="kafka", quick=True, via=broker.url))
     assert [row.name for row in report.rows][:3] == [
         *("bare kafka-python loop", "streamcl on memory://", "streamcl on kafka-python"),
     ]
