@@ -72,7 +72,9 @@ class Progress:
 
     def bootstrapping(self) -> bool:
         """True until the last event of the history has been taken."""
-        return bool(self.publish_from) and any(self.position.get(stream, 0) < offset for stream, offset in self.publish_from.items())
+        return bool(self.publish_from) and any(
+            self.position.get(stream, 0) < offset for stream, offset in self.publish_from.items()
+        )
 
     def published(self, origin: Origin) -> bool:
         return origin.offset >= self.publish_from.get(origin.stream, 0)
