@@ -1,8 +1,9 @@
 """How loops are compiled, and where the machine code is kept, so that only the first start on a machine waits for it.
 
 It lies beside the source, or, where that can't be written, in the user's cache folder, or in the folder that the
-environment variable NUMBA_CACHE_DIR names. A file of another CPU, version or source is not taken. Where nothing can be
-written everything is compiled anew at each start (half a minute for the fused engine).
+environment variable NUMBA_CACHE_DIR names. A file of another CPU, version or source is not taken, and one that can't be
+read is made anew. Where nothing can be written everything is compiled at each start (half a minute for the fused
+engine).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numba
 log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_njit: Callable[..., Any] = numba.njit  # its own types leave out two options
 
 
 def _probe() -> None:
@@ -32,13 +35,42 @@ def _keeps() -> bool:
 
 
 KEPT = _keeps()
-_njit: Callable[..., Any] = numba.njit  # its own types leave out two options
-_common = {"cache": KEPT, "nogil": True, "error_model": "numpy"}
-_inner = {**_common, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-entry: Callable[[F], F] = _njit(**_common)
+
+def compiler(**options: Any) -> Callable[[F], F]:
+    """A decorator: numba's `njit` with these options, whose code is kept."""
+
+    def compiled(function: F) -> F:
+        made = _njit(cache=KEPT, **options)(function)
+        _forgive(made._cache, function.__name__)
+        return made  # type: ignore[no-any-return]
+
+    return compiled
+
+
+def _forgive(cache: Any, name: str) -> None:
+    """numba puts its files in place whole, but not on the disk: a machine that loses its power leaves halves of them.
+
+    It would raise at each start for ever.
+    """
+    load = cache.load_overload
+
+    def forgiving(*args: Any) -> Any:
+        try:
+            return load(*args)
+        except Exception as error:  # noqa: BLE001 - a pickle that is cut off may raise anything
+            log.warning("the kept machine code of %s can't be read (%r): it is compiled anew", name, error)
+            cache.flush()
+            return None
+
+    cache.load_overload = forgiving
+
+
+_inner = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+entry: Callable[[F], F] = compiler(nogil=True, error_model="numpy")
 """What Python calls."""
-exact: Callable[[F], F] = _njit(**_inner)
+exact: Callable[[F], F] = compiler(**_inner)
 """What compiled code calls: the operations that are written, in their order."""
-fast: Callable[[F], F] = _njit(**_inner, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
+fast: Callable[[F], F] = compiler(**_inner, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 """The same, sums in any order and roots in quotients refined estimates; NaN and infinity keep their meaning."""

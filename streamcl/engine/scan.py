@@ -251,23 +251,24 @@ def _layer(flat: Any, plan: Any, level: int) -> Any:
 
 
 @fast
-def _acts(s: Any, plan: Any, level: int, largest: int) -> Any:
-    """(Bmax, n) what layer `level` has said."""
+def _of_layer(flat: Any, plan: Any, level: int, largest: int) -> Any:
+    """(Bmax, n) of what is held for all hidden layers."""
     at = 0
     for k in range(level):
         at += plan.layers[k, 1]
-    units = plan.layers[level, 1]
-    return s.acts[at * largest : (at + units) * largest].reshape((largest, units))
+    return _matrix(flat, at * largest, largest, plan.layers[level, 1])
+
+
+@fast
+def _acts(s: Any, plan: Any, level: int, largest: int) -> Any:
+    """(Bmax, n) what layer `level` has said."""
+    return _of_layer(s.acts, plan, level, largest)
 
 
 @fast
 def _deltas(s: Any, plan: Any, level: int, largest: int) -> Any:
     """(Bmax, n) the gradient by what it has said."""
-    at = 0
-    for k in range(level):
-        at += plan.layers[k, 1]
-    units = plan.layers[level, 1]
-    return s.deltas[at * largest : (at + units) * largest].reshape((largest, units))
+    return _of_layer(s.deltas, plan, level, largest)
 
 
 @fast

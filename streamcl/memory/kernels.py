@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 
-from streamcl.compiled import KEPT
+from streamcl.compiled import compiler
 
-_fast = numba.njit(cache=KEPT, fastmath={"reassoc", "contract", "nsz"})
+_fast = compiler(fastmath={"reassoc", "contract", "nsz"})
 
 
 @_fast
@@ -160,7 +159,7 @@ def write_sketch(
     return True
 
 
-@numba.njit(cache=KEPT)
+@compiler()
 def put_right(
     given: float, label_mean: float, given_mean: float, gamma: float, strength: float, low: float, high: float
 ) -> float:
@@ -169,7 +168,7 @@ def put_right(
     return min(max(score, low), high)
 
 
-@numba.njit(cache=KEPT)
+@compiler()
 def follow_losses(scores: Any, pairs: Any, label: float, binary: bool, least: float, rate: float, losses: Any) -> None:
     """Move each pair's running loss (n,) by what it would have lost, where one number is served.
 
