@@ -35,10 +35,12 @@ class KafkaControlLog:
         self._url, self._config = url, config
         self._servers, self._topic = client.locate(url)
         self._producer: client.Transactions | None = None
+        self._fenced = False
 
     def open(self) -> None:
         """See `ControlLog.open`. Makes a missing topic, one that keeps its records for ever."""
         self.close()
+        self._fenced = False
         count = client.ensure_topic(self._servers, self._topic, self._config, 1, {"retention.ms": "-1"})
         if count != 1:
             raise ConnectorError(f"{self._url}: a control log needs 1 partition, this topic has {count}")
@@ -56,6 +58,8 @@ class KafkaControlLog:
             ConnectorError: not opened, or refused for a reason that stays.
             BadInput: `too_large`: something is over kafka.max_request_bytes; nothing has been sent, the log stays open.
         """
+        if self._fenced:
+            raise self._taken_over()
         if self._producer is None:
             raise ConnectorError(f"{self._url}: append to a control log that is not open")
         record = Message(orjson.dumps({"shard": self._config.shard.index} | order.to_json()))
@@ -105,10 +109,14 @@ class KafkaControlLog:
         except Fault as fault:
             self.close()
             if fault.kind is Kind.FENCED:
-                raise Fenced(f"{self._url}: another worker has opened the control log of this shard") from fault
+                self._fenced = True
+                raise self._taken_over() from fault
             if fault.kind not in passing:
                 raise fault.at(self._url) from fault
             raise Unavailable(f"{self._url}: {fault}; what became of the transaction is unknown") from fault
+
+    def _taken_over(self) -> Fenced:
+        return Fenced(f"{self._url}: another worker has opened the control log of this shard")
 
     def _orders(self, start: int, end: int) -> Iterator[tuple[int, Order]]:
         topics = {"control": self._topic}

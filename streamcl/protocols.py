@@ -25,7 +25,7 @@ class Stateful(Protocol):
 
 
 class Source(Protocol):
-    """Ordered streams of records that can be read again from any position.
+    """Ordered streams of records that can be read again from any position. Its reader seeks before the first poll.
 
     Raises (all of them): `ConnectorError` with the topic, partition and cause; never a silent skip.
     """

@@ -18,7 +18,8 @@ import torch
 from river import base
 
 from streamcl import plugin
-from streamcl.config import Config
+from streamcl.boundaries import Boundaries
+from streamcl.config import Config, ConfigError
 from streamcl.features import FLOAT32_MAX, Featurizer
 from streamcl.learner import Learner
 from streamcl.protocols import State
@@ -50,6 +51,7 @@ class DictLearner:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.learner = Learner(config)
+        self.boundaries = Boundaries(config)
         featurizer = Featurizer(config)
         self._layout = featurizer.layout
         self._fields = featurizer.categoricals  # in slots 0 to C - 1: their names come before the bag's
@@ -71,9 +73,14 @@ class DictLearner:
             self.count[self._bucket(name)] += 1.0
             self.squares[self._bucket(name)] += numbers[name] ** 2
         encoded = self._encode(numbers, categories)
-        scores = self.learner.predict(encoded) if self.learner.plugins else SERVED
-        ticket = Ticket("", 0.0, encoded, scores, Origin(EVENTS, 0, self.learner.version))
-        self.left_out += not self.learner.learn(Outcome(ticket, label, Fate.INLINE, 0.0))
+        asked = self.learner.plugins or self.boundaries.sources
+        scores = self.learner.predict(encoded) if asked else SERVED
+        number = self.learner.version + self.left_out
+        outcome = Outcome(
+            Ticket("", float(number), encoded, scores, Origin(EVENTS, 0, number)), label, Fate.INLINE, 0.0
+        )
+        signals = self.boundaries.update(outcome) if abs(label) <= FLOAT32_MAX else ()
+        self.left_out += not self.learner.learn(outcome, signals)
 
     def _encode(self, numbers: Mapping[Hashable, float], categories: Mapping[Hashable, str]) -> Encoded:
         ids = self._layout.slot_base.copy()
@@ -113,6 +120,7 @@ class DictLearner:
         return {
             "config": self.config.model_dump(mode="json"),
             "learner": (rest, {path: tensor.numpy().copy() for path, tensor in arrays.items()}),
+            "boundaries": self.boundaries.state_dict(),
             **{name: list(getattr(self, name)) for name in BOUND},
             **{name: getattr(self, name) for name in COUNTED},
         }
@@ -121,6 +129,7 @@ class DictLearner:
         self.__init__(Config.parse(state["config"]))  # type: ignore[misc]
         rest, arrays = state["learner"]
         self.learner.load_state_dict(unflatten(rest, {path: torch.from_numpy(a) for path, a in arrays.items()}))
+        self.boundaries.load_state_dict(state.get("boundaries", {}))
         for name in BOUND:
             setattr(self, name, {bound: slot for slot, bound in enumerate(state[name])})
         for name in COUNTED:
@@ -157,6 +166,7 @@ EMPTY = {
     "hidden": "model='logistic' has no hidden layer",
     "plasticity": "None stands for no rule",
     "plugins": "None stands for no method",
+    "boundaries": "None stands for no signals",
 }
 
 
@@ -173,8 +183,9 @@ class _Settings(base.Estimator):
         replay_capacity: Examples kept for replay, by reservoir sampling (count).
         replay_per_event: How many of them are learned from again beside each new one; 0: no replay.
         plasticity: Rules that keep a net able to learn, by kind or as tables: `("continual_backprop",)`.
-        plugins: Methods of continual learning, likewise: `streamcl.plugin` says what they can do. Nobody sends signals
-            here, so a method that waits for a boundary goes on waiting.
+        plugins: Methods of continual learning, likewise: `streamcl.plugin` says what they can do.
+        boundaries: Who sends them signals, likewise: clock, detector, surprise, new_class. Without any, a method that
+            waits for a boundary goes on waiting. An example is a second of a clock's time; there are no segments.
         numbers: Inputs for numbers (count). With 0 all are hashed, and a missing one is zero instead of the mean: the
             choice for bags of words.
         categories: Fields for strings and bools (count).
@@ -200,6 +211,7 @@ class _Settings(base.Estimator):
     replay_per_event: int = 4
     plasticity: tuple[Any, ...] | None = None
     plugins: tuple[Any, ...] | None = None
+    boundaries: tuple[Any, ...] | None = None
     numbers: int = 64
     categories: int = 16
     buckets: int = 1024
@@ -210,6 +222,9 @@ class _Settings(base.Estimator):
         for name in EMPTY:
             if getattr(self, name) == ():
                 raise ValueError(f"{name}: an empty tuple can't be cloned by River; {EMPTY[name]}")
+        sources = [each if isinstance(each, str) else each.get("kind") for each in self.boundaries or ()]
+        if "segment" in sources:
+            raise ConfigError("boundaries: segment: an example of River's names none; take clock, detector or surprise")
         features: dict[str, Any] = {f"n{i:05}": "numeric" for i in range(self.numbers)}
         features |= {f"c{i:05}": {"kind": "categorical", "buckets": self.buckets} for i in range(self.categories)}
         features[REST] = {"kind": "bag", "buckets": self.buckets, "max_items": self.rest, "pooling": "sum"}
@@ -233,6 +248,7 @@ class _Settings(base.Estimator):
             "replay": replay if self.replay_per_event or keeps else {},
             "plasticity": self.plasticity or (),
             "plugins": self.plugins or (),
+            "boundaries": self.boundaries or (),
             "diagnostics": {"sample_every_steps": 0},  # nobody would read them
         }
         return DictLearner(Config.parse(config, type(self).__name__))

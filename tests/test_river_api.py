@@ -199,7 +199,7 @@ def test_a_binary_label_that_is_no_bool_is_refused() -> None:
         small_classifier(multiclass=False).learn_one({"a": 1.0}, "no")
 
 
-@pytest.mark.parametrize(("name", "value"), [("hidden", ()), ("plasticity", ()), ("plugins", ())])
+@pytest.mark.parametrize(("name", "value"), [("hidden", ()), ("plasticity", ()), ("plugins", ()), ("boundaries", ())])
 def test_an_empty_tuple_which_river_cannot_clone_is_refused_by_its_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):
         StreamRegressor(**{name: value})
@@ -276,3 +276,30 @@ def test_a_method_may_say_who_stays_in_the_memory() -> None:
     memory = model.learner.learner.memory
     assert len(memory) == 8
     assert memory.keeper is not None
+
+
+def test_a_method_hears_of_boundaries() -> None:
+    every = {"kind": "clock", "every_events": 10}
+    told = small_classifier(plugins=("ewc",), boundaries=(every,))
+    untold = small_classifier(plugins=("ewc",))
+    stream = list(datasets.Phishing().take(60))
+    for model in (told, untold):
+        accuracy(model, stream[:25])
+    assert told.learner.boundaries.read() == {"boundary_0_signals": 2.0}
+    assert state_of(told.learner) != state_of(untold.learner)
+    copied = pickled(told.clone(include_attributes=True))
+    assert accuracy(copied, stream[25:]) == accuracy(told, stream[25:])
+    assert copied.learner.boundaries.read() == told.learner.boundaries.read() == {"boundary_0_signals": 6.0}
+
+
+def test_a_label_that_cannot_be_learned_rings_no_bell() -> None:
+    model = StreamRegressor(boundaries=({"kind": "clock", "every_events": 2},))
+    for label in (1.0, float("nan"), float("inf"), 2.0):
+        model.learn_one({"a": 1.0}, label)
+    assert model.learner.left_out == 2
+    assert model.learner.boundaries.read() == {"boundary_0_signals": 1.0}
+
+
+def test_segments_are_refused_where_there_are_none() -> None:
+    with pytest.raises(ConfigError, match="boundaries: segment"):
+        small_classifier(boundaries=("segment",))

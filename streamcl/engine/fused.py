@@ -153,15 +153,15 @@ class Fused:
     def _prepare(self) -> None:
         """Have the machine code at hand before the first event comes."""
         kind = str(self.net.flat.dtype)
-        first, began = kind not in _loaded, time.monotonic()
-        if first:
-            log.info("loading the fused engine; on a machine's first start it is compiled, which takes half a minute")
+        if kind in _loaded:
+            return
+        began = time.monotonic()
+        log.info("loading the fused engine; on a machine's first start it is compiled, which takes half a minute")
         slots = len(self.plan.slot_field)
         nothing = np.zeros(slots, np.int64), np.zeros(slots, np.float32), np.zeros(self.engine.numbers, np.float32)
         self.predict([Encoded(*nothing)])
         _loaded.add(kind)
-        if first:
-            log.info("the fused engine is ready after %.1f s", time.monotonic() - began)
+        log.info("the fused engine is ready after %.1f s", time.monotonic() - began)
 
     def answer(self, features: Encoded) -> Scores:
         """What will be answered: the arrays are filled when the work is done."""
@@ -255,8 +255,8 @@ class Fused:
         return loop.Found(
             output=np.zeros((n, plan.outputs), np.float32),
             served=np.zeros((n, plan.outputs), np.float32),
-            entered=np.zeros((n if entered else 0, entered), dtype),
-            hidden=np.zeros((n if hidden else 0, hidden), dtype),
+            entered=np.zeros((n if looks else 0, entered), dtype),
+            hidden=np.zeros((n if looks else 0, hidden), dtype),
             drawn=np.full((n if self.drawn is not None else 0, plan.draw), -1, np.int64),
             norm=np.zeros(n, dtype),
         )

@@ -651,9 +651,8 @@ def scan(
             _gather(0, ids, weights, dense, net, plan, norms, s)
             _forward(1, net, plan, s)
             _answer(n, plan, norms, found, s)
-            if len(entered):
+            if len(entered) and levels:  # a model without layers has neither
                 put(entered[n], s.x[0])
-            if len(hidden):
                 put(hidden[n], s.x[0] if levels == 1 else _acts(s, plan, levels - 2, len(s.x))[0])
             n += 1
             continue

@@ -11,7 +11,7 @@ Every check raises AssertionError with the broken promise in its text. They need
 """
 
 from streamcl.testing.connectors import check_control_log, check_sink, check_source, learned_hash
-from streamcl.testing.plugins import PluginCheck, plugin_checks
+from streamcl.testing.plugins import PluginCheck, model_checks, plugin_checks
 from streamcl.testing.state import check_stateful, difference, equal_states
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "difference",
     "equal_states",
     "learned_hash",
+    "model_checks",
     "plugin_checks",
 ]

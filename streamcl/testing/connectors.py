@@ -25,6 +25,7 @@ def check_source(make: Callable[[], Source], count: int, *, finite: bool = True,
     """
     source = make()
     try:
+        source.seek({})  # as a worker does before its first poll
         everything = _drain(source, count, count, timeout_s)
         claim(not source.poll(1, timeout_s), "nothing comes behind the last record")
         _check_streams(source, everything, finite)
@@ -74,6 +75,7 @@ def _check_only(source: Source, everything: Sequence[Record], timeout_s: float) 
 def _check_reopened(make: Callable[[], Source], everything: Sequence[Record], timeout_s: float) -> None:
     source = make()
     try:
+        source.seek({})
         again = _drain(source, len(everything), len(everything), timeout_s)
         claim(_by_stream(again) == _by_stream(everything), "another source reads the same, whatever one committed")
     finally:

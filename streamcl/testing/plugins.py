@@ -1,17 +1,13 @@
-"""Contract checks for plug-ins: what every method of continual learning must keep, alone and beside all the others.
+"""Contract checks for plug-ins and models: what each must keep, alone and beside everything else that learns.
 
-A check takes the plug-in's settings, `{"kind": ..., ...}`, and finds by itself a task that it is for, the retention
-that it needs and the plug-ins that provide the weight sets that it reads.
+A check takes settings, `{"kind": ..., ...}` of a plug-in, `{"model": {"kind": ..., ...}}`, or both, and finds by itself
+a task, the retention that the plug-in needs and the plug-ins that provide the weight sets that it reads. Settings of
+the `optimizer` and an `engine` may stand there too.
 """
 
 from __future__ import annotations
 
-import random
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,16 +16,27 @@ from numpy.typing import NDArray
 
 from streamcl import plugin as points
 from streamcl.config import Config
-from streamcl.join import tickets_from_state, tickets_to_state
 from streamcl.learner import Learner
 from streamcl.plugin import Plugin, PluginError
-from streamcl.protocols import State
-from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Scores, Selector, Signal, Ticket, mark
+from streamcl.records import Encoded, Selector, mark
 from streamcl.state import flatten, unflatten
+from streamcl.testing.journey import (
+    CLASSES,
+    FIELDS,
+    NUMBERS,
+    Example,
+    Journey,
+    answers,
+    counted,
+    examples,
+    finite,
+    lived,
+    loaded,
+    sealed,
+)
 from streamcl.testing.state import check_stateful, claim, claim_same, difference
 
 TASKS = ("multiclass", "binary", "regression")
-CLASSES, FIELDS, NUMBERS, KEYS = 4, 2, 3, 5
 ROWS = 24
 
 Settings = Mapping[str, Any]
@@ -41,99 +48,63 @@ BESIDE: Settings = {
 """What stands beside a plug-in in its second life: everything that changes weights or scores while it works."""
 
 
-class Example(NamedTuple):
-    """An event and its label, before it has been answered."""
-
-    features: Encoded
-    label: float
-    key: str
-
-
-class Journey:
-    """A learner, the labels that it waits for, and the stream that it is told.
-
-    Args:
-        delay: Events between an event and its label; None: labels never come.
-        on_close: Without a label: `negative` teaches 0 (the event is learned `window` events later), `drop` nothing.
-        boundaries: Every so many events a `boundary` and every third of these a `drift` is signalled; 0: never.
-    """
-
-    def __init__(self, config: Config, delay: int | None = 0, on_close: str = "drop", boundaries: int = 20) -> None:
-        self.learner = Learner(config)
-        self.delay, self.on_close, self.boundaries = delay, on_close, boundaries
-        self.waiting: deque[tuple[Ticket, float]] = deque()
-        self.count = 0
-
-    def take(self, example: Example, number: int) -> Scores:
-        """Answer an event, then learn what has become due. Returns the answer."""
-        scores = self.learner.predict(example.features)
-        origin = Origin(EVENTS, 0, number)
-        ticket = Ticket(f"id-{number}", float(number), example.features, scores, origin, key=example.key)
-        self.waiting.append((ticket, example.label))
-        while len(self.waiting) > (7 if self.delay is None else self.delay):
-            ticket, label = self.waiting.popleft()
-            if self.delay is not None:
-                self.learner.learn(Outcome(ticket, label, Fate.JOINED, 0.0), self._signals(origin))
-            elif self.on_close == "negative":
-                self.learner.learn(Outcome(ticket, 0.0, Fate.EXPIRED, 7.0), self._signals(origin))
-        return scores
-
-    def _signals(self, origin: Origin) -> Sequence[Signal]:
-        self.count += 1
-        if not self.boundaries or self.count % self.boundaries:
-            return ()
-        found = [Signal("boundary", "clock", origin)]
-        return found if self.count % (3 * self.boundaries) else [*found, Signal("drift", "loss", origin)]
-
-    def state_dict(self) -> State:
-        return {
-            "learner": self.learner.state_dict(),
-            "count": self.count,
-            "tickets": tickets_to_state([ticket for ticket, _ in self.waiting]),
-            "labels": [label for _, label in self.waiting],
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        self.learner.load_state_dict(state["learner"])
-        self.count = state["count"]
-        self.waiting = deque(zip(tickets_from_state(state["tickets"]), state["labels"], strict=True))
+MODEL: Settings = {"kind": "mlp", "hidden": [8, 6]}
+"""What a plug-in works on unless it is told another."""
 
 
 def host(settings: Settings, beside: bool = False, *, off: bool = False, task: str = "") -> Config:
-    """A configuration that the plug-in works in.
+    """A configuration that the plug-in and the model work in.
 
     Raises:
         AssertionError: there is none.
     """
-    kind = points.resolve(settings["kind"])
     refused = ""
     for each in (task,) if task else TASKS:
-        config = _config(kind, dict(settings), each, beside, off)
+        config = _config(settings, each, beside, off)
         try:
             Learner(config)
         except PluginError as error:
             refused = str(error)
             continue
         return config
-    raise AssertionError(f"broken: {settings['kind']} works with some task; the last one: {refused}")
+    raise AssertionError(f"broken: {settings} work with some task; the last one: {refused}")
 
 
-def _config(kind: type[Plugin], settings: dict[str, Any], task: str, beside: bool, off: bool) -> Config:
-    plugins = [*_providers(kind), settings]
+def _config(settings: Settings, task: str, beside: bool, off: bool) -> Config:
+    kind = _kind(settings)
+    plugins = [*_providers(kind)] + ([_own(settings)] if "kind" in settings else [])
     keeps = any(issubclass(points.resolve(each["kind"]), points.Retention) for each in plugins)
+    model = {"embedding_dim": 3, "classes": CLASSES, "init_scale": 0.3, **settings.get("model", MODEL)}
     data: dict[str, Any] = {
         "name": "contract",
         "task": task,
         "events": {"url": "memory://contract/events", "label": "y"},
         "features": {f"c{i}": {"kind": "categorical", "buckets": 20} for i in range(FIELDS)}
         | {f"n{i}": "numeric" for i in range(NUMBERS)},
-        "model": {"kind": "mlp", "embedding_dim": 3, "hidden": [8, 6], "classes": CLASSES, "init_scale": 0.3},
-        "optimizer": {"kind": "sgd", "learning_rate": 0.05},
+        "model": model,
+        "optimizer": {"kind": "sgd", "learning_rate": 0.05} | settings.get("optimizer", {}),
         "replay": {"retention": "plugin" if keeps else "recency", "capacity": ROWS, "per_event": 3},
-        "worker": {"engine": "eager"},  # of the one without plug-ins too: they are compared to the bit
-        **(BESIDE if beside else {}),
+        # Of the one without plug-ins too: they are compared to the bit.
+        "worker": {"engine": settings.get("engine", "eager")},
+        **(_beside(model) if beside else {}),
     }
     return Config.parse(data | ({} if off else {"plugins": plugins}))
+
+
+def _beside(model: Settings) -> Settings:
+    """A model without hidden layers has no units to reset, and no hidden vector to be a key."""
+    if model["kind"] != "logistic":
+        return BESIDE
+    return {"error_memory": [{"kind": "key", "key": "c0", "capacity": 16}]}
+
+
+def _kind(settings: Settings) -> type[Plugin]:
+    return points.resolve(settings["kind"]) if "kind" in settings else Plugin
+
+
+def _own(settings: Settings) -> dict[str, Any]:
+    """What the plug-in is told."""
+    return {name: value for name, value in settings.items() if name not in ("model", "optimizer", "engine")}
 
 
 def _providers(kind: type[Plugin]) -> list[dict[str, Any]]:
@@ -141,21 +112,6 @@ def _providers(kind: type[Plugin]) -> list[dict[str, Any]]:
     found = {name: each for each, made in points.builtin().items() for name in made.provides if made is not kind}
     wanted = {found[name] for name in sorted(kind.needs - kind.provides) if name in found}
     return [{"kind": each} for each in sorted(wanted)]
-
-
-def examples(task: str, count: int, seed: int = 0) -> list[Example]:
-    """Every key has a taste, which changes once; numbers are such that none comes twice."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for i in range(count):
-        key = int(rng.integers(KEYS))
-        ids = np.array([key, 21 + int(rng.integers(20))], np.int64)
-        dense = rng.normal(size=NUMBERS).astype(np.float32)
-        shift = 1 if i > count // 2 else 0
-        labels = {"binary": (key + shift) % 2, "multiclass": (key + shift) % CLASSES}
-        label = float(labels.get(task, key + shift + 0.1 * float(dense[0])))
-        found.append(Example(Encoded(ids, np.ones(FIELDS, np.float32), dense), label, f"key-{key}"))
-    return found
 
 
 class PluginCheck(NamedTuple):
@@ -187,9 +143,9 @@ def resumes_to_the_bit(settings: Settings) -> None:
 def is_a_pure_function(settings: Settings) -> None:
     """The same configuration, seed and events give the same bytes; no clock and no global generator is asked."""
     config = host(settings, beside=True)
-    _lived(Journey(config), examples(config.task, 10))  # what is imported or compiled at first use may read a clock
+    lived(Journey(config), examples(config.task, 10))  # what is imported or compiled at first use may read a clock
     with sealed():
-        one, two = (_lived(Journey(config), examples(config.task, 60)).state_dict() for _ in range(2))
+        one, two = (lived(Journey(config), examples(config.task, 60)).state_dict() for _ in range(2))
     claim_same(difference(one, two), "the same events give the same state")
 
 
@@ -197,10 +153,10 @@ def keeps_the_order(settings: Settings) -> None:
     """A label changes no answer that was given before it, and no event is replayed to itself."""
     config = host(settings)
     stream = examples(config.task, 50)
-    told = [_answers(Journey(config), stream)]
+    told = [answers(Journey(config), stream)]
     for at in (20, 41):
         label = 1.0 - stream[at].label if config.task == "binary" else (stream[at].label + 1.0) % CLASSES
-        told.append(_answers(Journey(config), [*stream[:at], stream[at]._replace(label=label), *stream[at + 1 :]]))
+        told.append(answers(Journey(config), [*stream[:at], stream[at]._replace(label=label), *stream[at + 1 :]]))
         claim_same(difference(told[0][: at + 1], told[-1][: at + 1]), f"label {at} changes no answer before it")
     _watch_draws(Journey(config), stream)
 
@@ -211,7 +167,7 @@ def _watch_draws(journey: Journey, stream: Sequence[Example]) -> None:
 
     def watching(index: torch.Tensor) -> Any:
         rows = read(index)
-        drawn.append(rows[2].numpy())
+        drawn.append(rows[2].numpy()[:, :NUMBERS])  # behind them a recurrent model has the key's state
         return rows
 
     memory.examples = watching  # type: ignore[method-assign]
@@ -225,17 +181,17 @@ def takes_late_labels(settings: Settings) -> None:
     """Labels at once, 7 events late and never; a closing window is a negative or nothing."""
     for delay, on_close in ((0, "drop"), (7, "drop"), (None, "negative"), (None, "drop")):
         config = host(settings)
-        journey = _lived(Journey(config, delay, on_close), examples(config.task, 60))
+        journey = lived(Journey(config, delay, on_close), examples(config.task, 60))
         learned = {0: 60, 7: 53}.get(60 if delay is None else delay, 53 if on_close == "negative" else 0)
         claim(journey.learner.version == learned, f"of labels {delay} late, {on_close}, {learned} are learned")
-        claim_finite(journey.learner.state_dict(), f"labels {delay} late, {on_close}")
+        finite(journey.learner.state_dict(), f"labels {delay} late, {on_close}")
 
 
 def needs_no_ids(settings: Settings) -> None:
     """It runs when nobody names a segment, with boundaries from elsewhere and without any."""
     for boundaries in (0, 7):
         config = host(settings)
-        journey = _lived(Journey(config, boundaries=boundaries), examples(config.task, 60))
+        journey = lived(Journey(config, boundaries=boundaries), examples(config.task, 60))
         claim(journey.learner.version == 60, "every event is learned")
 
 
@@ -244,11 +200,11 @@ def forgets(settings: Settings) -> None:
     for beside in (False, True):
         config = host(settings, beside)
         stream = examples(config.task, 80)
-        learner = _lived(Journey(config), stream).learner
+        learner = lived(Journey(config), stream).learner
         learner.forget(Selector(key="key-2"))
         theirs = [example for example in stream if example.key == "key-2"]
         _claim_no_trace(learner, theirs)
-        _claim_no_trace(_loaded(config, learner.state_dict()), theirs)
+        _claim_no_trace(loaded(config, learner.state_dict()), theirs)
         journey = Journey(config)
         journey.learner = learner
         for n, example in enumerate(examples(config.task, 40, seed=1)):
@@ -288,14 +244,14 @@ def is_bounded(settings: Settings) -> None:
 
 def off_is_off(settings: Settings) -> None:
     """With weight 0 the learner is what it is without the plug-in, to the bit; for those that have a weight."""
-    kind = points.resolve(settings["kind"])
+    kind = _kind(settings)
     if "weight" not in kind.Options.model_fields or issubclass(kind, points.Retention | points.Draw | points.Recall):
         return
     config = host(settings)
     without = host(settings, off=True, task=config.task)
     stream = examples(config.task, 60)
     weightless = host({**settings, "weight": 0.0}, task=config.task)
-    states = [_lived(Journey(each), stream).learner.state_dict() for each in (weightless, without)]
+    states = [lived(Journey(each), stream).learner.state_dict() for each in (weightless, without)]
     for name in ("numerics", "version"):
         claim_same(difference(states[0][name], states[1][name]), "weight 0 is off")
     own = states[0]["engine"]["params"].keys() - states[1]["engine"]["params"].keys()
@@ -321,21 +277,13 @@ def stays_finite(settings: Settings) -> None:
                 journey.take(Example(example.features, label, "key-9"), 2000 + n)
             claim(config.task == "regression" or journey.learner.version == before, "no such label is learned")
             journey.take(Example(broken, example.label, "key-9"), 3000 + n)
-    claim_finite(journey.learner.state_dict(), "what is broken leaves no trace")
-
-
-def claim_finite(state: State, promise: str) -> None:
-    for path, array in flatten({name: part for name, part in state.items() if name not in ("memory",)})[1].items():
-        values = np.asarray(array)
-        raw = "/tables/" in path  # examples, as the memory's: what is missing is NaN there
-        if values.dtype.kind == "f" and "diagnostics" not in path and "owner_time" not in path and not raw:
-            claim(bool(np.isfinite(values).all()), f"{promise}: {path} is not finite")
+    finite(journey.learner.state_dict(), "what is broken leaves no trace")
 
 
 def declares_what_it_reads(settings: Settings) -> None:
     """It makes the weight sets that it says it provides, and the memory holds no column that nobody asked for."""
     config = host(settings)
-    kind = points.resolve(settings["kind"])
+    kind = _kind(settings)
     learner = Learner(config)
     providers = frozenset[str]().union(*(points.resolve(each["kind"]).provides for each in _providers(kind)))
     claim(
@@ -352,12 +300,12 @@ def declares_what_it_reads(settings: Settings) -> None:
 def has_a_plain_snapshot(settings: Settings) -> None:
     """Its state is tensors, arrays and JSON; an empty one means that it begins here."""
     config = host(settings)
-    learner = _lived(Journey(config), examples(config.task, 40)).learner
-    again = _loaded(config, unflatten(*flatten(learner.state_dict())))
+    learner = lived(Journey(config), examples(config.task, 40)).learner
+    again = loaded(config, unflatten(*flatten(learner.state_dict())))
     claim_same(difference(again.state_dict(), learner.state_dict()), "a state that went through a file is the same")
     bare = learner.state_dict()
     bare.pop("plugins", None)
-    begun = _loaded(config, bare)
+    begun = loaded(config, bare)
     for n, example in enumerate(examples(config.task, 30, seed=3)):
         begun.predict(example.features)
         journey = Journey(config)
@@ -384,7 +332,7 @@ def says_finite_things(settings: Settings) -> None:
 def answers_many_as_it_answers_one(settings: Settings) -> None:
     """A batch of events is answered as each of them is, up to the rounding of a matrix product of another height."""
     config = host(settings)
-    learner = _lived(Journey(config), examples(config.task, 40)).learner
+    learner = lived(Journey(config), examples(config.task, 40)).learner
     asked = [example.features for example in examples(config.task, 9, seed=2)]
     for many, features in zip(learner.predict_many(asked), asked, strict=True):
         one = learner.predict(features)
@@ -393,6 +341,11 @@ def answers_many_as_it_answers_one(settings: Settings) -> None:
 
 
 COLUMN_NAMES = ("output", "hidden", "loss", "hits", "written", "last_seen", "key", "time_s")
+
+OF_MODELS = (
+    *(resumes_to_the_bit, is_a_pure_function, keeps_the_order, takes_late_labels, needs_no_ids, forgets, is_bounded),
+    *(stays_finite, has_a_plain_snapshot, answers_many_as_it_answers_one),
+)
 
 CHECKS = (
     *(resumes_to_the_bit, is_a_pure_function, keeps_the_order, takes_late_labels, needs_no_ids, forgets, is_bounded),
@@ -406,57 +359,6 @@ def plugin_checks() -> list[PluginCheck]:
     return [PluginCheck(check.__name__, check) for check in CHECKS]
 
 
-def _lived(journey: Journey, stream: Sequence[Example]) -> Journey:
-    for n, example in enumerate(stream):
-        journey.take(example, n)
-    return journey
-
-
-def _answers(journey: Journey, stream: Sequence[Example]) -> list[NDArray[np.float32]]:
-    return [journey.take(example, n).served for n, example in enumerate(stream)]
-
-
-def _loaded(config: Config, state: State) -> Learner:
-    learner = Learner(config)
-    learner.load_state_dict(state)
-    return learner
-
-
-@contextmanager
-def sealed() -> Iterator[None]:
-    """Clocks raise, and global generators must stay where they are."""
-    clocks = ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns")
-    kept = {name: getattr(time, name) for name in clocks}
-
-    def refuse() -> float:
-        raise AssertionError("broken: a clock was read")
-
-    before = _generators()
-    try:
-        for name in clocks:
-            setattr(time, name, refuse)
-        yield
-    finally:
-        for name, clock in kept.items():
-            setattr(time, name, clock)
-    claim(before == _generators(), "no global generator is drawn from")
-
-
-def _generators() -> tuple[bytes, str, str]:
-    return torch.get_rng_state().numpy().tobytes(), str(random.getstate()), str(np.random.get_state())
-
-
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """How many functions are called, of Python and of C, in the one place of the list."""
-    count = [0]
-
-    def profile(_frame: Any, event: str, _arg: Any) -> None:
-        count[0] += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        yield count
-    finally:
-        sys.setprofile(before)
+def model_checks() -> list[PluginCheck]:
+    """Those that say something of a model without a plug-in; each takes `{"model": {"kind": ..., ...}}`."""
+    return [PluginCheck(check.__name__, check) for check in OF_MODELS]

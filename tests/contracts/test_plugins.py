@@ -31,6 +31,20 @@ def test_a_built_in_plugin_keeps_the_contract(kind: str, check: PluginCheck) -> 
     check({"kind": kind, **SETTINGS.get(kind, {})})
 
 
+RECURRENT = {"kind": "recurrent", "hidden": [6], "recurrent": {"units": 4, "keys": 64}}
+STATEFUL = [check for check in plugin_checks() if check.name in ("resumes_to_the_bit", "takes_late_labels", "forgets")]
+
+
+@pytest.mark.parametrize("check", STATEFUL, ids=str)
+@pytest.mark.parametrize("kind", sorted(points.builtin()))
+def test_a_built_in_plugin_keeps_the_contract_on_a_model_with_a_memory_of_each_key(
+    kind: str, check: PluginCheck
+) -> None:
+    # The steps of tag are as long as its rate, whatever the gradient.
+    slow = {"optimizer": {"learning_rate": 0.005}} if kind == "tag" else {}
+    check({"kind": kind, **SETTINGS.get(kind, {}), **slow, "model": RECURRENT})
+
+
 def test_the_settings_are_of_plugins_that_exist() -> None:
     assert SETTINGS.keys() <= points.builtin().keys()
 

@@ -48,7 +48,7 @@ def test_deltas_of_a_killed_worker_bring_a_replica_to_what_it_has_learned(
     path = tmp_path / "config.toml"
     path.write_text(f'{path.read_text()}\n[deltas]\nurl = "{cluster.url}/{cluster.name()}"\nevery_events = 40\n')
     config = Config.load(path)
-    kill_once_saved(streamcl(tmp_path, "run"), tmp_path, 300)
+    kill_once_saved(tmp_path)
     snapshots = Path(shutil.copytree(store_of(config).folder, tmp_path / "at-the-kill"))
     assert answer(streamcl(tmp_path, "run", "--idle-exit-s", "3"))["counts"]["learned"] == EVENTS
 

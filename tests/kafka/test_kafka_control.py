@@ -59,7 +59,7 @@ def test_who_opens_last_fences_the_others_for_good(cluster: Cluster) -> None:
     newer.open()
     with pytest.raises(Fenced, match="another worker has opened"):
         older.append(_order(1))
-    with pytest.raises(ConnectorError, match="not open"):
+    with pytest.raises(Fenced, match="another worker has opened"):
         older.append(_order(1))
     newer.append(_order(2))
     assert [order for _, order in newer.read(0)] == [_order(0), _order(2)]

@@ -41,7 +41,7 @@ def test_outcomes_of_a_killed_worker_make_the_memory_of_a_replica(cluster: Clust
     )
     path.write_text(f'outcomes = "{cluster.url}/{topic}"\n{path.read_text()}\n{memory}')
     config = Config.load(path)
-    kill_once_saved(streamcl(tmp_path, "run"), tmp_path, 300)
+    kill_once_saved(tmp_path)
     snapshots = Path(shutil.copytree(store_of(config).folder, tmp_path / "at-the-kill"))
     assert answer(streamcl(tmp_path, "run", "--idle-exit-s", "3"))["counts"]["learned"] == EVENTS
 
