@@ -48,7 +48,7 @@ class Course:
 
     Args:
         settings: Of the configuration: task, features, model, optimizer; the same for every recipe.
-        memory: `capacity` and `per_event` of a recipe that replays, unless it has its own.
+        memory: `capacity`, `per_event` and perhaps `weight` of a recipe that replays, unless it has its own.
         source: Where the examples come from.
         chosen: On which slice, and among which, the settings were chosen.
         segments: (N,) the task of each event, never falling. An evaluator reads it; and a recipe that asks for it.

@@ -22,10 +22,11 @@ GEM_MEMORY = 256  # examples of each task
 
 
 class Plain:
-    """Experience replay: cross-entropy of the live examples + that of as many replayed ones as the stream says.
+    """Experience replay: cross-entropy of the live examples + that of replayed ones.
 
     Steps of SGD on `batch` live examples, answered before the batch is learned from; a reservoir (algorithm R) of the
-    stream's capacity; torch's own initial weights.
+    stream's capacity; torch's own initial weights. With one live example as many are replayed as the stream says, and
+    with the stream's weight; with more of them as many as are live, with weight 1.
 
     Args:
         masked: The live examples compete among the classes of their batch only.
@@ -34,7 +35,7 @@ class Plain:
         Chaudhry et al. 2019, arXiv 1902.10486 (ER); Caccia et al. 2022, arXiv 2104.05025, equation 4 (ER-ACE, masked).
 
     Differs from the source:
-        Weight 1 for the mean of the live and 1 for the mean of the replayed examples, where ER has the mean of both.
+        Weights for the mean of the live and for the mean of the replayed examples, where ER has the mean of both.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Plain:
     ) -> None:
         torch.set_num_threads(1)  # as ours: two are slower at this size
         self.course, self.batch, self.masked = course, batch, masked
+        self.replayed = course.memory["per_event"] if batch == 1 else batch
+        self.replay_weight = course.memory.get("weight", 1.0) if batch == 1 else 1.0
         self.x = torch.from_numpy(course.rows.dense)
         self.y = torch.from_numpy(course.rows.labels).long()
         self.held_out = [torch.from_numpy(rows.dense) for rows in course.held_out]
@@ -73,8 +76,8 @@ class Plain:
     def step(self, live: list[int]) -> None:
         loss = self.loss(live, self.masked)
         if self.kept:
-            drawn = self.rng.integers(0, len(self.kept), self.course.memory["per_event"])
-            loss = loss + self.loss([self.kept[place] for place in drawn])
+            drawn = self.rng.integers(0, len(self.kept), self.replayed)
+            loss = loss + self.replay_weight * self.loss([self.kept[place] for place in drawn])
         self.move(torch.autograd.grad(loss, self.parameters))
 
     def move(self, gradients: Sequence[Tensor]) -> None:

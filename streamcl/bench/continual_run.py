@@ -211,6 +211,7 @@ DEFINITIONS = (
     " every so many events and at each task's end",
     "sd: over seeds; d_: minus the stream's control, mean over seeds, on the same events with the same initial weights;"
     " p_: two-sided paired t-test; ms_per_event: processor milliseconds of predicting and learning",
-    "every recipe: weight 1 for the live example, 1 for the mean of the replayed ones, unless its name says otherwise;"
-    " one pass, one example at a time; a task's beginning is told to GEM, and to recipes with a boundary of segments",
+    "every recipe: weight 1 for the live example and the stream's replay weight (1 if it names none) for the mean of"
+    " the replayed ones, unless the recipe's name says otherwise; one pass, one example at a time; the"
+    " beginning of a task is told to GEM, and to recipes with a boundary of segments",
 )

@@ -138,9 +138,10 @@ def split_mnist(folder: Path | None, seed: int, quick: bool) -> Course:
         images,
         seed,
         limit=400 if quick else None,
-        settings=_classifier(784, (256,), 0.05),
-        memory={"capacity": 1000, "per_event": 10},
+        settings=_classifier(784, (256,), 0.01),
+        memory={"capacity": 1000, "per_event": 30, "weight": 30.0},  # each row weighs as much as the live example
         every=200,
+        chosen="rate .003 to .1, 10 to 64 rows, weight 1 to 64, seeds 100 and 101, by final accuracy of the reservoir",
     )
 
 
