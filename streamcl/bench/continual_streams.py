@@ -166,12 +166,13 @@ def permuted_mnist(folder: Path | None, seed: int, quick: bool) -> Course:
     return Course(
         name="permuted-mnist",
         source=images.source,
-        settings=_classifier(784, (100, 100), 0.03),
-        memory={"capacity": 256 * tasks, "per_event": 10},
+        settings=_classifier(784, (100, 100), 0.01),
+        memory={"capacity": 256 * tasks, "per_event": 10, "weight": 5.0},
         rows=Rows.of(images.y[np.concatenate(which)], x),
         segments=np.repeat(np.arange(tasks), per_task),
         held_out=tuple(Rows.of(images.test_y[test], images.test_x[test][:, columns]) for columns in places),
         every=per_task,
+        chosen="rate .005 to .03, 10 or 30 rows, weight 1 to 30, seeds 100 and 101, by accuracy of the reservoir",
     )
 
 
