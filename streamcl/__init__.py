@@ -26,8 +26,8 @@ Table of contents, in the order of the journey (start with `worker`):
     continual      methods of continual learning, one module for each idea
     river_learner  a River model in the learner's place
     river_api      the learner as a River classifier or regressor: StreamClassifier, StreamRegressor
-    engine         how the arithmetic is done: eager
-    models         logistic, mlp, deepfm; recurrent backbones with a state per key, and exact online credit for them
+    engine         how the arithmetic is done: eager, fused
+    models         logistic to DCNv2; recurrent backbones with a state per key, and exact online credit for them
     memory         replay and its retention policies; the error memory
     plasticity     what keeps a net able to learn: continual backpropagation and relatives; figures of how it fares
     metrics        prequential metrics

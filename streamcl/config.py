@@ -205,7 +205,7 @@ class Config(Station):
     @model_validator(mode="after")
     def _memory_fits(self) -> Self:
         offered = {"ids", *(["embedding"] if self.model.kind != "logistic" else [])}
-        offered |= {"hidden"} if self.model.kind != "logistic" and self.model.hidden else set()
+        offered |= {"hidden"} if self.model.deep and self.model.hidden else set()
         for index, memory in enumerate(self.error_memory):
             where = f"error_memory.{index}.key: {memory.key!r}"
             if self.river is not None:
@@ -232,8 +232,8 @@ class Config(Station):
             raise ValueError(f"plasticity: one rule makes units anew, not {' and '.join(resetting)}")
         if resetting and kinds[-1] != resetting[0]:
             raise ValueError(f"plasticity: {resetting[0]} comes last, so that nothing is done to units made anew")
-        if resetting and self.model.kind == "logistic":
-            raise ValueError(f"model.kind: logistic has no hidden units, which {resetting[0]} would make anew")
+        if resetting and not self.model.deep:
+            raise ValueError(f"model.kind: {self.model.kind} has no hidden units, which {resetting[0]} would make anew")
         if resetting and not self.model.hidden:
             raise ValueError(f"model.hidden: no hidden units, which {resetting[0]} would make anew")
         if "upgd" in kinds and self.optimizer.kind != "sgd":

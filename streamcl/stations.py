@@ -162,16 +162,22 @@ class Recurrent(Station):
 
 
 class Model(Station):
-    kind: Literal["logistic", "mlp", "deepfm", "recurrent"] = New(
+    kind: Literal["logistic", "fm", "mlp", "deepfm", "dcnv2", "recurrent"] = New(
         "deepfm", description="what learns, unless river is set"
     )
     recurrent: Recurrent = Recurrent()
     embedding_dim: int = New(16, ge=1, le=1024, description="width of a row (count)")
     hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = New((64, 32), description="units per hidden layer")
+    cross_layers: int = New(2, ge=1, le=64, description="dcnv2 only (count)")
     classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")
     init_scale: float = New(0.01, gt=0, description="standard deviation of a fresh embedding")
     dtype: Literal["float32", "float64"] = New("float32", description="of weights and of what the optimiser holds")
     layer_norm: bool = New(False, description="each hidden layer's sums at mean 0 and deviation 1, before its ReLU")
+
+    @property
+    def deep(self) -> bool:
+        """Whether there may be hidden layers."""
+        return self.kind not in ("logistic", "fm")
 
 
 class Optimizer(Station):

@@ -95,7 +95,7 @@ class Slow:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("kind", ["logistic", "mlp", "deepfm"])
+@pytest.mark.parametrize("kind", ["logistic", "fm", "mlp", "deepfm", "dcnv2"])
 @pytest.mark.parametrize("rule", ["sgd", "adagrad"])
 def test_steps_are_those_of_torch_on_a_dense_table(rule: str, kind: str, task: str) -> None:
     made = engine(kind, task, rule)

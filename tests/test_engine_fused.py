@@ -106,7 +106,7 @@ CONFIGS = st.fixed_dictionaries(
         ),
         "model": st.fixed_dictionaries(
             {
-                "kind": st.sampled_from(["logistic", "mlp", "deepfm"]),
+                "kind": st.sampled_from(["logistic", "fm", "mlp", "deepfm", "dcnv2"]),
                 "hidden": st.sampled_from([(), (3,), (9, 4), (5, 6, 7)]),
                 "embedding_dim": st.sampled_from([1, 3, 9]),
             }
@@ -131,7 +131,7 @@ CONFIGS = st.fixed_dictionaries(
 def test_whatever_is_configured_both_engines_come_to_the_same(made: dict[str, Any], chunk: int) -> None:
     task, renewed, reloop = made.pop("task"), made.pop("renewed"), made.pop("reloop")
     more = copy.deepcopy(made)
-    if renewed and made["model"]["hidden"] and made["model"]["kind"] != "logistic":
+    if renewed and made["model"]["hidden"] and made["model"]["kind"] not in ("logistic", "fm"):
         more["plasticity"] = [{**LIVELY, "utility": renewed}]
     if reloop and task == "binary":
         more["loss"] = {"kind": "reloop", "alpha": 0.3}

@@ -100,7 +100,7 @@ def test_extreme_logits_are_served_without_overflow() -> None:
     assert served.tolist() == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["logistic", "mlp", "deepfm"])
+@pytest.mark.parametrize("kind", ["logistic", "fm", "mlp", "deepfm", "dcnv2"])
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", "adam", "ftrl"])
 def test_a_separable_problem_is_learned(kind: str, rule: str) -> None:
     outcomes = stream("binary", 600)
@@ -263,7 +263,7 @@ def test_replay_uses_todays_norms() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     task=st.sampled_from(TASKS),
-    kind=st.sampled_from(["logistic", "mlp", "deepfm"]),
+    kind=st.sampled_from(["logistic", "fm", "mlp", "deepfm", "dcnv2"]),
     rule=st.sampled_from(["sgd", "adagrad", "adam", "ftrl"]),
     retention=st.sampled_from(["none", "reservoir", "recency", "class_balanced"]),
     cut=st.integers(0, 20),

@@ -8,7 +8,7 @@ import torch
 from streamcl.config import Config
 from streamcl.engine.eager import Eager
 from streamcl.features import Featurizer
-from streamcl.models import MODELS, DeepFM, Logistic, build_model
+from streamcl.models import FM, MODELS, DCNv2, DeepFM, Logistic, build_model
 from streamcl.models.tower import Shape
 from streamcl.state import digest
 from tests.steps import take
@@ -78,6 +78,29 @@ def test_deepfms_pairwise_part_is_the_sum_over_all_pairs() -> None:
     for b in range(2):
         slow = sum(float(vectors[b, i] @ vectors[b, j]) for i, j in combinations(range(5), 2))
         assert pairwise[b, 0].item() == pytest.approx(slow)
+
+
+def test_a_factorisation_machine_is_first_order_weights_and_the_sum_over_all_pairs() -> None:
+    shape = Shape(fields=4, dim=3, numerics=2, outputs=1, hidden=())
+    model, (first, vectors, dense) = FM(shape).double(), inputs(shape)
+    randomised(model)
+    out, linear = model(first, vectors, dense).detach(), model.linear(first, vectors, dense).detach()
+    for b in range(2):
+        slow = sum(float(vectors[b, i] @ vectors[b, j]) for i, j in combinations(range(4), 2))
+        assert out[b, 0].item() == pytest.approx(linear[b, 0].item() + slow)
+
+
+def test_a_cross_layer_multiplies_by_what_came_in() -> None:
+    shape = Shape(fields=2, dim=2, numerics=1, outputs=2, hidden=(4,), cross=2)
+    model, (first, vectors, dense) = DCNv2(shape).double(), inputs(shape)
+    randomised(model)
+    p = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    given = x = np.concatenate([vectors[0, 0], vectors[0, 1], dense[0]])
+    for i in range(2):
+        x = np.array([given[j] * (p[f"cross.{i}.weight"][j] @ x + p[f"cross.{i}.bias"][j]) + x[j] for j in range(5)])
+    h = np.maximum(p["deep.hidden.0.weight"] @ x + p["deep.hidden.0.bias"], 0.0)
+    expected = p["deep.head.weight"] @ h + p["deep.head.bias"]
+    np.testing.assert_allclose(model(first, vectors, dense)[0].detach(), expected)
 
 
 def test_deepfm_projects_its_pairwise_products_to_several_outputs() -> None:

@@ -228,7 +228,7 @@ def test_a_label_that_is_no_number_is_left_out_and_counted() -> None:
     assert (model.learner.left_out, model.learner.learner.version) == (1, 1)
 
 
-@pytest.mark.parametrize("kind", ["logistic", "mlp", "deepfm"])
+@pytest.mark.parametrize("kind", ["logistic", "fm", "mlp", "deepfm", "dcnv2"])
 def test_every_model_learns_the_phishing_stream(kind: str) -> None:
     # 56 % of the labels are one class; with a logistic regression of River's it is 89 % over the whole stream.
     assert accuracy(StreamClassifier(model=kind, multiclass=False), list(datasets.Phishing().take(500))) > 0.8

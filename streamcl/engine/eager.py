@@ -157,16 +157,16 @@ class Eager:
     @property
     def widths(self) -> tuple[int, int]:
         """(E, H) of what `look` finds; 0 for what the model hasn't."""
-        if self.model.tower is None:
-            return 0, 0
-        return self.fields * self.dim + self.numbers, self.model.tower.head.in_features
+        tower = self.model.tower
+        entered = self.fields * self.dim + self.numbers if self.model.embedding else 0
+        return entered, 0 if tower is None else tower.head.in_features
 
     def look(self, ids: Tensor, weights: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`predict`, and what may be a key: what entered the tower (B, E), and its last hidden layer (B, H)."""
+        """`predict`, and what may be a key: embeddings and numerics (B, E), and the last hidden layer (B, H)."""
         with torch.inference_mode():
             first, vectors = self._pooled(self.table[ids], weights)
             output = self.model(first, vectors, dense)
-            if self.model.tower is None:
+            if not self.model.embedding:
                 return output, output[:, :0], output[:, :0]
             entered = torch.cat((vectors.flatten(1), dense[:, : self.numbers]), 1)
             return output, entered, self._take_hidden(output)

@@ -23,7 +23,7 @@ from streamcl.engine.kernels import KINDS
 from streamcl.engine.scan import ANSWER, LEARN, REFUSE
 from streamcl.features import FLOAT32_MAX, RunningNorm
 from streamcl.memory.owners import Owners
-from streamcl.models import DeepFM, Logistic
+from streamcl.models import FM, MODELS, DCNv2, DeepFM, Logistic
 from streamcl.models.tower import MLP
 from streamcl.plasticity.continual_backprop import ContinualBackprop
 from streamcl.records import Encoded, Outcome, Scores
@@ -52,9 +52,9 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
         return f"river: {config.river}"
     if config.plugins or plugins:
         return "plugins: " + ", ".join(str(getattr(each, "kind", each)) for each in (*config.plugins, *plugins))
-    if config.model.kind not in ("logistic", "mlp", "deepfm"):
+    if config.model.kind not in MODELS:
         return f"model.kind: {config.model.kind}"
-    if config.model.layer_norm and config.model.kind != "logistic":
+    if config.model.layer_norm and config.model.deep:
         return "model.layer_norm"
     for index, rule in enumerate(config.plasticity):
         if rule.kind != "continual_backprop" or rule.exact:
@@ -116,10 +116,12 @@ class Fused:
         dense, dtype = engine.dense, engine.dense.flat.numpy().dtype
         rate = config.optimizer.learning_rate
         rates = [[r, config.optimizer.l1, config.optimizer.l2] for r in (rate, engine.row_rate)]
-        linear = model if isinstance(model, Logistic) else model.linear if isinstance(model, DeepFM) else None
-        projected = isinstance(model, DeepFM) and model.pairs is not None
+        linear = model if isinstance(model, Logistic) else getattr(model, "linear", None)
+        paired = isinstance(model, FM | DeepFM)
+        projected = isinstance(model, FM | DeepFM) and model.pairs is not None
         at = {name: span.start for name, span in dense.spans.items()}
-        layers = _layers(model.tower, "deep." if isinstance(model, DeepFM) else "", dense)
+        layers = _layers(model.tower, "" if isinstance(model, MLP) else "deep.", dense)
+        crosses = range(len(model.cross)) if isinstance(model, DCNv2) else ()
         memory = self.learner.memory
         return loop.Plan(
             task=TASKS[config.task],
@@ -129,8 +131,11 @@ class Fused:
             fields=engine.fields,
             dim=engine.dim if model.embedding else 0,
             linear=-1 if linear is None else at["weight" if linear is model else "linear.weight"],
-            pairs=loop.NO_PAIRS if not isinstance(model, DeepFM) else loop.PROJECTED if projected else loop.SUMMED,
+            pairs=loop.NO_PAIRS if not paired else loop.PROJECTED if projected else loop.SUMMED,
             projection=at["pairs.weight"] if projected else 0,
+            crosses=np.array(
+                [[at[f"cross.{i}.{part}"] for part in ("weight", "bias")] for i in crosses], np.int64
+            ).reshape(-1, 2),
             layers=np.array(layers, np.int64).reshape(-1, 4),
             slot_field=engine.slot_field.numpy(),
             key=np.uint64(memory.key),
@@ -420,6 +425,10 @@ def _scratch(plan: loop.Plan, rows: int, numbers: int, net: loop.Net) -> loop.Sc
     return loop.Scratch(
         x=zeros(rows, entering),
         dx=zeros(rows, entering),
+        crossed=zeros(len(plan.crosses), rows, entering),
+        factors=zeros(len(plan.crosses), rows, entering),
+        turned=zeros(len(plan.crosses), rows, entering),
+        own=zeros(entering),
         acts=zeros(rows * units),
         deltas=zeros(rows * units),
         z=zeros(rows, plan.outputs),

@@ -4,7 +4,7 @@ What is computed is what `engine.eager` and `Learner.learn` compute, for a model
 `fused` for what that covers. Everything it changes lies in arrays that the learner owns.
 
 Shape: B rows of a step (the live one first), S slots, F fields, D embedding, N numerics, E = F x D + N, O outputs, W
-numbers of a table's row, P dense parameters, U hidden units of all layers.
+numbers of a table's row, P dense parameters, U hidden units of all layers, C cross layers.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Plan(NamedTuple):
     linear: int  # where the weights (O, N) of the linear part begin in `flat`, its bias (O,) behind; -1: none
     pairs: int  # NO_PAIRS, ...
     projection: int  # where the projection (O, D) of the pairs begins
+    crosses: Any  # (C, 2): where weights (E, E) and bias of each cross layer begin
     layers: Any  # (L + 1, 4): inputs, units, where weights and bias begin; the head last; (0, 4) without a tower
     slot_field: Any  # (S,)
     key: Any  # uint64, of the draws
@@ -147,8 +148,12 @@ class Found(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    x: Any  # (Bmax, E) what enters the tower
+    x: Any  # (Bmax, E) embeddings and numerics
     dx: Any  # (Bmax, E)
+    crossed: Any  # (C, Bmax, E) what each cross layer has said
+    factors: Any  # (C, Bmax, E) what it has multiplied by
+    turned: Any  # (C, Bmax, E) the gradient by that
+    own: Any  # (E,)
     acts: Any  # flat: (Bmax, n) of each layer
     deltas: Any  # flat, the same
     z: Any  # (Bmax, O)
@@ -285,7 +290,9 @@ def _forward(count: int, net: Any, plan: Any, s: Any) -> None:
         for b in range(count):
             _pairs(b, net, plan, s)
     levels = len(plan.layers)
-    x = s.x
+    for c in range(len(plan.crosses)):
+        _cross(c, count, flat, plan, s)
+    x = _entering(plan, s)
     for level in range(levels):
         w, bias = _layer(flat, plan, level)
         if level == levels - 1:
@@ -298,6 +305,30 @@ def _forward(count: int, net: Any, plan: Any, s: Any) -> None:
         for b in range(count):
             _rectify(y[b])
         x = y
+
+
+@fast
+def _entering(plan: Any, s: Any) -> Any:
+    """(Bmax, E) what enters the tower."""
+    return _into_cross(len(plan.crosses), s)
+
+
+@fast
+def _into_cross(c: int, s: Any) -> Any:
+    """(Bmax, E) what enters cross layer c."""
+    return s.crossed[c - 1] if c else s.x
+
+
+@fast
+def _cross(c: int, count: int, flat: Any, plan: Any, s: Any) -> None:
+    """x_{c+1} = x_0 * (W x_c + b) + x_c"""
+    width = s.x.shape[1]
+    at, bias = plan.crosses[c]
+    given, x, factors, said = s.x, _into_cross(c, s), s.factors[c], s.crossed[c]
+    affine(_matrix(flat, at, width, width), flat[bias : bias + width], x, count, factors)
+    for b in range(count):
+        for j in range(width):
+            said[b, j] = given[b, j] * factors[b, j] + x[b, j]
 
 
 @fast
@@ -366,9 +397,30 @@ def _backward(count: int, net: Any, plan: Any, s: Any) -> None:
             for b in range(count):
                 _mask(to[b], h[b])
         d = to
+    if len(plan.crosses):
+        for b in range(count):
+            _pull_cross(b, net.flat, plan, s)
     if plan.pairs != NO_PAIRS:
         for b in range(count):
             _pull_pairs(b, net, plan, s)
+
+
+@fast
+def _pull_cross(b: int, flat: Any, plan: Any, s: Any) -> None:
+    """dx of row b: from the gradient by what entered the tower to that by what entered the first cross layer."""
+    width = s.x.shape[1]
+    dx, given, own, back = s.dx[b], s.x[b], s.own, s.g[:width]
+    own[:] = 0.0
+    for c in range(len(plan.crosses) - 1, -1, -1):
+        turned, factors = s.turned[c, b], s.factors[c, b]
+        for j in range(width):
+            turned[j] = dx[j] * given[j]
+            own[j] += dx[j] * factors[j]
+        pull_back(_matrix(flat, plan.crosses[c, 0], width, width), turned, s.mix, back)
+        for j in range(width):
+            dx[j] += back[j]
+    for j in range(width):
+        dx[j] += own[j]
 
 
 @fast
@@ -451,19 +503,27 @@ def _dense_gradients(count: int, plan: Any, s: Any) -> Any:
         at, end = plan.projection, plan.projection + outputs * plan.dim
         outer(s.dz, s.products, count, s.mix, _matrix(g, at, outputs, plan.dim))
         total += dot(g[at:end], g[at:end])
+    for c in range(len(plan.crosses)):
+        w, b = plan.crosses[c]
+        total += _layer_gradient(count, s.turned[c], _into_cross(c, s), w, b, s)
     for level in range(levels):
-        width, units, w, b = plan.layers[level]
+        _, _, w, b = plan.layers[level]
         d = s.dz if level == levels - 1 else _deltas(s, plan, level, largest)
-        x = s.x if level == 0 else _acts(s, plan, level - 1, largest)
-        _summed(d, count, g[b : b + units])
-        squares = dot(g[b : b + units], g[b : b + units])
-        if count == 1:
-            squares += dot(d[0], d[0]) * dot(x[0], x[0])
-        else:
-            outer(d, x, count, s.mix, _matrix(g, w, units, width))
-            squares += dot(g[w : w + units * width], g[w : w + units * width])
-        total += squares
+        x = _entering(plan, s) if level == 0 else _acts(s, plan, level - 1, largest)
+        total += _layer_gradient(count, d, x, w, b, s)
     return total
+
+
+@fast
+def _layer_gradient(count: int, d: Any, x: Any, w: int, b: int, s: Any) -> Any:
+    """Of weights and bias at w and b, from d (B, O) and x (B, I); returns the sum of its squares."""
+    g, units, width = s.grads, d.shape[1], x.shape[1]
+    _summed(d, count, g[b : b + units])
+    squares = dot(g[b : b + units], g[b : b + units])
+    if count == 1:
+        return squares + dot(d[0], d[0]) * dot(x[0], x[0])
+    outer(d, x, count, s.mix, _matrix(g, w, units, width))
+    return squares + dot(g[w : w + units * width], g[w : w + units * width])
 
 
 @fast
@@ -491,17 +551,27 @@ def _update(count: int, touched: int, net: Any, plan: Any, s: Any) -> None:
     if plan.pairs == PROJECTED:
         n = outputs * plan.dim
         move(kind, rates, flat, a, b, c, plan.projection, all_rows, 1, n, none, grads[plan.projection :], n, n)
+    for cross in range(len(plan.crosses)):
+        w, bias = plan.crosses[cross]
+        _move_layer(count, s.turned[cross], _into_cross(cross, s), w, bias, net, plan, s)
     for level in range(levels):
-        inputs, units, w, bias = plan.layers[level]
-        move(kind, rates, flat, a, b, c, bias, all_rows, 1, units, none, grads[bias:], units, units)
-        if count > 1:
-            n = units * inputs
-            move(kind, rates, flat, a, b, c, w, all_rows, 1, n, none, grads[w:], n, n)
-            continue
-        # Of one row the gradient is a product of two vectors: it is never written down.
-        d = s.dz[0] if level == levels - 1 else _deltas(s, plan, level, largest)[0]
-        x = s.x[0] if level == 0 else _acts(s, plan, level - 1, largest)[0]
-        move(kind, rates, flat, a, b, c, w, all_rows, units, inputs, d, x, 0, inputs)
+        _, _, w, bias = plan.layers[level]
+        d = s.dz if level == levels - 1 else _deltas(s, plan, level, largest)
+        x = _entering(plan, s) if level == 0 else _acts(s, plan, level - 1, largest)
+        _move_layer(count, d, x, w, bias, net, plan, s)
+
+
+@fast
+def _move_layer(count: int, d: Any, x: Any, w: int, bias: int, net: Any, plan: Any, s: Any) -> None:
+    kind, rates, flat, (a, b, c) = plan.optimizer, plan.rates, net.flat, net.slots
+    all_rows, none, grads, units, inputs = s.touched[:0], s.g[:0], s.grads, d.shape[1], x.shape[1]
+    move(kind, rates, flat, a, b, c, bias, all_rows, 1, units, none, grads[bias:], units, units)
+    if count > 1:
+        n = units * inputs
+        move(kind, rates, flat, a, b, c, w, all_rows, 1, n, none, grads[w:], n, n)
+        return
+    # Of one row the gradient is a product of two vectors: it is never written down.
+    move(kind, rates, flat, a, b, c, w, all_rows, units, inputs, d[0], x[0], 0, inputs)
 
 
 @fast
@@ -651,8 +721,9 @@ def scan(
             _gather(0, ids, weights, dense, net, plan, norms, s)
             _forward(1, net, plan, s)
             _answer(n, plan, norms, found, s)
-            if len(entered) and levels:  # a model without layers has neither
+            if len(entered) and plan.dim:
                 put(entered[n], s.x[0])
+            if len(hidden) and levels:
                 put(hidden[n], s.x[0] if levels == 1 else _acts(s, plan, levels - 2, len(s.x))[0])
             n += 1
             continue

@@ -36,15 +36,45 @@ class Logistic(nn.Module):
         return out
 
 
+class FM(nn.Module):
+    """A factorisation machine: first-order weights + interactions of all pairs of fields, on their embeddings.
+
+    Source:
+        Rendle 2010 (ICDM), equation 1; lemma 3.1 for the sum over pairs.
+
+    Differs from the source:
+        Numerics enter the linear part, not the pairs. With several outputs the pairs keep their D products, projected
+        to the outputs, for their sum would be the same for every class.
+    """
+
+    first_order, embedding = True, True
+    tower: MLP | None = None
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.linear = Logistic(shape)
+        self.pairs = nn.Linear(shape.dim, shape.outputs, bias=False) if shape.outputs > 1 else None
+
+    def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
+        out: Tensor = self.linear(first, vectors, dense) + pairwise(vectors, self.pairs)
+        return out
+
+
+def pairwise(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
+    """(B, O) of embeddings (B, F, D): the sum over all pairs of fields of their products, by the sum of squares."""
+    total = vectors.sum(1)  # (B, D)
+    products = 0.5 * (total * total - (vectors * vectors).sum(1))
+    return products.sum(1, keepdim=True) if projection is None else projection(products)
+
+
 class DeepFM(nn.Module):
-    """First-order weights + pairwise interactions + a deep part, on shared embeddings.
+    """A factorisation machine + a deep part, on shared embeddings.
 
     Source:
         Guo et al. 2017, arXiv 1703.04247, equations 1 to 4.
 
     Differs from the source:
-        Numerics enter the deep part and the linear part, not the pairwise one. With several outputs the pairwise part
-        keeps its D products, projected to the outputs, for their sum would be the same for every class.
+        As `FM` does.
     """
 
     first_order, embedding = True, True
@@ -60,23 +90,57 @@ class DeepFM(nn.Module):
         return self.deep
 
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
-        total = vectors.sum(1)  # (B, D)
-        products = 0.5 * (total * total - (vectors * vectors).sum(1))  # (B, D), eq. 2 by the sum-of-squares identity
-        pairs = self.pairs(products) if self.pairs is not None else products.sum(1, keepdim=True)
+        pairs = pairwise(vectors, self.pairs)
         out: Tensor = self.linear(first, vectors, dense) + pairs + self.deep(first, vectors, dense)
         return out
 
 
-MODELS: dict[str, type[Logistic] | type[MLP] | type[DeepFM]] = {"logistic": Logistic, "mlp": MLP, "deepfm": DeepFM}
+class DCNv2(nn.Module):
+    """Cross layers, each multiplying by what came in once more, then hidden ReLU layers: the stacked form.
+
+    x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, x_0 the embeddings and numerics.
+
+    Source:
+        Wang et al. 2021 (WWW), arXiv 2008.13535, equation 1 and figure 1a.
+
+    Differs from the source:
+        W_l is of full rank; neither low rank nor a mixture of experts.
+    """
+
+    first_order, embedding = False, True
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width = shape.fields * shape.dim + shape.numerics
+        self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(shape.cross))
+        self.deep = MLP(shape)
+
+    @property
+    def tower(self) -> MLP:
+        return self.deep
+
+    def forward(self, _first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
+        given = x = torch.cat((vectors.flatten(1), dense), 1)  # (B, F*D + N)
+        for layer in self.cross:
+            x = given * layer(x) + x
+        return self.deep.of(x)
 
 
-Built = Logistic | MLP | DeepFM | KeyStateModel
+Built = Logistic | FM | MLP | DeepFM | DCNv2 | KeyStateModel
+
+MODELS: dict[str, type[Logistic] | type[FM] | type[MLP] | type[DeepFM] | type[DCNv2]] = {
+    "logistic": Logistic,
+    "fm": FM,
+    "mlp": MLP,
+    "deepfm": DeepFM,
+    "dcnv2": DCNv2,
+}
 
 
 def build_model(config: Config, layout: Layout) -> Built:
     """The configured model, freshly initialised from the seed alone."""
     sizes = len(layout.fields), config.model.embedding_dim, len(layout.numerics), config.outputs
-    shape = Shape(*sizes, config.model.hidden, config.model.layer_norm)
+    shape = Shape(*sizes, config.model.hidden, config.model.layer_norm, config.model.cross_layers)
     cell = None
     if config.model.kind == "recurrent":  # its cell draws its own weights
         cell = build_cell(config.model.recurrent, shape.fields * shape.dim + shape.numerics, config.seed)
@@ -96,9 +160,11 @@ def build_model(config: Config, layout: Layout) -> Built:
 
 
 def _initialise(name: str, param: nn.Parameter, seed: int) -> None:
-    """He's uniform initialisation of hidden weights; all else zero, so that the first scores are the prior."""
-    hidden_weight = "hidden" in name and name.endswith("weight")
-    bound = math.sqrt(6.0 / param.shape[1]) if hidden_weight and param.numel() else 0.0
+    """He's uniform initialisation of hidden weights, LeCun's of cross layers'; all else zero, so that the first scores
+    are the prior.
+    """
+    gain = 6.0 if "hidden" in name else 3.0 if "cross" in name else 0.0
+    bound = math.sqrt(gain / param.shape[1]) if name.endswith("weight") and param.numel() else 0.0
     draw = (2.0 * uniform_array(key_of(seed, f"model.{name}"), param.numel()) - 1.0) * bound
     with torch.no_grad():
         param.copy_(torch.from_numpy(draw).view_as(param))

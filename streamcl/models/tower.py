@@ -10,7 +10,8 @@ from torch.nn import functional
 
 
 class Shape(NamedTuple):
-    """What a model is built for: F fields, D numbers per embedding, N numerics, O outputs, units per hidden layer.
+    """What a model is built for: F fields, D numbers per embedding, N numerics, O outputs, units per hidden layer, and
+    how many cross layers.
 
     With `layer_norm` a hidden layer's sums are brought to mean 0 and deviation 1 before the ReLU.
     """
@@ -21,6 +22,7 @@ class Shape(NamedTuple):
     outputs: int
     hidden: tuple[int, ...]
     layer_norm: bool = False
+    cross: int = 0
 
 
 class MLP(nn.Module):
@@ -45,7 +47,10 @@ class MLP(nn.Module):
         return self
 
     def forward(self, _first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
-        h = torch.cat((vectors.flatten(1), dense), 1)  # (B, F*D + N)
+        return self.of(torch.cat((vectors.flatten(1), dense), 1))
+
+    def of(self, h: Tensor) -> Tensor:
+        """Of what enters the first layer (B, F*D + N)."""
         for layer, norm in zip(self.hidden, self.norms, strict=True):
             h = torch.relu(functional.layer_norm(layer(h), norm) if norm else layer(h))
         out: Tensor = self.head(h)

@@ -93,7 +93,7 @@ def _config(settings: Settings, task: str, beside: bool, off: bool) -> Config:
 
 def _beside(model: Settings) -> Settings:
     """A model without hidden layers has no units to reset, and no hidden vector to be a key."""
-    if model["kind"] != "logistic":
+    if model["kind"] not in ("logistic", "fm"):
         return BESIDE
     return {"error_memory": [{"kind": "key", "key": "c0", "capacity": 16}]}
 
