@@ -218,7 +218,15 @@ class Config(Station):
                 raise ValueError(f"{where}: model {self.model.kind} offers {known}, or module:function")
         if self.loss.kind == "reloop" and (self.task != "binary" or self.river is not None):
             raise ValueError("loss.kind: reloop is for binary labels, and no River model")
+        labels = {"binary": 2, "multiclass": self.model.classes, "regression": 0}[self.task]
+        if (weights := len(self.loss.class_weights)) not in (0, labels) or (weights and self.river is not None):
+            raise ValueError(f"loss.class_weights: {weights} are given; {self._weighable(labels)}")
         return self
+
+    def _weighable(self, labels: int) -> str:
+        if self.river is not None:
+            return "a River model takes none"
+        return f"{self.task} labels have {labels}" if labels else "regression has no classes"
 
     @model_validator(mode="after")
     def _plasticity_fits(self) -> Self:

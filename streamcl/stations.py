@@ -208,6 +208,9 @@ class Loss(Station):
 
     kind: Literal["task", "reloop"] = Stop("task", description="task: cross-entropy, or half the squared error")
     alpha: float = Stop(0.5, gt=0, lt=1, description="reloop only: the share of the self-correction")
+    class_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Stop(
+        (), description="how much an example's loss counts, by its label 0, 1, ...; none: all alike"
+    )
 
 
 class Metrics(Station):

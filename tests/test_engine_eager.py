@@ -108,6 +108,20 @@ def test_steps_are_those_of_torch_on_a_dense_table(rule: str, kind: str, task: s
         torch.testing.assert_close(param.detach(), slow.params[name].detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_a_class_counts_as_much_as_its_weight_says(task: str) -> None:
+    weights = torch.tensor([0.5, 3.0, 2.0][: 2 if task == "binary" else 3])
+    made = config("mlp", task)
+    loss = made.loss.model_copy(update={"class_weights": tuple(weights.tolist())})
+    weighted, plain = (Eager(each, Featurizer(made).layout) for each in (made.model_copy(update={"loss": loss}), made))
+    for step in range(6):
+        ids, slots, dense, y, share = batch(task, step)
+        assert take(weighted, ids, slots, dense, y, share)
+        assert take(plain, ids, slots, dense, y, share * weights[y.long()])
+    torch.testing.assert_close(weighted.dense.flat, plain.dense.flat)
+    torch.testing.assert_close(weighted.table, plain.table)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_adam_is_that_of_torch_where_every_step_touches_every_row(task: str) -> None:
     made = engine("deepfm", task, "adam", buckets=2)

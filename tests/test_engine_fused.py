@@ -121,6 +121,7 @@ CONFIGS = st.fixed_dictionaries(
         ),
         "renewed": st.sampled_from(["", "contribution", "mean_corrected", "adaptable", "random"]),
         "reloop": st.booleans(),
+        "weighted": st.booleans(),
         "seed": st.integers(0, 5),
     }
 )
@@ -129,12 +130,14 @@ CONFIGS = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=80, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(made=CONFIGS, chunk=st.sampled_from([1, 3, 50]))
 def test_whatever_is_configured_both_engines_come_to_the_same(made: dict[str, Any], chunk: int) -> None:
-    task, renewed, reloop = made.pop("task"), made.pop("renewed"), made.pop("reloop")
+    task, renewed, reloop, weighted = (made.pop(name) for name in ("task", "renewed", "reloop", "weighted"))
     more = copy.deepcopy(made)
     if renewed and made["model"]["hidden"] and made["model"]["kind"] not in ("logistic", "fm"):
         more["plasticity"] = [{**LIVELY, "utility": renewed}]
     if reloop and task == "binary":
         more["loss"] = {"kind": "reloop", "alpha": 0.3}
+    if weighted and task != "regression":
+        more["loss"] = more.get("loss", {}) | {"class_weights": [0.5, 3.0, 0.0][: 2 if task == "binary" else 3]}
     eager, fused = engines(task, **more)
     eager_drawn: list[list[int]] = []
     uniform = eager.memory.uniform

@@ -66,6 +66,8 @@ class Eager:
         self.numbers, self.dim = len(layout.numerics), config.model.embedding_dim
         self.one_slot_each = len(layout.slot_field) == self.fields
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
+        weights = config.loss.class_weights
+        self.class_weights = torch.tensor(weights) if weights else None  # (C,)
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
         self.model = build_model(config, layout).to(self.dtype)
@@ -239,7 +241,8 @@ class Eager:
         hidden = self._take_hidden(output)
         losses = self.losses(output, read.y, step.served)
         step.losses = losses.detach()
-        loss = losses.dot(step.share) if self.task_weight else losses.new_zeros(())
+        share = step.share if self.class_weights is None else step.share * self.class_weights.to(losses)[read.y.long()]
+        loss = losses.dot(share) if self.task_weight else losses.new_zeros(())
         if self.asked:
             live = 0 if step.live is None else 1
             step.outs["live", "live"] = Out(output[:live], hidden[:live])

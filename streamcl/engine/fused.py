@@ -143,6 +143,7 @@ class Fused:
             share=self.learner.replay_weight / max(self.learner.per_event, 1),
             label_scaled=np.ones(1, np.bool_),
             alpha=engine.alpha,
+            class_weights=np.array(config.loss.class_weights, np.float64),
             largest=float(engine.max_grad_norm),
             rates=np.array(rates[0], dtype),
             row_rates=np.array(rates[1], dtype),

@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     share: float  # weight of each replayed row's loss
     label_scaled: Any  # (1,) True
     alpha: float  # of the ReLoop loss; 0: none
+    class_weights: Any  # (C,) by label; (0,): all alike
     largest: float  # norm of a gradient that is still learned from
     rates: Any  # (3,) of the dense weights
     row_rates: Any  # (3,)
@@ -366,6 +367,8 @@ def _losses(count: int, served: float, plan: Any, s: Any) -> None:
     """dz (B, O): the gradient of the step's loss by z."""
     for b in range(count):
         share = 1.0 if b == 0 else plan.share
+        if len(plan.class_weights):
+            share *= plan.class_weights[int(s.y[b])]
         z, dz = s.z[b], s.dz[b]
         if plan.task == BINARY:
             loss, slope = binary_loss(z[0], s.y[b])
