@@ -1,18 +1,23 @@
 """How loops are compiled, and where the machine code is kept, so that only the first start on a machine waits for it.
 
 It lies beside the source, or, where that can't be written, in the user's cache folder, or in the folder that the
-environment variable NUMBA_CACHE_DIR names. A file of another CPU, version or source is not taken, and one that can't be
-read is made anew. Where nothing can be written everything is compiled at each start (half a minute for the fused
-engine).
+environment variable NUMBA_CACHE_DIR names. A file of another CPU, version or source is not taken, be it the source of
+something that is called, and one that can't be read is made anew. Where nothing can be written everything is compiled
+at each start (half a minute for the fused engine).
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core.dispatcher import Dispatcher
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +47,39 @@ def compiler(**options: Any) -> Callable[[F], F]:
 
     def compiled(function: F) -> F:
         made = _njit(cache=KEPT, **options)(function)
-        _forgive(made._cache, function.__name__)
+        _sources[made] = files = _sources_of(function)
+        if KEPT:
+            made._cache._cache_file._source_stamp = tuple(map(_digest, sorted(files)))
+            _forgive(made._cache, function.__name__)
         return made  # type: ignore[no-any-return]
 
     return compiled
+
+
+_sources: dict[Any, set[str]] = {}
+"""Of each compiled function."""
+
+
+def _sources_of(function: Any) -> set[str]:
+    """The files whose change makes kept code stale: numba itself looks at the function's own alone.
+
+    Those of whatever compiled functions and classes its module knows, so more than need be.
+    """
+    files = {function.__code__.co_filename}
+    package = function.__module__.partition(".")[0]
+    for value in function.__globals__.values():
+        if isinstance(value, type) and value.__module__.partition(".")[0] == package:
+            files.add(
+                str(getattr(sys.modules.get(value.__module__), "__file__", None) or function.__code__.co_filename)
+            )
+        elif isinstance(value, Dispatcher):
+            files |= _sources.get(value, set())
+    return files
+
+
+@functools.cache
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _forgive(cache: Any, name: str) -> None:

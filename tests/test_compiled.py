@@ -31,6 +31,16 @@ def answers(folder: Path) -> tuple[str, str]:
     return done.stdout.strip(), done.stderr
 
 
+def test_kept_code_is_stale_once_what_it_calls_has_changed(tmp_path: Path) -> None:
+    inner, outer = MODULE.split("@entry")
+    called = inner.replace("entry, ", "")
+    caller = "from streamcl.compiled import entry\nfrom called import inner\n\n@entry" + outer
+    (tmp_path / "module.py").write_text(caller)
+    for factor, said in ((3, "7"), (5, "11")):
+        (tmp_path / "called.py").write_text(called.replace("3 * x", f"{factor} * x"))
+        assert answers(tmp_path) == (said, "")
+
+
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 @pytest.mark.parametrize("size", [0, 40])
 def test_kept_code_that_was_cut_off_is_made_anew_once(tmp_path: Path, kind: str, size: int) -> None:
