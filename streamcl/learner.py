@@ -18,7 +18,7 @@ from torch import Tensor
 from streamcl.config import Config, ConfigError
 from streamcl.engine.eager import Eager, as_tensors
 from streamcl.engine.fused import Fused, obstacle
-from streamcl.engine.scan import Found
+from streamcl.engine.layout import Found
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
 from streamcl.key_states import KeyStates
 from streamcl.memory import ErrorMemory, Replay, Vectors

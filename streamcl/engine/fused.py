@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamcl.engine import scan as loop
+from streamcl.engine import layout
 from streamcl.engine.dense import Dense
 from streamcl.engine.kernels import KINDS
-from streamcl.engine.scan import ANSWER, LEARN, REFUSE
+from streamcl.engine.layout import ANSWER, LEARN, REFUSE
+from streamcl.engine.scan import scan
 from streamcl.features import FLOAT32_MAX, RunningNorm
 from streamcl.memory.owners import Owners
 from streamcl.models import FM, MODELS, DCNv2, DeepFM, Logistic
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TASKS = {"binary": loop.BINARY, "multiclass": loop.MULTICLASS, "regression": loop.REGRESSION}
+TASKS = {"binary": layout.BINARY, "multiclass": layout.MULTICLASS, "regression": layout.REGRESSION}
 NOTHING = np.zeros((0, 0), np.float32)
 NO_ROWS = np.zeros(0, np.int64)
 POWERS = 4096
@@ -111,7 +112,7 @@ class Fused:
         self._asked = threading.local()
         self._prepare()
 
-    def _plan(self, config: Config) -> loop.Plan:
+    def _plan(self, config: Config) -> layout.Plan:
         engine, model = self.engine, self.engine.model
         dense, dtype = engine.dense, engine.dense.flat.numpy().dtype
         rate = config.optimizer.learning_rate
@@ -123,7 +124,7 @@ class Fused:
         layers = _layers(model.tower, "" if isinstance(model, MLP) else "deep.", dense)
         crosses = range(len(model.cross)) if isinstance(model, DCNv2) else ()
         memory = self.learner.memory
-        return loop.Plan(
+        return layout.Plan(
             task=TASKS[config.task],
             optimizer=KINDS[config.optimizer.kind],
             outputs=config.outputs,
@@ -131,7 +132,7 @@ class Fused:
             fields=engine.fields,
             dim=engine.dim if model.embedding else 0,
             linear=-1 if linear is None else at["weight" if linear is model else "linear.weight"],
-            pairs=loop.NO_PAIRS if not paired else loop.PROJECTED if projected else loop.SUMMED,
+            pairs=layout.NO_PAIRS if not paired else layout.PROJECTED if projected else layout.SUMMED,
             projection=at["pairs.weight"] if projected else 0,
             crosses=np.array(
                 [[at[f"cross.{i}.{part}"] for part in ("weight", "bias")] for i in crosses], np.int64
@@ -149,12 +150,12 @@ class Fused:
             row_rates=np.array(rates[1], dtype),
         )
 
-    def _net(self) -> loop.Net:
+    def _net(self) -> layout.Net:
         """Views of what the engine holds."""
         dense, table = self.engine.dense, self.engine.table.numpy()
         flat = dense.flat.numpy()
         slots = [[slot.numpy().reshape(-1) for slot in each] for each in (dense.slots, self.engine.row_slots)]
-        return loop.Net(flat, _three(slots[0], flat[:0]), table, table.reshape(-1), _three(slots[1], flat[:0]))
+        return layout.Net(flat, _three(slots[0], flat[:0]), table, table.reshape(-1), _three(slots[1], flat[:0]))
 
     def _prepare(self) -> None:
         """Have the machine code at hand before the first event comes."""
@@ -176,7 +177,7 @@ class Fused:
         self.jobs.append(Job(ANSWER, features, scores))
         return scores
 
-    def predict(self, batch: Sequence[Encoded]) -> loop.Found:
+    def predict(self, batch: Sequence[Encoded]) -> layout.Found:
         """What is said of each of a batch now."""
         scratch = getattr(self._asked, "scratch", None)
         if scratch is None:
@@ -184,16 +185,14 @@ class Fused:
         jobs = [Job(ANSWER, features, UNSAID) for features in batch]
         found, nobody = self._found(jobs), self._renewal(on=False)
         rows, watch = self._rows(), self._watch(on=False)
-        loop.scan(
-            0, 0, self._chunk(jobs), found, self.net, self.plan, self._norms(), rows, nobody, watch, NO_ROWS, scratch
-        )
+        scan(0, 0, self._chunk(jobs), found, self.net, self.plan, self._norms(), rows, nobody, watch, NO_ROWS, scratch)
         return found
 
     def learn(self, outcome: Outcome) -> None:
         """Learn from it when the work is done."""
         label = outcome.label
         good = abs(label) <= FLOAT32_MAX
-        if self.plan.task == loop.MULTICLASS:
+        if self.plan.task == layout.MULTICLASS:
             good = good and 0 <= label < self.plan.outputs
         self.jobs.append(Job(LEARN if good else REFUSE, outcome.ticket.features, outcome.ticket.scores, outcome))
 
@@ -214,19 +213,19 @@ class Fused:
         n = 0
         while n < len(jobs):
             first, steps = n, self.learner.steps
-            n, why, logged = loop.scan(
+            n, why, logged = scan(
                 n, steps, chunk, found, self.net, plan, norms, rows, renewal, watch, moved, self.scratch
             )
-            if why == loop.REFUSED:
+            if why == layout.REFUSED:
                 refused.add(n - 1)
             taken = [i for i in range(first, n) if jobs[i].kind != ANSWER and i not in refused]
             self._take_over(norms, renewal, watch, len(taken))
             if self.engine.watch and logged:
                 self.engine.watch(torch.from_numpy(np.unique(moved[:logged])))
-            if why == loop.REFUSED and policy is not None:
+            if why == layout.REFUSED and policy is not None:
                 policy.load_state_dict(before)
                 self._place(jobs, chunk, refused)
-            if why == loop.DUE:
+            if why == layout.DUE:
                 renewal = self._due(watch)
         self._hand_out(jobs, found, refused)
         self._own(jobs, chunk, refused)
@@ -234,7 +233,7 @@ class Fused:
             self.drawn += [found.drawn[i] for i, job in enumerate(jobs) if job.kind != ANSWER]
         return [i not in refused for i, job in enumerate(jobs) if job.kind != ANSWER]
 
-    def _chunk(self, jobs: Sequence[Job]) -> loop.Chunk:
+    def _chunk(self, jobs: Sequence[Job]) -> layout.Chunk:
         n = len(jobs)
         ids, weights, dense = (
             np.concatenate(column).reshape(n, -1) for column in zip(*(job.features for job in jobs), strict=True)
@@ -252,13 +251,13 @@ class Fused:
                     served[i] = job.scores.served[0]
         kinds = np.array([job.kind for job in jobs], np.int8)
         zeros = np.zeros(n, np.int64)
-        return loop.Chunk(kinds, ids, weights, dense, label, served, source, zeros, zeros - 1)
+        return layout.Chunk(kinds, ids, weights, dense, label, served, source, zeros, zeros - 1)
 
-    def _found(self, jobs: Sequence[Job]) -> loop.Found:
+    def _found(self, jobs: Sequence[Job]) -> layout.Found:
         n, plan, dtype = len(jobs), self.plan, self.net.flat.dtype
         looks = bool(self.learner.recall.stages)
         entered, hidden = self.engine.widths if looks else (0, 0)
-        return loop.Found(
+        return layout.Found(
             output=np.zeros((n, plan.outputs), np.float32),
             served=np.zeros((n, plan.outputs), np.float32),
             entered=np.zeros((n if looks else 0, entered), dtype),
@@ -267,7 +266,7 @@ class Fused:
             norm=np.zeros(n, dtype),
         )
 
-    def _place(self, jobs: Sequence[Job], chunk: loop.Chunk, refused: set[int]) -> None:
+    def _place(self, jobs: Sequence[Job], chunk: layout.Chunk, refused: set[int]) -> None:
         """Which place each outcome will have in memory: what its policy says does not hang on weights."""
         memory = self.learner.memory
         if memory.policy is None:
@@ -281,30 +280,30 @@ class Fused:
                 slot = memory.policy.place(job.outcome.label)
             chunk.slot[i] = -1 if slot is None else slot
 
-    def _norms(self) -> loop.Norms:
+    def _norms(self) -> layout.Norms:
         numerics, target = self.learner.numerics, self.learner.target
         width = len(numerics.count)
         scaled = np.ones(width, np.bool_) if numerics.scaled is None else numerics.scaled
         clip = np.broadcast_to(np.asarray(numerics.clip, np.float64), (width,)).copy()
-        return loop.Norms(*_copied(numerics), clip, scaled, *_copied(target))
+        return layout.Norms(*_copied(numerics), clip, scaled, *_copied(target))
 
-    def _rows(self) -> loop.Rows:
+    def _rows(self) -> layout.Rows:
         memory = self.learner.memory
-        return loop.Rows(memory.ids, memory.weights, memory.dense, memory.y)
+        return layout.Rows(memory.ids, memory.weights, memory.dense, memory.y)
 
-    def _renewal(self, on: bool = True) -> loop.Renewal:
+    def _renewal(self, on: bool = True) -> layout.Renewal:
         rule = self.renewal_rule
         if not on or rule is None or not any(rule.rates):
             whole, real = np.zeros(0, np.int64), np.zeros(0)
             none = np.zeros(0, self.net.flat.dtype)
-            return loop.Renewal(False, False, 0.0, 0, whole, real, whole, whole, whole, none, none, whole, real)
+            return layout.Renewal(False, False, 0.0, 0, whole, real, whole, whole, whole, none, none, whole, real)
         levels = len(self.plan.layers) - 1
         starts, rates = np.full(levels, -1, np.int64), np.zeros(levels)
         replaced, eligible = np.zeros(levels, np.int64), np.zeros(levels, np.int64)
         for i, (place, span) in enumerate(zip(rule.taps.places, rule.spans, strict=True)):
             starts[place], rates[place] = span.start, rule.rates[i]
             replaced[place], eligible[place] = rule.replaced[i] - rule.replaced_before[i], rule.eligible_steps[i]
-        return loop.Renewal(
+        return layout.Renewal(
             on=True,
             corrected=rule.utility in ("mean_corrected", "adaptable"),
             decay=rule.decay,
@@ -320,14 +319,14 @@ class Fused:
             powers=self.powers,
         )
 
-    def _watch(self, on: bool = True) -> loop.Watch:
+    def _watch(self, on: bool = True) -> layout.Watch:
         diagnostics = self.learner.diagnostics
         if not on or diagnostics is None:
-            return loop.Watch(0, 1, np.zeros(2, np.int64), NOTHING.astype(self.net.flat.dtype))
+            return layout.Watch(0, 1, np.zeros(2, np.int64), NOTHING.astype(self.net.flat.dtype))
         steps = np.array([diagnostics.steps, diagnostics.sampled], np.int64)
-        return loop.Watch(diagnostics.sample_every, diagnostics.report_every, steps, diagnostics.ring.numpy())
+        return layout.Watch(diagnostics.sample_every, diagnostics.report_every, steps, diagnostics.ring.numpy())
 
-    def _take_over(self, norms: loop.Norms, renewal: loop.Renewal, watch: loop.Watch, taken: int) -> None:
+    def _take_over(self, norms: layout.Norms, renewal: layout.Renewal, watch: layout.Watch, taken: int) -> None:
         """What the loop counts in arrays of its own."""
         learner, rule = self.learner, self.renewal_rule
         learner.steps += taken
@@ -339,7 +338,7 @@ class Fused:
         if learner.diagnostics is not None:
             learner.diagnostics.steps, learner.diagnostics.sampled = watch.steps.tolist()
 
-    def _due(self, watch: loop.Watch) -> loop.Renewal:
+    def _due(self, watch: layout.Watch) -> layout.Renewal:
         """Units to be made anew, and then a report."""
         if self.renewal_rule is not None and any(self.renewal_rule.rates):
             self.renewal_rule.replace_due()
@@ -348,7 +347,7 @@ class Fused:
             diagnostics.report = diagnostics.reckon()
         return self._renewal()
 
-    def _hand_out(self, jobs: Sequence[Job], found: loop.Found, refused: set[int]) -> None:
+    def _hand_out(self, jobs: Sequence[Job], found: layout.Found, refused: set[int]) -> None:
         """Fill the answers that were promised; and with an error memory let it see all in the order of the stream."""
         version, recall = (
             self.learner.version - sum(job.kind != ANSWER for job in jobs) + len(refused),
@@ -363,7 +362,7 @@ class Fused:
         if recall.stages:
             self._recall(jobs, found, refused)
 
-    def _recall(self, jobs: Sequence[Job], found: loop.Found, refused: set[int]) -> None:
+    def _recall(self, jobs: Sequence[Job], found: layout.Found, refused: set[int]) -> None:
         for i, job in enumerate(jobs):
             if job.kind == ANSWER:
                 self.learner.put_right(job.features, job.scores, found.entered[i : i + 1], found.hidden[i : i + 1])
@@ -371,7 +370,7 @@ class Fused:
                 ticket = job.outcome.ticket
                 self.learner.recall.observe(ticket.scores, job.outcome.label, owner=Owners.of(ticket))
 
-    def _own(self, jobs: Sequence[Job], chunk: loop.Chunk, refused: set[int]) -> None:
+    def _own(self, jobs: Sequence[Job], chunk: layout.Chunk, refused: set[int]) -> None:
         """Whose the rows are that were written; and of whom the diagnostics have heard."""
         memory, diagnostics = self.learner.memory, self.learner.diagnostics
         learned = [i for i, job in enumerate(jobs) if job.kind == LEARN and i not in refused]
@@ -413,7 +412,7 @@ def _powers(rule: ContinualBackprop | None) -> Arrays:
     return np.asarray((rule.decay if rule else 0.0) ** np.arange(POWERS if wanted else 0, dtype=np.float64))
 
 
-def _scratch(plan: loop.Plan, rows: int, numbers: int, net: loop.Net) -> loop.Scratch:
+def _scratch(plan: layout.Plan, rows: int, numbers: int, net: layout.Net) -> layout.Scratch:
     """For steps of at most so many rows."""
     dtype, slots = net.flat.dtype, len(plan.slot_field)
     entering, units = plan.fields * plan.dim + numbers, plan.layers[:-1, 1].sum()
@@ -423,7 +422,7 @@ def _scratch(plan: loop.Plan, rows: int, numbers: int, net: loop.Net) -> loop.Sc
     def zeros(*shape: int) -> Arrays:
         return np.zeros(shape, dtype)
 
-    return loop.Scratch(
+    return layout.Scratch(
         x=zeros(rows, entering),
         dx=zeros(rows, entering),
         crossed=zeros(len(plan.crosses), rows, entering),
