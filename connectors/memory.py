@@ -147,6 +147,8 @@ class MemorySource:
         return None
 
     def _take(self, streams: Sequence[Stream], limit: int) -> list[Record]:
+        if len(streams) == 1:
+            return self._take_from(streams[0], limit)
         heads = {stream: head for stream in streams if (head := self._head(stream)) is not None}
         taken: list[Record] = []
         while heads and len(taken) < limit:
@@ -158,6 +160,15 @@ class MemorySource:
             else:
                 del heads[stream]
         return taken
+
+    def _take_from(self, stream: Stream, limit: int) -> list[Record]:
+        topic, first = self._topics[stream.input], self._next[stream]
+        messages = self._broker.read(topic, stream.partition, first, limit)
+        self._next[stream] = first + len(messages)
+        return [
+            Record(Origin(*stream, offset), topic, message.time_s or 0.0, message.value, message.key, message.headers)
+            for offset, message in enumerate(messages, first)
+        ]
 
 
 class MemorySink:

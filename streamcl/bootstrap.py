@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from streamcl.protocols import Source, StreamclError
 from streamcl.records import EVENTS, Position, Record, Stream, position_to_json

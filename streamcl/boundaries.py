@@ -222,6 +222,8 @@ class Boundaries:
 
     def update(self, outcome: Outcome) -> tuple[Signal, ...]:
         """The signals of one outcome, in the order of the configuration."""
+        if not self.sources:
+            return ()
         signals = tuple(signal for source in self.sources.values() for signal in source.update(outcome))
         for signal in signals:
             self._sent[signal.source] += 1

@@ -38,6 +38,14 @@ class Decoder:
         self.label_paths = {name: _path(getattr(labels, name)) for name in ("id", "time", "label")} if labels else {}
         named = [p for p in self.event_paths.values() if p] + [tuple(name.split(".")) for name in config.features]
         self.known = frozenset(path[0] for path in named)
+        # Names of what isn't nested: nearly every event has a short text or a plain number there, which takes no
+        # function to see. Whatever is otherwise goes the long way.
+        self._id, self._key, self._time_at, self._label_at = (
+            path[0] if (path := self.event_paths[name]) and len(path) == 1 else None
+            for name in ("id", "key", "time", "label")
+        )
+        self._strict = events.unknown_fields == "dead_letter"
+        self._zero_or_one, self._seconds = config.task == "binary", events.time_unit == "s"
 
     def decode(self, record: Record) -> Event | Label:
         payload = self._payload(record)
@@ -56,18 +64,25 @@ class Decoder:
 
     def _event(self, record: Record, payload: Mapping[str, Any]) -> Event:
         events, paths = self.config.events, self.event_paths
-        if events.unknown_fields == "dead_letter" and (unknown := self.unknown_fields(payload)):
+        if self._strict and (unknown := self.unknown_fields(payload)):
             raise BadInput("unknown_feature", f"unknown field {min(unknown)[:100]!r}")
-        identity = _identity(payload, paths["id"], record.origin)
-        return Event(
-            id=identity,
-            key=_key(payload, paths["key"], record, identity),
-            time_s=self._time(payload, paths["time"], events.time_unit, record),
-            features=self.featurizer.encode(payload),
-            origin=record.origin,
-            label=self._value(payload, paths["label"], None) if paths["label"] else None,
-            segment=_text(payload, paths["segment"], "the segment") or "",
-        )
+        identity: Any = payload.get(self._id) if self._id else None
+        if not (type(identity) is str and 0 < len(identity) <= MOST_CHARACTERS):
+            identity = _identity(payload, paths["id"], record.origin)
+        key: Any = payload.get(self._key) if self._key else None
+        if not (type(key) is str and len(key) <= MOST_CHARACTERS):
+            key = _key(payload, paths["key"], record, identity)
+        time_s: Any = payload.get(self._time_at) if self._time_at else None
+        latest = record.time_s + events.max_future_s
+        if not (type(time_s) is float and self._seconds and -1e15 <= time_s <= min(latest, 1e15)):
+            time_s = self._time(payload, paths["time"], events.time_unit, record)
+        label: Any = payload.get(self._label_at) if self._label_at else None
+        if type(label) is int and self._zero_or_one and 0 <= label <= 1:
+            label = float(label)
+        else:
+            label = self._value(payload, paths["label"], None) if paths["label"] else None
+        segment = (_text(payload, paths["segment"], "the segment") or "") if paths["segment"] else ""
+        return Event(identity, key, time_s, self.featurizer.encode(payload), record.origin, label, segment)
 
     def _label(self, record: Record, payload: Mapping[str, Any]) -> Label:
         labels, paths = self.config.labels, self.label_paths

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from streamcl.stations import Bag, Categorical, Numeric
 ABSENT = object()
 MOST_KNOWN = 16_384
 """Values of a field whose rows are kept at hand (count)."""
+EXACT = {str, int}
+"""Types of theirs."""
 LONGEST_KNOWN = 64
 """Of those (characters)."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -134,7 +137,7 @@ class Featurizer:
         config: Its `features` are read.
 
     Shape:
-        `encode` returns ids (S,) int64, weights (S,) float32, dense (N,) float32 with NaN where missing. A bag has
+        `encode` returns new ids (S,) int64, weights (S,) float32, dense (N,) float32 with NaN where missing. A bag has
         `max_items` slots, weighted 1 (sum) or 1/n (mean); an empty slot has weight 0.
 
     Raises:
@@ -167,11 +170,24 @@ class Featurizer:
 
         # What the loop over an event's fields needs, at hand; the name of one that isn't nested.
         self._places = [(f.slot, f.name if len(f.path) == 1 else None, f.known, f) for f in self.categoricals]
+        flat = not self.bags and all(len(f.path) == 1 for f in self.categoricals)
+        self._all_at_once = (
+            itemgetter(*(f.name for f in self.categoricals)) if flat and len(self.categoricals) > 1 else None
+        )
+        self._known = [f.known for f in self.categoricals]
+        self._none = np.zeros(0, np.float32)
         self._base = self.layout.slot_base.tolist()
         self._weights = np.zeros(slot, np.float32)
         self._weights[[field.slot for field in self.categoricals]] = 1.0
 
     def encode(self, payload: Mapping[str, Any]) -> Encoded:
+        numbers = (
+            np.array([_number_at(payload, name, path) for name, path in self.numerics], np.float32)
+            if self.numerics
+            else self._none
+        )
+        if self._all_at_once and (at_hand := self._rows_at_hand(payload)):
+            return Encoded(np.array(at_hand, np.int64), self._weights, numbers)
         rows = self._base.copy()  # setting a list's elements is faster than an array's
         for slot, name, known, field in self._places:
             value: Any = payload.get(name) if name is not None else lookup(payload, field.path)
@@ -180,11 +196,25 @@ class Featurizer:
                 rows[slot] = known.get(value) or field.row_of(value)
             elif value is not None and value is not ABSENT:
                 rows[slot] = field.row_of(value)
-        ids, weights = np.array(rows, np.int64), self._weights.copy()
+        ids, weights = np.array(rows, np.int64), self._weights.copy() if self.bags else self._weights
         for field in self.bags:
             self._fill(field, lookup(payload, field.path), ids, weights)
-        numbers = [_number_at(payload, name, path) for name, path in self.numerics]
-        return Encoded(ids, weights, np.array(numbers, np.float32))
+        return Encoded(ids, weights, numbers)
+
+    def _rows_at_hand(self, payload: Mapping[str, Any]) -> list[int] | None:
+        """The rows of all fields when each has a text or a whole number: without a Python loop over those known."""
+        try:
+            values = self._all_at_once(payload)  # type: ignore[misc]
+        except KeyError:
+            return None
+        if not EXACT.issuperset(map(type, values)):  # True and 1.0 would be found under 1
+            return None
+        rows: list[Any] = list(map(dict.get, self._known, values))
+        if None in rows:
+            for i, field in enumerate(self.categoricals):
+                if rows[i] is None:
+                    rows[i] = field.row_of(values[i])
+        return rows
 
     @staticmethod
     def _fill(field: Field, value: Any, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> None:

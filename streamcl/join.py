@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from streamcl.protocols import State
@@ -104,12 +104,17 @@ class Joiner:
         """True for an event that waits, or has been closed a short time ago."""
         return id in self.tickets or id in self.closed
 
-    def advance(self, stream: Stream, time_s: float) -> Iterator[Outcome]:
-        """Move the watermark by one record; yields what expires before it, in (deadline, position) order.
+    def advance(self, stream: Stream, time_s: float) -> Iterable[Outcome]:
+        """Move the watermark by one record; gives what expires before it, in (deadline, position) order.
 
         At most `max_expiries_per_event` alarms ring; the rest, being state, ring at the next records.
         """
         self.watermark.advance(stream, time_s)
+        if not self.alarms or self.alarms[0][0] >= self.watermark.value:
+            return ()
+        return self._expired()
+
+    def _expired(self) -> Iterator[Outcome]:
         for _ in range(self.config.max_expiries_per_event):
             if not self.alarms or self.alarms[0][0] >= self.watermark.value:
                 return

@@ -6,12 +6,12 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from threading import get_ident
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -167,7 +167,7 @@ class Learner:
     def put_right(self, features: Encoded, scores: Scores, entered: NDArray[Any], hidden: NDArray[Any]) -> None:
         """Finish a score that was promised by what the error memory says; entered (1, E), hidden (1, H)."""
         served, recalled = self.recall.recall([features], scores.served[None], Vectors(entered, hidden))
-        scores.fulfil(served=served[0], recalled=recalled[0])
+        scores.put_right(served[0], recalled[0])
 
     def _recalled(self, query: Query) -> tuple[NDArray[np.float32], list[Notes]]:
         """(B, O) of what the plug-ins make of raw outputs, and what each ticket is to carry."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import orjson
+from msgspec.structs import replace
 
 from streamcl import __version__
 from streamcl.features import Layout
@@ -29,21 +29,24 @@ def prediction_message(prediction: Prediction, codec: Codec, topic: str = "", by
 
     `topic` is where the event stood, for people who look for it: an origin names the input instead.
     """
+    scores, origin = prediction.scores, str(prediction.origin)
+    version = scores.version
     body = {
         "id": prediction.id,
-        **scores_to_json(prediction.scores),
-        "version": prediction.scores.version,
+        **scores_to_json(scores),
+        "version": version,
         "time": prediction.time_s,
-        "input": str(prediction.origin),
+        "input": origin,
     }
+    identity = prediction.id.encode("utf-8", "surrogatepass")
     headers: Headers = (
-        ("streamcl-input", str(prediction.origin).encode()),
+        ("streamcl-input", origin.encode()),
         ("streamcl-topic", topic.encode()),
-        ("streamcl-id", prediction.id.encode("utf-8", "surrogatepass")),
-        ("streamcl-weights", str(prediction.scores.version).encode()),
+        ("streamcl-id", identity),
+        ("streamcl-weights", b"%d" % version),
     )
-    key = prediction.id if by_id else prediction.key
-    return Message(codec.encode(body), key.encode("utf-8", "surrogatepass"), headers)
+    key = identity if by_id else prediction.key.encode("utf-8", "surrogatepass")
+    return Message(codec.encode(body), key, headers)
 
 
 NUMBER = "streamcl-number"

@@ -54,10 +54,11 @@ class Progress:
         self.learned = 0
         self.outcomes = 0
 
-    def advance(self, origin: Origin) -> None:
-        stream, offset = origin.stream, origin.offset
+    def advance(self, stream: Stream, offset: int) -> None:
         if offset < self.position.get(stream, 0):
-            raise ConnectorError(f"{origin} was delivered again; expected offset {self.position[stream]}")
+            raise ConnectorError(
+                f"{Origin(*stream, offset)} was delivered again; expected offset {self.position[stream]}"
+            )
         self.position[stream] = offset + 1
         self.records += 1
 
@@ -77,7 +78,7 @@ class Progress:
         )
 
     def published(self, origin: Origin) -> bool:
-        return origin.offset >= self.publish_from.get(origin.stream, 0)
+        return not self.publish_from or origin.offset >= self.publish_from.get(origin.stream, 0)
 
     def state_dict(self) -> State:
         return {

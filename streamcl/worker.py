@@ -189,8 +189,9 @@ class Worker:
 
     def _take(self, record: Record, work: Work) -> None:
         work.history = self.progress.bootstrapping()
-        self.progress.advance(record.origin)
-        if record.origin.input == COMMANDS:
+        stream = record.origin.stream
+        self.progress.advance(stream, record.origin.offset)
+        if stream.input == COMMANDS:
             self._obey(record, work)
             return
         try:
@@ -199,7 +200,7 @@ class Worker:
             self._refuse(record, error.reason, str(error), work)
             return
         self.recent_faults.append(False)
-        for outcome in self.joiner.advance(record.origin.stream, item.time_s):
+        for outcome in self.joiner.advance(stream, item.time_s):
             self._learn(outcome, work)
         if isinstance(item, Event) and self.joiner.knows(item.id):
             self._refuse(record, "duplicate_ticket", f"event id of {record.origin} is known already", work)

@@ -177,10 +177,10 @@ def test_a_step_in_float32_from_equal_weights_agrees(task: str) -> None:
         torch.testing.assert_close(fused.engine.table, eager.engine.table, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("retention", ["reservoir", "recency", "class_balanced"])
+@pytest.mark.parametrize("retention", ["none", "reservoir", "recency", "class_balanced"])
 def test_however_the_work_is_cut_the_state_and_the_answers_are_the_same_to_the_bit(retention: str) -> None:
     made = config(
-        replay={"retention": retention, "per_event": 2, "capacity": 15},
+        replay={"retention": retention, "per_event": 0 if retention == "none" else 2, "capacity": 15},
         plasticity=[LIVELY],
         optimizer={"max_grad_norm": 1.0},  # a part of the labels can't be learned
         error_memory=[KNN],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from streamcl.join import Joiner, Watermark
 from streamcl.records import EVENTS, LABELS, Encoded, Fate, Label, Origin, Outcome, Scores, Selector, Stream, Ticket

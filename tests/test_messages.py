@@ -1,8 +1,8 @@
 import hashlib
-from dataclasses import replace
 
 import numpy as np
 import orjson
+from msgspec.structs import replace
 
 from connectors.codec import JSON
 from streamcl import __version__

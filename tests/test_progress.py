@@ -35,7 +35,7 @@ def test_progress_and_counts_survive_a_round_trip_through_json() -> None:
     progress, counts = Progress(), Counts({"learned": 2, "dead_letter": 1})
     progress.publish_from = {Stream("events", 1): 5}
     for offset in (3, 4, 9):
-        progress.advance(Origin("events", 1, offset))
+        progress.advance(Stream("events", 1), offset)
         progress.learn(Origin("events", 1, offset))
     same, again = Progress(), Counts({"left": 1})
     same.load_state_dict(json.loads(json.dumps(progress.state_dict())))
@@ -48,7 +48,7 @@ def test_what_stands_before_the_handover_is_history_and_not_published() -> None:
     progress = Progress()
     progress.publish_from = {Stream("events", 0): 2}
     assert progress.bootstrapping()
-    progress.advance(Origin("events", 0, 1))
+    progress.advance(Stream("events", 0), 1)
     assert not progress.bootstrapping()
     assert [progress.published(Origin("events", 0, offset)) for offset in (1, 2)] == [False, True]
     assert progress.published(Origin("events", 1, 0))
@@ -56,7 +56,7 @@ def test_what_stands_before_the_handover_is_history_and_not_published() -> None:
 
 def test_a_record_that_comes_again_is_an_error() -> None:
     progress = Progress()
-    progress.advance(Origin("events", 0, 1))
+    progress.advance(Stream("events", 0), 1)
     with pytest.raises(ConnectorError, match="events:0:1 was delivered again; expected offset 2"):
-        progress.advance(Origin("events", 0, 1))
+        progress.advance(Stream("events", 0), 1)
     assert progress.records == 1

@@ -7,6 +7,7 @@ of the diagnostics) ends the compiled loop, is done by the eager engine's own co
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -171,9 +172,8 @@ class Fused:
         log.info("the fused engine is ready after %.1f s", time.monotonic() - began)
 
     def answer(self, features: Encoded) -> Scores:
-        """What will be answered: the arrays are filled when the work is done."""
-        plan, version = self.plan, self.learner.version + len(self.jobs)
-        scores = Scores(np.zeros(plan.outputs, np.float32), np.zeros(plan.outputs, np.float32), version)
+        """What will be answered: empty until the work is done."""
+        scores = Scores(UNSAID.output, UNSAID.served, self.learner.version + len(self.jobs))
         self.jobs.append(Job(ANSWER, features, scores))
         return scores
 
@@ -248,10 +248,11 @@ class Fused:
                 label[i] = job.outcome.label if job.kind == LEARN else np.nan
                 if self.plan.alpha:
                     source[i] = promised.get(id(job.scores), -1)
-                    served[i] = job.scores.served[0]
+                    served[i] = job.scores.served[0] if source[i] < 0 else np.nan
         kinds = np.array([job.kind for job in jobs], np.int8)
+        again = np.array([False, *(a.features is b.features for a, b in itertools.pairwise(jobs))], np.bool_)
         zeros = np.zeros(n, np.int64)
-        return layout.Chunk(kinds, ids, weights, dense, label, served, source, zeros, zeros - 1)
+        return layout.Chunk(kinds, ids, weights, dense, label, served, source, again, zeros, zeros - 1)
 
     def _found(self, jobs: Sequence[Job]) -> layout.Found:
         n, plan, dtype = len(jobs), self.plan, self.net.flat.dtype
@@ -353,12 +354,13 @@ class Fused:
             self.learner.version - sum(job.kind != ANSWER for job in jobs) + len(refused),
             self.learner.recall,
         )
+        output, served = found.output, found.served
         for i, job in enumerate(jobs):
             if job.kind != ANSWER:
                 version += i not in refused
                 continue
-            job.scores.output[:], job.scores.served[:] = found.output[i], found.served[i]
-            job.scores.fulfil(version=version)
+            # Copies: a ticket that waits for long must not hold the whole chunk's.
+            job.scores.fulfil(output[i].copy(), served[i].copy(), version)
         if recall.stages:
             self._recall(jobs, found, refused)
 

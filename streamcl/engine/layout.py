@@ -110,6 +110,7 @@ class Chunk(NamedTuple):
     label: Any  # (n,)
     served: Any  # (n,) what it was answered with, or NaN: in this chunk, by operation `source`
     source: Any  # (n,)
+    again: Any  # (n,) whether it has the features of the operation before it
     held: Any  # (n,) rows held before it
     slot: Any  # (n,) where it will be kept; -1: nowhere
 

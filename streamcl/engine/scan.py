@@ -210,9 +210,12 @@ def _answer(n: int, plan: Any, norms: Any, found: Any, s: Any) -> None:
 
 
 @exact
-def _step(n: int, count: int, served: float, net: Any, plan: Any, found: Any, s: Any) -> tuple[bool, int]:
-    """One update on the first `count` rows of the scratch; (whether it could be, how many rows of the table moved)."""
-    forward(count, net, plan, s)
+def _step(n: int, count: int, passed: bool, served: float, net: Any, plan: Any, found: Any, s: Any) -> tuple[bool, int]:
+    """One update on the first `count` rows of the scratch, whose forward pass may be there already; (whether it could
+    be, how many rows of the table moved).
+    """
+    if not passed:
+        forward(count, net, plan, s)
     _losses(count, served, plan, s)
     backward(count, net, plan, s)
     touched = _touch(count, s)
@@ -257,7 +260,10 @@ def scan(
     held, slots, source, given, asked = chunk.held, chunk.slot, chunk.source, chunk.served, found.served
     draw, key, regression, y, norm = plan.draw, plan.key, plan.task == REGRESSION, s.y, found.norm
     entered, hidden, drawn, scaled, every = found.entered, found.hidden, found.drawn, norms.scaled, watch.every
-    levels, renewing = len(plan.layers), renewal.on
+    levels, renewing, again, steady = len(plan.layers), renewal.on, chunk.again, True
+    for i in range(width):
+        steady = steady and not scaled[i]
+    fresh = n  # the first operation whose pass is not in the scratch, though the one before it may have its features
     while n < len(kinds):
         ids, weights, dense = all_ids[n], all_weights[n], all_dense[n]
         if kinds[n] == REFUSE:
@@ -271,7 +277,10 @@ def scan(
             if len(hidden) and levels:
                 put(hidden[n], s.x[0] if levels == 1 else acts(s, plan, levels - 2, len(s.x))[0])
             n += 1
+            fresh = n + 1
             continue
+        # What was just answered is learned from: the pass is the same, as long as nothing has moved in between.
+        passed = steady and n < fresh and again[n] and not (held[n] and draw)
         put(keep[0], count_)
         put(keep[1], mean)
         put(keep[2], m2)
@@ -281,7 +290,8 @@ def scan(
             _observe(y_count, y_mean, y_m2, plan.label_scaled, labels[n : n + 1])
         served = given[n] if source[n] < 0 else float(asked[source[n], 0])
         count = 1
-        gather(0, ids, weights, dense, net, plan, norms, s)
+        if not passed:
+            gather(0, ids, weights, dense, net, plan, norms, s)
         y[0] = _label(labels[n], plan, norms)
         if held[n]:
             for i in range(draw):
@@ -291,11 +301,11 @@ def scan(
                 gather(count, rows_ids[row], rows_weights[row], rows_dense[row], net, plan, norms, s)
                 y[count] = _label(rows_y[row], plan, norms)
                 count += 1
-        taken, touched = _step(n, count, served, net, plan, found, s)
+        taken, touched = _step(n, count, passed, served, net, plan, found, s)
         if not taken and count > 1:  # is it the event, or what is replayed?
             count = 1
             gather(0, ids, weights, dense, net, plan, norms, s)
-            taken, touched = _step(n, count, served, net, plan, found, s)
+            taken, touched = _step(n, count, False, served, net, plan, found, s)
         n += 1
         if not taken:
             put(count_, keep[0, :width])

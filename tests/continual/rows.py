@@ -1,9 +1,9 @@
 """A memory with rows of known columns, for methods that score and draw them."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from streamcl.config import Config
 from streamcl.learner import Learner

@@ -1,9 +1,9 @@
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from streamcl.config import Config
 from streamcl.continual.key_compat import CompatibleKeys, DriftCompensation, Rotation, old_to_new

@@ -1,7 +1,6 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from streamcl.continual.retention_scores import Quotas
 from streamcl.learner import Learner

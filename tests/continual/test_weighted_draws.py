@@ -1,9 +1,9 @@
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from streamcl.continual.weighted_draws import ByDistance, Learnt, Weighted, margins
 from streamcl.learner import Learner
