@@ -197,8 +197,10 @@ class MemorySink:
     def spill(self) -> None:
         """Append what is pending. A crash in the middle leaves the rest pending, for the broker to keep or lose."""
         while self._pending:
-            message = self._pending.popleft()
-            self._broker.append((self._topic, _partition(message, self._partitions), message))
+            # One by one where a death is near, and may come between any two.
+            count = 1 if self._broker.doomed else len(self._pending)
+            messages = [self._pending.popleft() for _ in range(count)]
+            self._broker.append(*((self._topic, _partition(each, self._partitions), each) for each in messages))
 
     def close(self) -> None:
         self._pending.clear()

@@ -123,6 +123,11 @@ class MemoryBroker:
         with self.changed:
             self._burn((), keep)
 
+    @property
+    def doomed(self) -> bool:
+        """It will die at some append to come: see `fail_after`."""
+        return self._fuse is not None
+
     def append(self, *appended: tuple[str, int, Message]) -> int:
         """Append from a sink or control log, all or nothing, and return the offset after the last (topic, partition,
         message); `fail_after` strikes here, and counts a call as one append.

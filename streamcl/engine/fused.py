@@ -431,6 +431,7 @@ def _scratch(plan: layout.Plan, rows: int, numbers: int, net: layout.Net) -> lay
         factors=zeros(len(plan.crosses), rows, entering),
         turned=zeros(len(plan.crosses), rows, entering),
         own=zeros(entering),
+        back=zeros(rows if len(plan.crosses) else 0, entering),
         acts=zeros(rows * units),
         deltas=zeros(rows * units),
         z=zeros(rows, plan.outputs),

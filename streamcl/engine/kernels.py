@@ -26,57 +26,64 @@ assert Adagrad.INITIAL > 0.0  # noqa: S101 - `move` divides by a root of it with
 @fast
 def affine(w: Any, bias: Any, x: Any, count: int, y: Any) -> None:
     """y (B, O) = x (B, I) w^T + bias; w (O, I), the first `count` rows. Four rows by two units share what they load."""
-    units, width = w.shape
-    zero = w.dtype.type(0)
+    units, width, zero = w.shape[0], np.uint64(w.shape[1]), w.dtype.type(0)
     b = 0
     while b + 4 <= count:
-        x0, x1, x2, x3 = x[b], x[b + 1], x[b + 2], x[b + 3]
+        b0, b1, b2, b3 = np.uint64(b), np.uint64(b + 1), np.uint64(b + 2), np.uint64(b + 3)
         i = 0
         while i + 2 <= units:
-            p, q = w[i], w[i + 1]
+            p, q = np.uint64(i), np.uint64(i + 1)
             a0 = a1 = a2 = a3 = zero
             c0 = c1 = c2 = c3 = zero
             for j in range(width):
-                a0 += p[j] * x0[j]
-                a1 += p[j] * x1[j]
-                a2 += p[j] * x2[j]
-                a3 += p[j] * x3[j]
-                c0 += q[j] * x0[j]
-                c1 += q[j] * x1[j]
-                c2 += q[j] * x2[j]
-                c3 += q[j] * x3[j]
-            y[b, i], y[b + 1, i], y[b + 2, i], y[b + 3, i] = a0 + bias[i], a1 + bias[i], a2 + bias[i], a3 + bias[i]
-            i += 1
-            y[b, i], y[b + 1, i], y[b + 2, i], y[b + 3, i] = c0 + bias[i], c1 + bias[i], c2 + bias[i], c3 + bias[i]
-            i += 1
+                a0 += w[p, j] * x[b0, j]
+                a1 += w[p, j] * x[b1, j]
+                a2 += w[p, j] * x[b2, j]
+                a3 += w[p, j] * x[b3, j]
+                c0 += w[q, j] * x[b0, j]
+                c1 += w[q, j] * x[b1, j]
+                c2 += w[q, j] * x[b2, j]
+                c3 += w[q, j] * x[b3, j]
+            y[b0, p], y[b1, p], y[b2, p], y[b3, p] = a0 + bias[p], a1 + bias[p], a2 + bias[p], a3 + bias[p]
+            y[b0, q], y[b1, q], y[b2, q], y[b3, q] = c0 + bias[q], c1 + bias[q], c2 + bias[q], c3 + bias[q]
+            i += 2
         while i < units:
-            for r in range(4):
-                y[b + r, i] = dot(w[i], x[b + r]) + bias[i]
+            p = np.uint64(i)
+            a0 = a1 = a2 = a3 = zero
+            for j in range(width):
+                a0 += w[p, j] * x[b0, j]
+                a1 += w[p, j] * x[b1, j]
+                a2 += w[p, j] * x[b2, j]
+                a3 += w[p, j] * x[b3, j]
+            y[b0, p], y[b1, p], y[b2, p], y[b3, p] = a0 + bias[p], a1 + bias[p], a2 + bias[p], a3 + bias[p]
             i += 1
         b += 4
     while b < count:
-        affine_one(w, bias, x[b], y[b])
+        affine_one(w, bias, x, b, y)
         b += 1
 
 
 @fast
-def affine_one(w: Any, bias: Any, x: Any, y: Any) -> None:
-    """y (O,) = w (O, I) x (I,) + bias. Four units share what they load."""
-    units, width = w.shape
-    zero = w.dtype.type(0)
+def affine_one(w: Any, bias: Any, x: Any, b: int, y: Any) -> None:
+    """Row b of it. Four units share what they load."""
+    units, width, zero, b0 = w.shape[0], np.uint64(w.shape[1]), w.dtype.type(0), np.uint64(b)
     i = 0
     while i + 4 <= units:
-        w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
+        p, q, r, t = np.uint64(i), np.uint64(i + 1), np.uint64(i + 2), np.uint64(i + 3)
         a0 = a1 = a2 = a3 = zero
         for j in range(width):
-            a0 += w0[j] * x[j]
-            a1 += w1[j] * x[j]
-            a2 += w2[j] * x[j]
-            a3 += w3[j] * x[j]
-        y[i], y[i + 1], y[i + 2], y[i + 3] = a0 + bias[i], a1 + bias[i + 1], a2 + bias[i + 2], a3 + bias[i + 3]
+            a0 += w[p, j] * x[b0, j]
+            a1 += w[q, j] * x[b0, j]
+            a2 += w[r, j] * x[b0, j]
+            a3 += w[t, j] * x[b0, j]
+        y[b0, p], y[b0, q], y[b0, r], y[b0, t] = a0 + bias[p], a1 + bias[q], a2 + bias[r], a3 + bias[t]
         i += 4
     while i < units:
-        y[i] = dot(w[i], x) + bias[i]
+        p = np.uint64(i)
+        a0 = zero
+        for j in range(width):
+            a0 += w[p, j] * x[b0, j]
+        y[b0, p] = a0 + bias[p]
         i += 1
 
 
@@ -103,61 +110,58 @@ def add_scaled(out: Any, scale: Any, x: Any) -> None:
 
 
 @fast
-def pull_back(w: Any, d: Any, units: Any, out: Any) -> None:
-    """out (I,) = w^T (I, O) d (O,). A unit whose gradient is 0 costs nothing: behind a ReLU half of them."""
-    width = w.shape[1]
-    m = 0
+def pull_back(w: Any, d: Any, b: int, units: Any, out: Any) -> None:
+    """Row b of out (B, I) = d (B, O) w, w (O, I). A unit whose gradient is 0 costs nothing: behind a ReLU a half."""
+    width, b0, m, k = np.uint64(w.shape[1]), np.uint64(b), 0, 0
     for i in range(len(w)):
-        if d[i] != 0.0:
+        if d[b, i] != 0.0:
             units[m] = i
             m += 1
-    out[:] = 0.0
-    k = 0
-    while k + 8 <= m:
-        d0, d1, d2, d3 = d[units[k]], d[units[k + 1]], d[units[k + 2]], d[units[k + 3]]
-        d4, d5, d6, d7 = d[units[k + 4]], d[units[k + 5]], d[units[k + 6]], d[units[k + 7]]
-        w0, w1, w2, w3 = w[units[k]], w[units[k + 1]], w[units[k + 2]], w[units[k + 3]]
-        w4, w5, w6, w7 = w[units[k + 4]], w[units[k + 5]], w[units[k + 6]], w[units[k + 7]]
+    for j in range(width):
+        out[b0, j] = 0.0
+    while k + 4 <= m:
+        p, q, r, t = np.uint64(units[k]), np.uint64(units[k + 1]), np.uint64(units[k + 2]), np.uint64(units[k + 3])
+        d0, d1, d2, d3 = d[b0, p], d[b0, q], d[b0, r], d[b0, t]
         for j in range(width):
-            out[j] += (
-                d0 * w0[j] + d1 * w1[j] + d2 * w2[j] + d3 * w3[j] + d4 * w4[j] + d5 * w5[j] + d6 * w6[j] + d7 * w7[j]
-            )
-        k += 8
+            out[b0, j] += d0 * w[p, j] + d1 * w[q, j] + d2 * w[r, j] + d3 * w[t, j]
+        k += 4
     while k < m:
-        add_scaled(out, d[units[k]], w[units[k]])
+        p = np.uint64(units[k])
+        d0 = d[b0, p]
+        for j in range(width):
+            out[b0, j] += d0 * w[p, j]
         k += 1
 
 
 @fast
 def outer(d: Any, x: Any, count: int, rows: Any, g: Any) -> None:
     """g (O, I) = sum over the first `count` of d (B, O) and x (B, I)."""
-    units, width = g.shape
-    zero = g.dtype.type(0)
+    units, width, zero = g.shape[0], np.uint64(g.shape[1]), g.dtype.type(0)
     for i in range(units):
-        m = 0
+        at, m = np.uint64(i), 0
         for b in range(count):
             if d[b, i] != 0.0:
                 rows[m] = b
                 m += 1
-        out = g[i]
         if m == 0:
-            out[:] = 0.0
+            for j in range(width):
+                g[at, j] = zero
             continue
         for k in range(m, m + 3):
             rows[k] = rows[0]
         k = 0
         while k < m:
-            d0 = d[rows[k], i]
-            d1 = d[rows[k + 1], i] if k + 1 < m else zero
-            d2 = d[rows[k + 2], i] if k + 2 < m else zero
-            d3 = d[rows[k + 3], i] if k + 3 < m else zero
-            x0, x1, x2, x3 = x[rows[k]], x[rows[k + 1]], x[rows[k + 2]], x[rows[k + 3]]
+            p, q, r, t = np.uint64(rows[k]), np.uint64(rows[k + 1]), np.uint64(rows[k + 2]), np.uint64(rows[k + 3])
+            d0 = d[p, at]
+            d1 = d[q, at] if k + 1 < m else zero
+            d2 = d[r, at] if k + 2 < m else zero
+            d3 = d[t, at] if k + 3 < m else zero
             if k == 0:
                 for j in range(width):
-                    out[j] = d0 * x0[j] + d1 * x1[j] + d2 * x2[j] + d3 * x3[j]
+                    g[at, j] = d0 * x[p, j] + d1 * x[q, j] + d2 * x[r, j] + d3 * x[t, j]
             else:
                 for j in range(width):
-                    out[j] += d0 * x0[j] + d1 * x1[j] + d2 * x2[j] + d3 * x3[j]
+                    g[at, j] += d0 * x[p, j] + d1 * x[q, j] + d2 * x[r, j] + d3 * x[t, j]
             k += 4
 
 
@@ -190,17 +194,9 @@ def move(
     rate, l2, one = rates[0], rates[2], w.dtype.type(1)
     indexed, sloping = len(index) > 0, len(slopes) > 0
     if kind == SGD_KIND:
-        for u in range(count):
-            scale = slopes[u] if sloping else one
-            if scale != 0.0 or l2 != 0.0:
-                p = base + (index[u] if indexed else u) * width
-                _move_sgd(rate, l2, w, p, width, scale, g, u * stride)
+        _move_sgd(rate, l2, w, base, index, count, width, slopes, g, stride)
     elif kind == ADAGRAD_KIND:
-        for u in range(count):
-            scale = slopes[u] if sloping else one
-            if scale != 0.0 or l2 != 0.0:
-                p = base + (index[u] if indexed else u) * width
-                _move_adagrad(rate, l2, w, a, p, width, scale, g, u * stride)
+        _move_adagrad(rate, l2, w, a, base, index, count, width, slopes, g, stride)
     elif kind == ADAM_KIND:
         for u in range(count):
             row = index[u] if indexed else u
@@ -214,20 +210,32 @@ def move(
 
 
 @fast
-def _move_sgd(rate: Any, l2: Any, w: Any, p: Any, n: int, scale: Any, g: Any, at: Any) -> None:
-    p, at = np.uint64(p), np.uint64(at)  # no index counts from the end
-    for j in range(np.uint64(n)):
-        w[p + j] -= rate * (scale * g[at + j] + l2 * w[p + j])
+def _move_sgd(
+    rate: Any, l2: Any, w: Any, base: int, index: Any, count: int, width: int, slopes: Any, g: Any, stride: int
+) -> None:
+    indexed, sloping, one, n = len(index) > 0, len(slopes) > 0, w.dtype.type(1), np.uint64(width)
+    for u in range(count):
+        scale = slopes[u] if sloping else one
+        if scale != 0.0 or l2 != 0.0:
+            p, at = np.uint64(base + (index[u] if indexed else u) * width), np.uint64(u * stride)
+            for j in range(n):
+                w[p + j] -= rate * (scale * g[at + j] + l2 * w[p + j])
 
 
 @fast
-def _move_adagrad(rate: Any, l2: Any, w: Any, a: Any, p: Any, n: int, scale: Any, g: Any, at: Any) -> None:
-    p, at = np.uint64(p), np.uint64(at)  # no index counts from the end
-    for j in range(np.uint64(n)):
-        slope = scale * g[at + j] + l2 * w[p + j]
-        total = a[p + j] + slope * slope
-        a[p + j] = total
-        w[p + j] -= rate * slope / np.sqrt(total)
+def _move_adagrad(
+    rate: Any, l2: Any, w: Any, a: Any, base: int, index: Any, count: int, width: int, slopes: Any, g: Any, stride: int
+) -> None:
+    indexed, sloping, one, n = len(index) > 0, len(slopes) > 0, w.dtype.type(1), np.uint64(width)
+    for u in range(count):
+        scale = slopes[u] if sloping else one
+        if scale != 0.0 or l2 != 0.0:
+            p, at = np.uint64(base + (index[u] if indexed else u) * width), np.uint64(u * stride)
+            for j in range(n):
+                slope = scale * g[at + j] + l2 * w[p + j]
+                total = a[p + j] + slope * slope
+                a[p + j] = total
+                w[p + j] -= rate * slope / np.sqrt(total)
 
 
 @fast

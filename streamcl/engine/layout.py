@@ -133,6 +133,7 @@ class Scratch(NamedTuple):
     factors: Any  # (C, Bmax, E) what it has multiplied by
     turned: Any  # (C, Bmax, E) the gradient by that
     own: Any  # (E,)
+    back: Any  # (Bmax, E)
     acts: Any  # flat: (Bmax, n) of each layer
     deltas: Any  # flat, the same
     z: Any  # (Bmax, O)

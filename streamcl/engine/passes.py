@@ -55,31 +55,12 @@ def _matrix(flat: Any, at: int, rows: int, columns: int) -> Any:
 
 
 @fast
-def _layer(flat: Any, plan: Any, level: int) -> Any:
-    """(weights, bias) of a layer."""
-    width, units, w, b = plan.layers[level]
-    return _matrix(flat, w, units, width), flat[b : b + units]
-
-
-@fast
-def _of_layer(flat: Any, plan: Any, level: int, largest: int) -> Any:
-    """(Bmax, n) of what is held for all hidden layers."""
+def of_layer(held: Any, layers: Any, level: int, largest: int) -> Any:
+    """(Bmax, n) of what is held for all hidden layers: what one has said, or the gradient by that."""
     at = 0
     for k in range(level):
-        at += plan.layers[k, 1]
-    return _matrix(flat, at * largest, largest, plan.layers[level, 1])
-
-
-@fast
-def acts(s: Any, plan: Any, level: int, largest: int) -> Any:
-    """(Bmax, n) what layer `level` has said."""
-    return _of_layer(s.acts, plan, level, largest)
-
-
-@fast
-def _deltas(s: Any, plan: Any, level: int, largest: int) -> Any:
-    """(Bmax, n) the gradient by what it has said."""
-    return _of_layer(s.deltas, plan, level, largest)
+        at += layers[k, 1]
+    return _matrix(held, at * largest, largest, layers[level, 1])
 
 
 @fast
@@ -95,34 +76,27 @@ def forward(count: int, net: Any, plan: Any, s: Any) -> None:
     if plan.pairs != NO_PAIRS:
         for b in range(count):
             _pairs(b, net, plan, s)
-    levels = len(plan.layers)
     for c in range(len(plan.crosses)):
         _cross(c, count, flat, plan, s)
-    x = _entering(plan, s)
-    for level in range(levels):
-        w, bias = _layer(flat, plan, level)
-        if level == levels - 1:
+    layers, held, x = plan.layers, s.acts, _entering(len(plan.crosses), s.crossed, s.x)
+    for level in range(len(layers)):
+        width, units, at, end = layers[level]
+        w, bias = _matrix(flat, at, units, width), flat[end : end + units]
+        if level == len(layers) - 1:
             for b in range(count):
                 for o in range(outputs):
                     z[b, o] += dot(w[o], x[b]) + bias[o]
             return
-        y = acts(s, plan, level, largest)
+        y = of_layer(held, layers, level, largest)
         affine(w, bias, x, count, y)
-        for b in range(count):
-            _rectify(y[b])
+        _rectify(count, y)
         x = y
 
 
 @fast
-def _entering(plan: Any, s: Any) -> Any:
-    """(Bmax, E) what enters the tower."""
-    return _into_cross(len(plan.crosses), s)
-
-
-@fast
-def _into_cross(c: int, s: Any) -> Any:
-    """(Bmax, E) what enters cross layer c."""
-    return s.crossed[c - 1] if c else s.x
+def _entering(c: int, crossed: Any, x: Any) -> Any:
+    """(Bmax, E) what enters cross layer c, or behind the last of them the tower."""
+    return crossed[c - 1] if c else x
 
 
 @fast
@@ -130,7 +104,7 @@ def _cross(c: int, count: int, flat: Any, plan: Any, s: Any) -> None:
     """x_{c+1} = x_0 * (W x_c + b) + x_c"""
     width = s.x.shape[1]
     at, bias = plan.crosses[c]
-    given, x, factors, said = s.x, _into_cross(c, s), s.factors[c], s.crossed[c]
+    given, x, factors, said = s.x, _entering(c, s.crossed, s.x), s.factors[c], s.crossed[c]
     affine(_matrix(flat, at, width, width), flat[bias : bias + width], x, count, factors)
     for b in range(count):
         for j in range(width):
@@ -138,10 +112,11 @@ def _cross(c: int, count: int, flat: Any, plan: Any, s: Any) -> None:
 
 
 @fast
-def _rectify(h: Any) -> None:
+def _rectify(count: int, h: Any) -> None:
     zero = h.dtype.type(0)
-    for j in range(len(h)):
-        h[j] = max(h[j], zero) if h[j] == h[j] else h[j]
+    for b in range(np.uint64(count)):
+        for j in range(np.uint64(h.shape[1])):
+            h[b, j] = max(h[b, j], zero) if h[b, j] == h[b, j] else h[b, j]
 
 
 @fast
@@ -170,23 +145,22 @@ def _pairs(b: int, net: Any, plan: Any, s: Any) -> None:
 @fast
 def backward(count: int, net: Any, plan: Any, s: Any) -> None:
     """The gradients by all sums of the tower, and dx (B, E)."""
-    largest, levels, mix = len(s.x), len(plan.layers), s.mix
-    if not levels:
+    largest, layers, mix, flat = len(s.x), plan.layers, s.mix, net.flat
+    if not len(layers):
         s.dx[:count] = 0.0
-    d = s.dz
-    for level in range(levels - 1, -1, -1):
-        w, _ = _layer(net.flat, plan, level)
-        to = s.dx if level == 0 else _deltas(s, plan, level - 1, largest)
+    d, dx, said, deltas = s.dz, s.dx, s.acts, s.deltas
+    for level in range(len(layers) - 1, -1, -1):
+        width, units, at, _ = layers[level]
+        w = _matrix(flat, at, units, width)
+        to = dx if level == 0 else of_layer(deltas, layers, level - 1, largest)
         for b in range(count):
-            pull_back(w, d[b], mix, to[b])
+            pull_back(w, d, b, mix, to)
         if level > 0:
-            h = acts(s, plan, level - 1, largest)
-            for b in range(count):
-                _mask(to[b], h[b])
+            _mask(count, to, of_layer(said, layers, level - 1, largest))
         d = to
     if len(plan.crosses):
         for b in range(count):
-            _pull_cross(b, net.flat, plan, s)
+            _pull_cross(b, flat, plan, s)
     if plan.pairs != NO_PAIRS:
         for b in range(count):
             _pull_pairs(b, net, plan, s)
@@ -196,25 +170,26 @@ def backward(count: int, net: Any, plan: Any, s: Any) -> None:
 def _pull_cross(b: int, flat: Any, plan: Any, s: Any) -> None:
     """dx of row b: from the gradient by what entered the tower to that by what entered the first cross layer."""
     width = s.x.shape[1]
-    dx, given, own, back = s.dx[b], s.x[b], s.own, s.g[:width]
+    dx, given, own, back = s.dx[b], s.x[b], s.own, s.back
     own[:] = 0.0
     for c in range(len(plan.crosses) - 1, -1, -1):
-        turned, factors = s.turned[c, b], s.factors[c, b]
+        turned, factors = s.turned[c], s.factors[c, b]
         for j in range(width):
-            turned[j] = dx[j] * given[j]
+            turned[b, j] = dx[j] * given[j]
             own[j] += dx[j] * factors[j]
-        pull_back(_matrix(flat, plan.crosses[c, 0], width, width), turned, s.mix, back)
+        pull_back(_matrix(flat, plan.crosses[c, 0], width, width), turned, b, s.mix, back)
         for j in range(width):
-            dx[j] += back[j]
+            dx[j] += back[b, j]
     for j in range(width):
         dx[j] += own[j]
 
 
 @fast
-def _mask(d: Any, h: Any) -> None:
+def _mask(count: int, d: Any, h: Any) -> None:
     zero = d.dtype.type(0)
-    for j in range(len(d)):
-        d[j] = d[j] if h[j] > zero else zero
+    for b in range(np.uint64(count)):
+        for j in range(np.uint64(d.shape[1])):
+            d[b, j] = d[b, j] if h[b, j] > zero else zero
 
 
 @fast
@@ -256,8 +231,8 @@ def row_gradients(count: int, touched: int, plan: Any, s: Any) -> Any:
 @fast
 def dense_gradients(count: int, plan: Any, s: Any) -> Any:
     """`grads` (P,); returns the sum of its squares. Of one row, whose matrices are products, only the small parts."""
-    largest, levels, outputs = len(s.x), len(plan.layers), plan.outputs
-    g, total = s.grads, s.grads.dtype.type(0)
+    largest, layers, outputs, mix = len(s.x), plan.layers, plan.outputs, s.mix
+    g, total, said, deltas = s.grads, s.grads.dtype.type(0), s.acts, s.deltas
     if plan.linear >= 0:
         width = s.numbers.shape[1]
         at = plan.linear
@@ -271,24 +246,25 @@ def dense_gradients(count: int, plan: Any, s: Any) -> Any:
         total += dot(g[at:end], g[at:end])
     for c in range(len(plan.crosses)):
         w, b = plan.crosses[c]
-        total += _layer_gradient(count, s.turned[c], _into_cross(c, s), w, b, s)
-    for level in range(levels):
-        _, _, w, b = plan.layers[level]
-        d = s.dz if level == levels - 1 else _deltas(s, plan, level, largest)
-        x = _entering(plan, s) if level == 0 else acts(s, plan, level - 1, largest)
-        total += _layer_gradient(count, d, x, w, b, s)
+        total += _layer_gradient(count, s.turned[c], _entering(c, s.crossed, s.x), w, b, g, mix)
+    x = _entering(len(plan.crosses), s.crossed, s.x)
+    for level in range(len(layers)):
+        d = s.dz if level == len(layers) - 1 else of_layer(deltas, layers, level, largest)
+        total += _layer_gradient(count, d, x, layers[level, 2], layers[level, 3], g, mix)
+        if level < len(layers) - 1:
+            x = of_layer(said, layers, level, largest)
     return total
 
 
 @fast
-def _layer_gradient(count: int, d: Any, x: Any, w: int, b: int, s: Any) -> Any:
+def _layer_gradient(count: int, d: Any, x: Any, w: int, b: int, g: Any, mix: Any) -> Any:
     """Of weights and bias at w and b, from d (B, O) and x (B, I); returns the sum of its squares."""
-    g, units, width = s.grads, d.shape[1], x.shape[1]
+    units, width = d.shape[1], x.shape[1]
     _summed(d, count, g[b : b + units])
     squares = dot(g[b : b + units], g[b : b + units])
     if count == 1:
         return squares + dot(d[0], d[0]) * dot(x[0], x[0])
-    outer(d, x, count, s.mix, _matrix(g, w, units, width))
+    outer(d, x, count, mix, _matrix(g, w, units, width))
     return squares + dot(g[w : w + units * width], g[w : w + units * width])
 
 
@@ -302,7 +278,7 @@ def _summed(d: Any, count: int, out: Any) -> None:
 
 @fast
 def update(count: int, touched: int, net: Any, plan: Any, s: Any) -> None:
-    width, levels, largest, outputs = net.table.shape[1], len(plan.layers), len(s.x), plan.outputs
+    width, layers, largest, outputs = net.table.shape[1], plan.layers, len(s.x), plan.outputs
     kind, rates, flat, (a, b, c) = plan.optimizer, plan.rates, net.flat, net.slots
     all_rows, none, grads = s.touched[:0], s.g[:0], s.grads
     row_a, row_b, row_c = net.row_slots
@@ -319,18 +295,35 @@ def update(count: int, touched: int, net: Any, plan: Any, s: Any) -> None:
         move(kind, rates, flat, a, b, c, plan.projection, all_rows, 1, n, none, grads[plan.projection :], n, n)
     for cross in range(len(plan.crosses)):
         w, bias = plan.crosses[cross]
-        _move_layer(count, s.turned[cross], _into_cross(cross, s), w, bias, net, plan, s)
-    for level in range(levels):
-        _, _, w, bias = plan.layers[level]
-        d = s.dz if level == levels - 1 else _deltas(s, plan, level, largest)
-        x = _entering(plan, s) if level == 0 else acts(s, plan, level - 1, largest)
-        _move_layer(count, d, x, w, bias, net, plan, s)
+        x = _entering(cross, s.crossed, s.x)
+        _move_layer(count, s.turned[cross], x, w, bias, kind, rates, flat, a, b, c, grads, all_rows, none)
+    x, said, deltas = _entering(len(plan.crosses), s.crossed, s.x), s.acts, s.deltas
+    for level in range(len(layers)):
+        d = s.dz if level == len(layers) - 1 else of_layer(deltas, layers, level, largest)
+        w, bias = layers[level, 2], layers[level, 3]
+        _move_layer(count, d, x, w, bias, kind, rates, flat, a, b, c, grads, all_rows, none)
+        if level < len(layers) - 1:
+            x = of_layer(said, layers, level, largest)
 
 
 @fast
-def _move_layer(count: int, d: Any, x: Any, w: int, bias: int, net: Any, plan: Any, s: Any) -> None:
-    kind, rates, flat, (a, b, c) = plan.optimizer, plan.rates, net.flat, net.slots
-    all_rows, none, grads, units, inputs = s.touched[:0], s.g[:0], s.grads, d.shape[1], x.shape[1]
+def _move_layer(
+    count: int,
+    d: Any,
+    x: Any,
+    w: int,
+    bias: int,
+    kind: int,
+    rates: Any,
+    flat: Any,
+    a: Any,
+    b: Any,
+    c: Any,
+    grads: Any,
+    all_rows: Any,
+    none: Any,
+) -> None:
+    units, inputs = d.shape[1], x.shape[1]
     move(kind, rates, flat, a, b, c, bias, all_rows, 1, units, none, grads[bias:], units, units)
     if count > 1:
         n = units * inputs

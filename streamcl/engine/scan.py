@@ -33,12 +33,12 @@ from streamcl.engine.layout import (
     Watch,
 )
 from streamcl.engine.passes import (
-    acts,
     backward,
     dense_gradients,
     deviation,
     forward,
     gather,
+    of_layer,
     row_gradients,
     standardised,
     update,
@@ -131,7 +131,7 @@ def _renew(count: int, plan: Any, renewal: Any, s: Any) -> bool:
         start = renewal.starts[level]
         if start < 0:
             continue
-        h = acts(s, plan, level, largest)
+        h = of_layer(s.acts, plan.layers, level, largest)
         units = h.shape[1]
         mean, mean_use = renewal.mean[start : start + units], renewal.mean_use[start : start + units]
         born = renewal.born[start : start + units]
@@ -175,7 +175,7 @@ def _sample(norm: Any, plan: Any, watch: Any, s: Any) -> Any:
         row = watch.ring[watch.steps[1] % len(watch.ring)]
         at = 0
         for level in range(len(plan.layers) - 1):
-            h = acts(s, plan, level, len(s.x))[0]
+            h = of_layer(s.acts, plan.layers, level, len(s.x))[0]
             put(row[at:], h)
             at += len(h)
         row[at] = norm
@@ -275,7 +275,7 @@ def scan(
             if len(entered) and plan.dim:
                 put(entered[n], s.x[0])
             if len(hidden) and levels:
-                put(hidden[n], s.x[0] if levels == 1 else acts(s, plan, levels - 2, len(s.x))[0])
+                put(hidden[n], s.x[0] if levels == 1 else of_layer(s.acts, plan.layers, levels - 2, len(s.x))[0])
             n += 1
             fresh = n + 1
             continue
