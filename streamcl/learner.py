@@ -159,10 +159,15 @@ class Learner:
 
     def _said(self, batch: Sequence[Encoded], found: Found) -> list[Scores]:
         """What the fused engine has found, put right by the error memory."""
+        notes: list[Notes] = [{"served": each} for each in found.noted] or [{}] * len(batch)
         if not self.recall.stages:
-            return [Scores(*each, self.version) for each in zip(found.output, found.served, strict=True)]
+            parts = zip(found.output, found.served, notes, strict=True)
+            return [Scores(output, served, self.version, (), noted) for output, served, noted in parts]
         served, recalled = self.recall.recall(batch, found.served, Vectors(found.entered, found.hidden))
-        return [Scores(*each[:2], self.version, each[2]) for each in zip(found.output, served, recalled, strict=True)]
+        return [
+            Scores(*each[:2], self.version, *each[2:])
+            for each in zip(found.output, served, recalled, notes, strict=True)
+        ]
 
     def put_right(self, features: Encoded, scores: Scores, entered: NDArray[Any], hidden: NDArray[Any]) -> None:
         """Finish a score that was promised by what the error memory says; entered (1, E), hidden (1, H)."""

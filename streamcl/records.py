@@ -144,11 +144,12 @@ class Scores(Struct, frozen=True, gc=False):
         """What would have been served without the error memory."""
         return self.recalled[0].given if self.recalled else self.served
 
-    def fulfil(self, output: NDArray[np.float32], served: NDArray[np.float32], version: int) -> None:
+    def fulfil(self, output: NDArray[np.float32], served: NDArray[np.float32], version: int, notes: Notes) -> None:
         """Say what was promised: of scores that nobody has read yet, and by whoever has made them."""
         force_setattr(self, "output", output)
         force_setattr(self, "served", served)
         force_setattr(self, "version", version)
+        force_setattr(self, "notes", notes)
 
     def put_right(self, served: NDArray[np.float32], recalled: tuple[Recalled, ...]) -> None:
         """Likewise, by what the error memory says."""

@@ -92,6 +92,9 @@ def test_both_engines_come_to_the_same_with_replay_resets_and_an_error_memory(ta
     torch.testing.assert_close(fused.engine.table, eager.engine.table, rtol=1e-9, atol=1e-9)
 
 
+AVERAGED = ({"kind": "ema", "decay": 0.9}, {"kind": "served", "sets": ["ema"]})
+LIVE_TOO = ({"kind": "ema", "decay": 0.8}, {"kind": "served", "sets": ["live", "ema"], "half_life_events": 5.0})
+
 CONFIGS = st.fixed_dictionaries(
     {
         "task": st.sampled_from(TASKS),
@@ -122,6 +125,7 @@ CONFIGS = st.fixed_dictionaries(
         "renewed": st.sampled_from(["", "contribution", "mean_corrected", "adaptable", "random"]),
         "reloop": st.booleans(),
         "weighted": st.booleans(),
+        "averaged": st.sampled_from([(), AVERAGED[:1], AVERAGED, LIVE_TOO]),
         "seed": st.integers(0, 5),
     }
 )
@@ -132,6 +136,7 @@ CONFIGS = st.fixed_dictionaries(
 def test_whatever_is_configured_both_engines_come_to_the_same(made: dict[str, Any], chunk: int) -> None:
     task, renewed, reloop, weighted = (made.pop(name) for name in ("task", "renewed", "reloop", "weighted"))
     more = copy.deepcopy(made)
+    more["plugins"] = copy.deepcopy(more.pop("averaged"))
     if renewed and made["model"]["hidden"] and made["model"]["kind"] not in ("logistic", "fm"):
         more["plasticity"] = [{**LIVELY, "utility": renewed}]
     if reloop and task == "binary":
@@ -177,9 +182,13 @@ def test_a_step_in_float32_from_equal_weights_agrees(task: str) -> None:
         torch.testing.assert_close(fused.engine.table, eager.engine.table, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("plugins", [(), AVERAGED, LIVE_TOO], ids=["live", "average", "either"])
 @pytest.mark.parametrize("retention", ["none", "reservoir", "recency", "class_balanced"])
-def test_however_the_work_is_cut_the_state_and_the_answers_are_the_same_to_the_bit(retention: str) -> None:
+def test_however_the_work_is_cut_the_state_and_the_answers_are_the_same_to_the_bit(
+    retention: str, plugins: Any
+) -> None:
     made = config(
+        plugins=copy.deepcopy(plugins),
         replay={"retention": retention, "per_event": 0 if retention == "none" else 2, "capacity": 15},
         plasticity=[LIVELY],
         optimizer={"max_grad_norm": 1.0},  # a part of the labels can't be learned
@@ -266,7 +275,8 @@ def test_rows_and_diagnostics_know_whose_they_are() -> None:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        ({"plugins": ["ema"]}, "plugins: ema"),
+        ({"plugins": ["ema", "reptile"]}, "plugins: reptile"),
+        ({"plugins": ["ema", "reptile", {"kind": "served", "sets": ["slow", "ema"]}]}, "plugins: reptile, served"),
         ({"plasticity": [{"kind": "l2_init"}]}, "plasticity.0: l2_init"),
         ({"plasticity": [{**LIVELY, "exact": True}]}, "plasticity.0: continual_backprop, exact"),
         ({"model": {"kind": "recurrent"}}, "model.kind: recurrent"),

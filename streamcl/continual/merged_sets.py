@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamcl.continual.weight_sets import Average
 from streamcl.engine.eager import Eager
-from streamcl.engine.weights import WeightSet, shared
+from streamcl.engine.weights import Average, WeightSet, shared
 from streamcl.plugin import Context, Grads, PluginError, Rows, Rule, Step
 from streamcl.protocols import State
 from streamcl.random import below
@@ -76,7 +75,7 @@ class Mean(Average):
     """The mean of the weights after each step, every step alike; rows as in `Average`."""
 
     def __init__(self, context: Context, name: str) -> None:
-        super().__init__(context, name, 0.0)
+        super().__init__(context.engine, name, 0.0)
 
     def kept(self, at: Tensor) -> Tensor:
         return at.double() / max(self.step, 1)
@@ -132,7 +131,7 @@ class Consolidated(Average):
     """A set that follows each dense weight at `1 - decay` / (1 + its stability), and rows as `Average` does."""
 
     def __init__(self, context: Context, name: str, decay: float) -> None:
-        super().__init__(context, name, decay)
+        super().__init__(context.engine, name, decay)
         self.stability = context.engine.dense.traces[name] = torch.zeros_like(self.flat)  # (P,)
 
     def after(self, touched: Tensor) -> None:

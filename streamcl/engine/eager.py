@@ -17,6 +17,7 @@ from torch.nn import functional
 from streamcl.config import Config
 from streamcl.engine.dense import Dense
 from streamcl.engine.optimizers import build_update
+from streamcl.engine.reloop import self_corrected
 from streamcl.engine.weights import WeightSet
 from streamcl.features import Layout
 from streamcl.models import build_model
@@ -325,21 +326,6 @@ class Eager:
         kept = state.get("rules", {})
         for kind, rule in self.rules.items():
             rule.load_state_dict(kept.get(kind, {}))
-
-
-def self_corrected(loss: Tensor, logit: Tensor, y: Tensor, served: float, alpha: float) -> Tensor:
-    """(1 - alpha) x cross-entropy + alpha x what the probability is worse by than the one that was served. # (B,)
-
-    Source:
-        ReLoop, Cai et al. 2022 (SIGIR), arXiv 2204.11165: y max(p' - p, 0) + (1 - y) max(p - p', 0).
-
-    Differs from the source:
-        p' is what was served, compensation and all, one label delay ago, instead of last day's model's. Replayed rows
-        carry cross-entropy alone: nobody has served them lately.
-    """
-    p = torch.sigmoid(logit)
-    worse = y * (served - p).clamp_min(0.0) + (1.0 - y) * (p - served).clamp_min(0.0)
-    return (1.0 - alpha) * loss + alpha * worse
 
 
 def _normal(key: int, scale: float, count: int, start: int) -> Tensor:

@@ -23,6 +23,7 @@ from streamcl.engine.dense import Dense
 from streamcl.engine.kernels import KINDS
 from streamcl.engine.layout import ANSWER, LEARN, REFUSE
 from streamcl.engine.scan import scan
+from streamcl.engine.weights import Average
 from streamcl.features import FLOAT32_MAX, RunningNorm
 from streamcl.memory.owners import Owners
 from streamcl.models import FM, MODELS, DCNv2, DeepFM, Logistic
@@ -40,6 +41,7 @@ TASKS = {"binary": layout.BINARY, "multiclass": layout.MULTICLASS, "regression":
 NOTHING = np.zeros((0, 0), np.float32)
 NO_ROWS = np.zeros(0, np.int64)
 POWERS = 4096
+SETS = {"live": 0, "ema": 1}
 UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
 
 Arrays = NDArray[Any]
@@ -52,8 +54,11 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
     """What of a configuration has no compiled form, by its path; None when all of it has."""
     if config.river is not None:
         return f"river: {config.river}"
-    if config.plugins or plugins:
-        return "plugins: " + ", ".join(str(getattr(each, "kind", each)) for each in (*config.plugins, *plugins))
+    others = [_kind(each) for each in (*config.plugins, *plugins) if each in plugins or not _averages(each)]
+    if others:
+        return "plugins: " + ", ".join(others)
+    if len(config.plugins) > len({_kind(each) for each in config.plugins}):
+        return "plugins: two of one kind"
     if config.model.kind not in MODELS:
         return f"model.kind: {config.model.kind}"
     if config.model.layer_norm and config.model.deep:
@@ -64,6 +69,15 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
     if config.loss.kind == "reloop" and config.error_memory:
         return "loss.kind: reloop, on what an error memory has put right"
     return None
+
+
+def _kind(plugin: object) -> str:
+    return str(getattr(plugin, "kind", plugin))
+
+
+def _averages(station: Any) -> bool:
+    """Whether it has a compiled form: an average of the weights, and whether that or the live ones answer."""
+    return _kind(station) == "ema" or (_kind(station) == "served" and set(station.sets) <= SETS.keys())
 
 
 def engine_of(config: Config) -> tuple[str, str]:
@@ -107,6 +121,9 @@ class Fused:
         self.jobs: list[Job] = []
         self.renewal_rule = next((r for r in learner.rules.values() if isinstance(r, ContinualBackprop)), None)
         self.powers = _powers(self.renewal_rule)
+        plugins: dict[str, Any] = {plugin.kind: plugin for plugin in learner.plugins.values()}  # see `obstacle`
+        self.average: Average | None = plugins["ema"].average if "ema" in plugins else None
+        self.served = plugins.get("served")
         self.plan = self._plan(config)
         self.net = self._net()
         self.scratch = _scratch(self.plan, 1 + self.plan.draw, self.engine.numbers, self.net)
@@ -184,8 +201,9 @@ class Fused:
             scratch = self._asked.scratch = _scratch(self.plan, 1, self.engine.numbers, self.net)
         jobs = [Job(ANSWER, features, UNSAID) for features in batch]
         found, nobody = self._found(jobs), self._renewal(on=False)
-        rows, watch = self._rows(), self._watch(on=False)
-        scan(0, 0, self._chunk(jobs), found, self.net, self.plan, self._norms(), rows, nobody, watch, NO_ROWS, scratch)
+        rows, watch, average, serving = self._rows(), self._watch(on=False), self._average(), self._serving()
+        chunk, norms = self._chunk(jobs), self._norms()
+        scan(0, 0, chunk, found, self.net, self.plan, norms, rows, nobody, average, serving, watch, NO_ROWS, scratch)
         return found
 
     def learn(self, outcome: Outcome) -> None:
@@ -208,18 +226,22 @@ class Fused:
         before = policy.state_dict() if policy is not None else {}
         self._place(jobs, chunk, refused)
         norms, renewal, watch, rows = self._norms(), self._renewal(), self._watch(), self._rows()
+        average, serving = self._average(), self._serving()
         moved = np.empty(len(jobs) * len(self.scratch.touched), np.int64) if self.engine.watch else NO_ROWS
         plan = self.plan._replace(largest=float(self.engine.max_grad_norm))
         n = 0
         while n < len(jobs):
             first, steps = n, self.learner.steps
-            n, why, logged = scan(
-                n, steps, chunk, found, self.net, plan, norms, rows, renewal, watch, moved, self.scratch
-            )
+            around = renewal, average, serving, watch, moved, self.scratch
+            n, why, logged = scan(n, steps, chunk, found, self.net, plan, norms, rows, *around)
             if why == layout.REFUSED:
                 refused.add(n - 1)
             taken = [i for i in range(first, n) if jobs[i].kind != ANSWER and i not in refused]
             self._take_over(norms, renewal, watch, len(taken))
+            if self.average is not None:
+                self.average.step = int(average.step[0])
+            if self.served is not None:
+                self.served.losses = serving.losses.copy()
             if self.engine.watch and logged:
                 self.engine.watch(torch.from_numpy(np.unique(moved[:logged])))
             if why == layout.REFUSED and policy is not None:
@@ -242,17 +264,28 @@ class Fused:
             raise IndexError(f"features point to row {ids.min()} or {ids.max()} of a table of {len(self.net.table)}")
         label, served = np.zeros(n, np.float32), np.zeros(n)
         source = np.full(n, -1, np.int64)
-        promised = {id(job.scores): i for i, job in enumerate(jobs) if job.kind == ANSWER} if self.plan.alpha else {}
+        asks = self.plan.alpha or self.served is not None  # of what was said
+        promised = {id(job.scores): i for i, job in enumerate(jobs) if job.kind == ANSWER} if asks else {}
+        noted, known = self._nothing_noted(n), np.zeros(n, np.bool_)
         for i, job in enumerate(jobs):
             if job.outcome is not None:
                 label[i] = job.outcome.label if job.kind == LEARN else np.nan
-                if self.plan.alpha:
+                if asks:
                     source[i] = promised.get(id(job.scores), -1)
                     served[i] = job.scores.served[0] if source[i] < 0 else np.nan
+                if self.served is not None and source[i] < 0:
+                    said = job.scores.notes.get("served")
+                    known[i] = said is not None and len(said) == noted.shape[1]
+                    noted[i] = said if known[i] else 0.0
         kinds = np.array([job.kind for job in jobs], np.int8)
         again = np.array([False, *(a.features is b.features for a, b in itertools.pairwise(jobs))], np.bool_)
         zeros = np.zeros(n, np.int64)
-        return layout.Chunk(kinds, ids, weights, dense, label, served, source, again, zeros, zeros - 1)
+        return layout.Chunk(kinds, ids, weights, dense, label, served, source, noted, known, again, zeros, zeros - 1)
+
+    def _nothing_noted(self, n: int) -> Arrays:
+        """(n, K, O), or (0, 0, O) where it is the live weights that answer."""
+        sets = 0 if self.served is None else len(self.served.losses)
+        return np.zeros((n if sets else 0, sets, self.plan.outputs), np.float32)
 
     def _found(self, jobs: Sequence[Job]) -> layout.Found:
         n, plan, dtype = len(jobs), self.plan, self.net.flat.dtype
@@ -263,6 +296,7 @@ class Fused:
             served=np.zeros((n, plan.outputs), np.float32),
             entered=np.zeros((n if looks else 0, entered), dtype),
             hidden=np.zeros((n if looks else 0, hidden), dtype),
+            noted=self._nothing_noted(n),
             drawn=np.full((n if self.drawn is not None else 0, plan.draw), -1, np.int64),
             norm=np.zeros(n, dtype),
         )
@@ -320,6 +354,20 @@ class Fused:
             powers=self.powers,
         )
 
+    def _average(self) -> layout.Average:
+        average, net = self.average, self.net
+        if average is None:
+            return layout.Average(False, 0.0, np.zeros(1, np.int64), net.flat[:0], net.table[:0], NO_ROWS)
+        flat, table, at = average.flat.numpy(), average.table.numpy(), average.at.numpy()
+        return layout.Average(True, average.decay, np.array([average.step], np.int64), flat, table, at)
+
+    def _serving(self) -> layout.Serving:
+        if self.served is None:
+            return layout.Serving(NO_ROWS, np.zeros(0), 0.0)
+        options = self.served.options
+        sets = np.array([SETS[name] for name in options.sets], np.int64)
+        return layout.Serving(sets, self.served.losses.copy(), 0.5 ** (1.0 / options.half_life_events))
+
     def _watch(self, on: bool = True) -> layout.Watch:
         diagnostics = self.learner.diagnostics
         if not on or diagnostics is None:
@@ -360,7 +408,8 @@ class Fused:
                 version += i not in refused
                 continue
             # Copies: a ticket that waits for long must not hold the whole chunk's.
-            job.scores.fulfil(output[i].copy(), served[i].copy(), version)
+            notes = {"served": found.noted[i].copy()} if self.served is not None else {}
+            job.scores.fulfil(output[i].copy(), served[i].copy(), version, notes)
         if recall.stages:
             self._recall(jobs, found, refused)
 

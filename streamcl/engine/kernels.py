@@ -13,6 +13,7 @@ import numpy as np
 
 from streamcl.compiled import exact, fast
 from streamcl.engine.optimizers import FTRL, Adagrad, Adam
+from streamcl.engine.reloop import NOISE
 
 SGD_KIND, ADAGRAD_KIND, ADAM_KIND, FTRL_KIND = range(4)
 KINDS = {"sgd": SGD_KIND, "adagrad": ADAGRAD_KIND, "adam": ADAM_KIND, "ftrl": FTRL_KIND}
@@ -318,8 +319,9 @@ def binary_loss(z: Any, y: float) -> Any:
 
 @exact
 def self_corrected(loss: float, slope: float, z: float, y: float, served: float, alpha: float) -> Any:
-    """(loss, gradient) of `eager.self_corrected`."""
+    """(loss, gradient) of `reloop.self_corrected`."""
     p = sigmoid(z)
-    worse = y * max(served - p, 0.0) + (1.0 - y) * max(p - served, 0.0)
-    turn = (1.0 - y if p >= served else 0.0) - (y if served >= p else 0.0)
+    lost, gained = served - p, p - served
+    worse = (y * lost if lost > NOISE else 0.0) + ((1.0 - y) * gained if gained > NOISE else 0.0)
+    turn = (1.0 - y if gained > NOISE else 0.0) - (y if lost > NOISE else 0.0)
     return (1.0 - alpha) * loss + alpha * worse, (1.0 - alpha) * slope + alpha * turn * p * (1.0 - p)

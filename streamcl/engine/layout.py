@@ -91,6 +91,25 @@ class Renewal(NamedTuple):
     powers: Any  # decay ** age of the first ages
 
 
+class Average(NamedTuple):
+    """Of the weights, as `weight_sets.Average` holds it. `on` says whether there is one."""
+
+    on: bool
+    decay: float
+    step: Any  # (1,)
+    flat: Any  # (P,)
+    table: Any  # (R, W)
+    at: Any  # (R,) the step that a row's average is of
+
+
+class Serving(NamedTuple):
+    """Which weights answer. K sets; none: the live ones."""
+
+    sets: Any  # (K,) 0: live, 1: their average
+    losses: Any  # (K,) recent
+    keep: float  # what a loss still weighs an outcome later
+
+
 class Watch(NamedTuple):
     """Of diagnostics. `every` 0: none."""
 
@@ -110,6 +129,8 @@ class Chunk(NamedTuple):
     label: Any  # (n,)
     served: Any  # (n,) what it was answered with, or NaN: in this chunk, by operation `source`
     source: Any  # (n,)
+    noted: Any  # (n, K, O) what the sets said of an event of an earlier chunk, or (0, K, O)
+    known: Any  # (n,) whether they had
     again: Any  # (n,) whether it has the features of the operation before it
     held: Any  # (n,) rows held before it
     slot: Any  # (n,) where it will be kept; -1: nowhere
@@ -122,6 +143,7 @@ class Found(NamedTuple):
     served: Any  # (n, P) float32
     entered: Any  # (n, E), or (0, 0) where nobody asks
     hidden: Any  # (n, H), or (0, 0)
+    noted: Any  # (n, K, O) what each set says, or (0, K, O)
     drawn: Any  # (n, draw), or (0, 0)
     norm: Any  # (n,) of the dense gradient
 

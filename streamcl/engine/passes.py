@@ -64,9 +64,9 @@ def of_layer(held: Any, layers: Any, level: int, largest: int) -> Any:
 
 
 @fast
-def forward(count: int, net: Any, plan: Any, s: Any) -> None:
+def forward(count: int, flat: Any, plan: Any, s: Any) -> None:
     """z (B, O) of what was gathered; all that the way back needs stays in the scratch."""
-    outputs, largest, flat, z = plan.outputs, len(s.x), net.flat, s.z
+    outputs, largest, z = plan.outputs, len(s.x), s.z
     if plan.linear >= 0:
         width = s.numbers.shape[1]
         w, bias = _matrix(flat, plan.linear, outputs, width), flat[plan.linear + outputs * width :]
@@ -75,7 +75,7 @@ def forward(count: int, net: Any, plan: Any, s: Any) -> None:
                 z[b, o] += dot(w[o], s.numbers[b]) + bias[o]
     if plan.pairs != NO_PAIRS:
         for b in range(count):
-            _pairs(b, net, plan, s)
+            _pairs(b, flat, plan, s)
     for c in range(len(plan.crosses)):
         _cross(c, count, flat, plan, s)
     layers, held, x = plan.layers, s.acts, _entering(len(plan.crosses), s.crossed, s.x)
@@ -120,9 +120,9 @@ def _rectify(count: int, h: Any) -> None:
 
 
 @fast
-def _pairs(b: int, net: Any, plan: Any, s: Any) -> None:
+def _pairs(b: int, flat: Any, plan: Any, s: Any) -> None:
     dim = plan.dim
-    half = net.flat.dtype.type(0.5)
+    half = flat.dtype.type(0.5)
     total, products = s.total[b], s.products[b]
     total[:] = 0.0
     products[:] = 0.0
@@ -139,7 +139,7 @@ def _pairs(b: int, net: Any, plan: Any, s: Any) -> None:
         return
     for o in range(plan.outputs):
         at = plan.projection + o * dim
-        s.z[b, o] += dot(net.flat[at : at + dim], products)
+        s.z[b, o] += dot(flat[at : at + dim], products)
 
 
 @fast

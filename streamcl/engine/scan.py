@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamcl.compiled import entry, exact, fast
+from streamcl.engine.averages import average_says, bring_up, chosen, follow, judge
 from streamcl.engine.kernels import add_scaled, binary_loss, cross_entropy, put, self_corrected, sigmoid
 from streamcl.engine.layout import (
     ANSWER,
@@ -22,6 +23,7 @@ from streamcl.engine.layout import (
     REFUSE,
     REFUSED,
     REGRESSION,
+    Average,
     Chunk,
     Found,
     Net,
@@ -30,6 +32,7 @@ from streamcl.engine.layout import (
     Renewal,
     Rows,
     Scratch,
+    Serving,
     Watch,
 )
 from streamcl.engine.passes import (
@@ -191,10 +194,11 @@ def _label(y: float, plan: Any, norms: Any) -> Any:
 
 
 @exact
-def _answer(n: int, plan: Any, norms: Any, found: Any, s: Any) -> None:
-    """Output and served score of operation n."""
-    z, served = s.z[0], found.served[n]
+def _answer(n: int, z: Any, plan: Any, norms: Any, found: Any) -> None:
+    """Output z (O,) and served score of operation n, which is that of the output as it is handed out."""
+    served = found.served[n]
     put(found.output[n], z)
+    z = found.output[n]
     if plan.task == BINARY:
         served[0] = sigmoid(z[0])
     elif plan.task == REGRESSION:
@@ -210,12 +214,14 @@ def _answer(n: int, plan: Any, norms: Any, found: Any, s: Any) -> None:
 
 
 @exact
-def _step(n: int, count: int, passed: bool, served: float, net: Any, plan: Any, found: Any, s: Any) -> tuple[bool, int]:
+def _step(
+    n: int, count: int, passed: bool, served: float, net: Any, plan: Any, average: Any, found: Any, s: Any
+) -> tuple[bool, int]:
     """One update on the first `count` rows of the scratch, whose forward pass may be there already; (whether it could
     be, how many rows of the table moved).
     """
     if not passed:
-        forward(count, net, plan, s)
+        forward(count, net.flat, plan, s)
     _losses(count, served, plan, s)
     backward(count, net, plan, s)
     touched = _touch(count, s)
@@ -224,7 +230,11 @@ def _step(n: int, count: int, passed: bool, served: float, net: Any, plan: Any, 
     if not math.sqrt(rows + dense) <= plan.largest:
         return False, 0
     found.norm[n] = math.sqrt(dense)
+    if average.on:
+        bring_up(touched, s.touched, net.table, average)
     update(count, touched, net, plan, s)
+    if average.on:
+        follow(touched, s.touched, net.flat, net.table, average)
     return True, touched
 
 
@@ -239,6 +249,8 @@ def scan(
     norms: Norms,
     memory: Rows,
     renewal: Renewal,
+    average: Average,
+    serving: Serving,
     watch: Watch,
     moved: Any,
     s: Scratch,
@@ -261,6 +273,8 @@ def scan(
     draw, key, regression, y, norm = plan.draw, plan.key, plan.task == REGRESSION, s.y, found.norm
     entered, hidden, drawn, scaled, every = found.entered, found.hidden, found.drawn, norms.scaled, watch.every
     levels, renewing, again, steady = len(plan.layers), renewal.on, chunk.again, True
+    sets, noted, before, known = serving.sets, found.noted, chunk.noted, chunk.known
+    said = np.empty(plan.outputs, s.z.dtype)
     for i in range(width):
         steady = steady and not scaled[i]
     fresh = n  # the first operation whose pass is not in the scratch, though the one before it may have its features
@@ -270,8 +284,19 @@ def scan(
             return n + 1, REFUSED, logged
         if kinds[n] == ANSWER:
             gather(0, ids, weights, dense, net, plan, norms, s)
-            forward(1, net, plan, s)
-            _answer(n, plan, norms, found, s)
+            for k in range(len(sets)):
+                if sets[k] == 1:
+                    average_says(ids, weights, plan, net.table, average, s, noted[n, k])
+                    gather(0, ids, weights, dense, net, plan, norms, s)
+            forward(1, net.flat, plan, s)
+            for k in range(len(sets)):
+                if sets[k] == 0:
+                    put(noted[n, k], s.z[0])
+            if len(sets):
+                put(said, noted[n, chosen(serving.losses)])
+            else:
+                put(said, s.z[0])
+            _answer(n, said, plan, norms, found)
             if len(entered) and plan.dim:
                 put(entered[n], s.x[0])
             if len(hidden) and levels:
@@ -301,11 +326,11 @@ def scan(
                 gather(count, rows_ids[row], rows_weights[row], rows_dense[row], net, plan, norms, s)
                 y[count] = _label(rows_y[row], plan, norms)
                 count += 1
-        taken, touched = _step(n, count, passed, served, net, plan, found, s)
+        taken, touched = _step(n, count, passed, served, net, plan, average, found, s)
         if not taken and count > 1:  # is it the event, or what is replayed?
             count = 1
             gather(0, ids, weights, dense, net, plan, norms, s)
-            taken, touched = _step(n, count, False, served, net, plan, found, s)
+            taken, touched = _step(n, count, False, served, net, plan, average, found, s)
         n += 1
         if not taken:
             put(count_, keep[0, :width])
@@ -314,6 +339,10 @@ def scan(
             y_count[0], y_mean[0], y_m2[0] = keep[0, width], keep[1, width], keep[2, width]
             return n, REFUSED, logged
         steps += 1
+        if len(sets) and source[n - 1] >= 0:
+            judge(noted[source[n - 1]], y[0], plan, serving, s)
+        elif len(sets) and known[n - 1]:
+            judge(before[n - 1], y[0], plan, serving, s)
         if len(moved):
             put(moved[logged:], s.touched[:touched])
             logged += touched

@@ -67,6 +67,53 @@ class WeightSet:
                 self.copy_live()
 
 
+class Average(WeightSet):
+    """w' <- d w' + (1 - d) w after each step, of every weight, at the cost of the rows that were touched.
+
+    A row that is not touched stands still, so k steps later its average is w + d^k (w' - w): it is brought up to date
+    when it is read, or before it changes.
+    """
+
+    def __init__(self, engine: Eager, name: str, decay: float) -> None:
+        super().__init__(engine, name)
+        self.decay = decay
+        self.step = 0
+        self.at = torch.zeros(len(self.table), dtype=torch.int64)  # (R,) step that a row's average is of
+
+    def kept(self, at: Tensor) -> Tensor:
+        """Double: the share that the average of step `at` still has in today's."""
+        return self.decay ** (self.step - at).double()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        live = self.engine.table[ids]
+        share = self.kept(self.at[ids]).to(live.dtype)
+        return torch.lerp(live, self.table[ids], share.unsqueeze(-1))
+
+    def before(self, touched: Tensor) -> None:
+        """These rows are about to change."""
+        self.table[touched] = self.rows(touched)
+        self.at[touched] = self.step
+
+    def after(self, touched: Tensor) -> None:
+        """A step has been taken."""
+        self.step += 1
+        moved = 1.0 - float(self.kept(torch.tensor(self.step - 1)))
+        self.flat.lerp_(self.engine.dense.flat, moved)
+        self.table[touched] = torch.lerp(self.table[touched], self.engine.table[touched], moved)
+        self.at[touched] = self.step
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), "at": self.at.clone(), "step": self.step}
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        self.step = int(state.get("step", 0))
+        if state:
+            self.at.copy_(state["at"])
+        else:
+            self.at.zero_()
+
+
 def shared(engine: Eager, name: str) -> WeightSet:
     """The set of this name, or a new one. Of several plug-ins that keep one set each saves it: they save the same."""
     return engine.sets[name] if name in engine.sets else WeightSet(engine, name)

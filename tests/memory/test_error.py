@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from torch.nn import functional
 
 from streamcl.config import Config, ConfigError
 from streamcl.engine.eager import as_tensors
+from streamcl.engine.reloop import self_corrected
 from streamcl.features import Featurizer
 from streamcl.join import Joiner
 from streamcl.learner import Learner
@@ -314,6 +316,15 @@ def test_reloop_pulls_towards_what_was_better_when_served() -> None:
             sign = -1.0 if label == 1.0 and p < served else 1.0 if label == 0.0 and p > served else 0.0
             expected = 0.7 * (p - label) + 0.3 * p * (1 - p) * sign
             assert (before - float(bias.detach())) / made.optimizer.learning_rate == pytest.approx(expected, rel=1e-4)
+
+
+def test_reloop_holds_a_rounding_error_for_nothing() -> None:
+    logit, y = torch.zeros(1, requires_grad=True), torch.ones(1)
+    plain = functional.binary_cross_entropy_with_logits(logit, y, reduction="none")
+    for served, slope in ((0.5 + 3e-7, -0.5), (0.5 - 3e-7, -0.5), (0.5, -0.5), (0.6, -0.5 - 0.25)):
+        loss = self_corrected(plain, logit, y, served, alpha=0.5) * 2.0
+        [gradient] = torch.autograd.grad(loss.sum(), logit, retain_graph=True)
+        assert float(gradient) == pytest.approx(slope, abs=1e-6)
 
 
 def test_reloop_is_for_binary_labels() -> None:
