@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamcl.compiled import exact, fast
+from streamcl.compiled import exact, exact_inlined, fast_inlined
 from streamcl.engine.kernels import binary_loss, cross_entropy, put
 from streamcl.engine.layout import BINARY, MULTICLASS
 from streamcl.engine.passes import forward
 
 
-@fast
+@fast_inlined
 def average_says(ids: Any, weights: Any, plan: Any, table: Any, average: Any, s: Any, out: Any) -> None:
     """What the average makes of the features that have been gathered goes to out (O,); x and z are its own then."""
     x, z, dim, first, slot_field = s.x[0], s.z[0], plan.dim, plan.first, plan.slot_field
@@ -30,7 +30,7 @@ def average_says(ids: Any, weights: Any, plan: Any, table: Any, average: Any, s:
     put(out, z)
 
 
-@fast
+@fast_inlined
 def bring_up(touched: int, rows: Any, table: Any, average: Any) -> None:
     """These rows are about to change."""
     own, at, step, decay = average.table, average.at, average.step[0], average.decay
@@ -42,7 +42,7 @@ def bring_up(touched: int, rows: Any, table: Any, average: Any) -> None:
         at[row] = step
 
 
-@fast
+@fast_inlined
 def follow(touched: int, rows: Any, flat: Any, table: Any, average: Any) -> None:
     """A step has been taken."""
     average.step[0] += 1
@@ -57,7 +57,7 @@ def follow(touched: int, rows: Any, flat: Any, table: Any, average: Any) -> None
         at[row] = step
 
 
-@exact
+@exact_inlined
 def judge(noted: Any, y: float, plan: Any, serving: Any, s: Any) -> None:
     """The label of what each set said, noted (K, O), has come; y as the loss takes it."""
     losses, spare = serving.losses, s.dz[0]

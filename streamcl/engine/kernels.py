@@ -301,9 +301,11 @@ def cross_entropy(z: Any, y: Any, d: Any) -> Any:
         highest = max(highest, z[k])
     total = 0.0
     for k in range(len(z)):
-        total += math.exp(z[k] - highest)
+        power = math.exp(z[k] - highest)
+        d[k] = power
+        total += power
     for k in range(len(z)):
-        d[k] = math.exp(z[k] - highest) / total
+        d[k] /= total
     label = int(y)
     loss = math.log(total) + highest - z[label]
     d[label] -= 1.0

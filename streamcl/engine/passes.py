@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from streamcl.compiled import exact, fast
+from streamcl.compiled import exact, fast, fast_inlined
 from streamcl.engine.kernels import add_scaled, affine, dot, move, outer, pull_back, put
 from streamcl.engine.layout import NO_PAIRS, PROJECTED, SUMMED
 
@@ -24,7 +24,7 @@ def standardised(value: float, count: float, mean: float, m2: float, clip: float
     return np.float32(0.0) if math.isnan(found) else np.float32(min(max(found, -clip), clip))
 
 
-@fast
+@fast_inlined
 def gather(b: int, ids: Any, weights: Any, dense: Any, net: Any, plan: Any, norms: Any, s: Any) -> None:
     """Row b of the scratch: pooled embeddings and standardised numbers, and the first-order part of z."""
     x, z, dim, first = s.x[b], s.z[b], plan.dim, plan.first
@@ -63,7 +63,7 @@ def of_layer(held: Any, layers: Any, level: int, largest: int) -> Any:
     return _matrix(held, at * largest, largest, layers[level, 1])
 
 
-@fast
+@fast_inlined
 def forward(count: int, flat: Any, plan: Any, s: Any) -> None:
     """z (B, O) of what was gathered; all that the way back needs stays in the scratch."""
     outputs, largest, z = plan.outputs, len(s.x), s.z
@@ -99,7 +99,7 @@ def _entering(c: int, crossed: Any, x: Any) -> Any:
     return crossed[c - 1] if c else x
 
 
-@fast
+@fast_inlined
 def _cross(c: int, count: int, flat: Any, plan: Any, s: Any) -> None:
     """x_{c+1} = x_0 * (W x_c + b) + x_c"""
     width = s.x.shape[1]
@@ -119,7 +119,7 @@ def _rectify(count: int, h: Any) -> None:
             h[b, j] = max(h[b, j], zero) if h[b, j] == h[b, j] else h[b, j]
 
 
-@fast
+@fast_inlined
 def _pairs(b: int, flat: Any, plan: Any, s: Any) -> None:
     dim = plan.dim
     half = flat.dtype.type(0.5)
@@ -142,14 +142,15 @@ def _pairs(b: int, flat: Any, plan: Any, s: Any) -> None:
         s.z[b, o] += dot(flat[at : at + dim], products)
 
 
-@fast
+@fast_inlined
 def backward(count: int, net: Any, plan: Any, s: Any) -> None:
     """The gradients by all sums of the tower, and dx (B, E)."""
     largest, layers, mix, flat = len(s.x), plan.layers, s.mix, net.flat
     if not len(layers):
         s.dx[:count] = 0.0
     d, dx, said, deltas = s.dz, s.dx, s.acts, s.deltas
-    for level in range(len(layers) - 1, -1, -1):
+    last = 0 if plan.fields * plan.dim or len(plan.crosses) else 1  # nobody learns from the gradient by mere numbers
+    for level in range(len(layers) - 1, last - 1, -1):
         width, units, at, _ = layers[level]
         w = _matrix(flat, at, units, width)
         to = dx if level == 0 else of_layer(deltas, layers, level - 1, largest)
@@ -166,7 +167,7 @@ def backward(count: int, net: Any, plan: Any, s: Any) -> None:
             _pull_pairs(b, net, plan, s)
 
 
-@fast
+@fast_inlined
 def _pull_cross(b: int, flat: Any, plan: Any, s: Any) -> None:
     """dx of row b: from the gradient by what entered the tower to that by what entered the first cross layer."""
     width = s.x.shape[1]
@@ -192,7 +193,7 @@ def _mask(count: int, d: Any, h: Any) -> None:
             d[b, j] = d[b, j] if h[b, j] > zero else zero
 
 
-@fast
+@fast_inlined
 def _pull_pairs(b: int, net: Any, plan: Any, s: Any) -> None:
     dim = plan.dim
     pull = s.pull[b]
@@ -209,7 +210,7 @@ def _pull_pairs(b: int, net: Any, plan: Any, s: Any) -> None:
             d[j] += pull[j] * (s.total[b, j] - v[j])
 
 
-@fast
+@fast_inlined
 def row_gradients(count: int, touched: int, plan: Any, s: Any) -> Any:
     """`row_grads` (U, W); returns the sum of its squares."""
     first, dim, slot_field = plan.first, plan.dim, plan.slot_field
@@ -228,7 +229,7 @@ def row_gradients(count: int, touched: int, plan: Any, s: Any) -> Any:
     return dot(flat, flat)
 
 
-@fast
+@fast_inlined
 def dense_gradients(count: int, plan: Any, s: Any) -> Any:
     """`grads` (P,); returns the sum of its squares. Of one row, whose matrices are products, only the small parts."""
     largest, layers, outputs, mix = len(s.x), plan.layers, plan.outputs, s.mix
@@ -276,7 +277,7 @@ def _summed(d: Any, count: int, out: Any) -> None:
             out[j] += d[b, j]
 
 
-@fast
+@fast_inlined
 def update(count: int, touched: int, net: Any, plan: Any, s: Any) -> None:
     width, layers, largest, outputs = net.table.shape[1], plan.layers, len(s.x), plan.outputs
     kind, rates, flat, (a, b, c) = plan.optimizer, plan.rates, net.flat, net.slots

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from streamcl.compiled import entry, exact, fast
+from streamcl.compiled import entry, exact, exact_inlined, fast_inlined
 from streamcl.engine.averages import average_says, bring_up, chosen, follow, judge
 from streamcl.engine.kernels import add_scaled, binary_loss, cross_entropy, put, self_corrected, sigmoid
 from streamcl.engine.layout import (
@@ -80,7 +80,7 @@ def _observe(count: Any, mean: Any, m2: Any, scaled: Any, row: Any) -> None:
             m2[i] += delta * (value - mean[i])
 
 
-@exact
+@exact_inlined
 def _losses(count: int, served: float, plan: Any, s: Any) -> None:
     """dz (B, O): the gradient of the step's loss by z."""
     for b in range(count):
@@ -101,7 +101,7 @@ def _losses(count: int, served: float, plan: Any, s: Any) -> None:
             dz[o] *= share
 
 
-@exact
+@exact_inlined
 def _touch(count: int, s: Any) -> int:
     """Which rows the step reads, each once, in `touched`; how many. `place` says where a slot's row stands there."""
     s.stamp[0] += 1
@@ -122,7 +122,7 @@ def _touch(count: int, s: Any) -> int:
     return found
 
 
-@fast
+@fast_inlined
 def _renew(count: int, plan: Any, renewal: Any, s: Any) -> bool:
     """The running means of continual backpropagation; whether a unit is due."""
     renewal.step[0] += 1
@@ -170,7 +170,7 @@ def _correct(count: int, step: int, decay: float, powers: Any, born: Any, mean: 
         sums[j] = total
 
 
-@fast
+@fast_inlined
 def _sample(norm: Any, plan: Any, watch: Any, s: Any) -> Any:
     """A learning step has been taken; whether a report is due."""
     watch.steps[0] += 1
@@ -186,14 +186,14 @@ def _sample(norm: Any, plan: Any, watch: Any, s: Any) -> Any:
     return watch.steps[0] % watch.report == 0
 
 
-@exact
+@exact_inlined
 def _label(y: float, plan: Any, norms: Any) -> Any:
     if plan.task != REGRESSION:
         return y
     return standardised(y, norms.y_count[0], norms.y_mean[0], norms.y_m2[0], 10.0)
 
 
-@exact
+@exact_inlined
 def _answer(n: int, z: Any, plan: Any, norms: Any, found: Any) -> None:
     """Output z (O,) and served score of operation n, which is that of the output as it is handed out."""
     served = found.served[n]
@@ -213,7 +213,7 @@ def _answer(n: int, z: Any, plan: Any, norms: Any, found: Any) -> None:
             served[o] = math.exp(z[o] - highest) / total
 
 
-@exact
+@exact_inlined
 def _step(
     n: int, count: int, passed: bool, served: float, net: Any, plan: Any, average: Any, found: Any, s: Any
 ) -> tuple[bool, int]:
