@@ -314,23 +314,21 @@ def scan(
         if regression:
             _observe(y_count, y_mean, y_m2, plan.label_scaled, labels[n : n + 1])
         served = given[n] if source[n] < 0 else float(asked[source[n], 0])
-        count = 1
-        if not passed:
-            gather(0, ids, weights, dense, net, plan, norms, s)
-        y[0] = _label(labels[n], plan, norms)
-        if held[n]:
-            for i in range(draw):
-                row = below(held[n], key, steps, i)
-                if len(drawn):
-                    drawn[n, i] = row
-                gather(count, rows_ids[row], rows_weights[row], rows_dense[row], net, plan, norms, s)
-                y[count] = _label(rows_y[row], plan, norms)
-                count += 1
-        taken, touched = _step(n, count, passed, served, net, plan, average, found, s)
-        if not taken and count > 1:  # is it the event, or what is replayed?
-            count = 1
-            gather(0, ids, weights, dense, net, plan, norms, s)
-            taken, touched = _step(n, count, False, served, net, plan, average, found, s)
+        y[0], count = _label(labels[n], plan, norms), 1
+        for i in range(draw if held[n] else 0):
+            row = below(held[n], key, steps, i)
+            if len(drawn):
+                drawn[n, i] = row
+            gather(count, rows_ids[row], rows_weights[row], rows_dense[row], net, plan, norms, s)
+            y[count] = _label(rows_y[row], plan, norms)
+            count += 1
+        while True:
+            if not passed:
+                gather(0, ids, weights, dense, net, plan, norms, s)
+            taken, touched = _step(n, count, passed, served, net, plan, average, found, s)
+            if taken or count == 1:
+                break
+            count = 1  # is it the event, or what is replayed?
         n += 1
         if not taken:
             put(count_, keep[0, :width])
