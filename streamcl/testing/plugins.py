@@ -2,7 +2,7 @@
 
 A check takes settings, `{"kind": ..., ...}` of a plug-in, `{"model": {"kind": ..., ...}}`, or both, and finds by itself
 a task, the retention that the plug-in needs and the plug-ins that provide the weight sets that it reads. Settings of
-the `optimizer` and an `engine` may stand there too.
+the `optimizer`, an `engine` and a `device` may stand there too.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _config(settings: Settings, task: str, beside: bool, off: bool) -> Config:
         "optimizer": {"kind": "sgd", "learning_rate": 0.05} | settings.get("optimizer", {}),
         "replay": {"retention": "plugin" if keeps else "recency", "capacity": ROWS, "per_event": 3},
         # Of the one without plug-ins too: they are compared to the bit.
-        "worker": {"engine": settings.get("engine", "eager")},
+        "worker": {"engine": settings.get("engine", "eager"), "device": settings.get("device", "cpu")},
         **(_beside(model) if beside else {}),
     }
     return Config.parse(data | ({} if off else {"plugins": plugins}))
@@ -104,7 +104,7 @@ def _kind(settings: Settings) -> type[Plugin]:
 
 def _own(settings: Settings) -> dict[str, Any]:
     """What the plug-in is told."""
-    return {name: value for name, value in settings.items() if name not in ("model", "optimizer", "engine")}
+    return {name: value for name, value in settings.items() if name not in ("model", "optimizer", "engine", "device")}
 
 
 def _providers(kind: type[Plugin]) -> list[dict[str, Any]]:
