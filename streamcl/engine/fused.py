@@ -16,18 +16,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from streamcl.engine import layout
-from streamcl.engine.dense import Dense
-from streamcl.engine.kernels import KINDS
 from streamcl.engine.layout import ANSWER, LEARN, REFUSE
 from streamcl.engine.scan import scan
+from streamcl.engine.views import (
+    NO_ROWS,
+    SETS,
+    Arrays,
+    average_of,
+    net_of,
+    norms_of,
+    plan_of,
+    powers_of,
+    renewal_of,
+    rows_of,
+    scratch_of,
+    serving_of,
+    watch_of,
+)
 from streamcl.engine.weights import Average
-from streamcl.features import FLOAT32_MAX, RunningNorm
+from streamcl.features import FLOAT32_MAX
 from streamcl.memory.owners import Owners
-from streamcl.models import FM, MODELS, DCNv2, DeepFM, Logistic
-from streamcl.models.tower import MLP
+from streamcl.models import MODELS
 from streamcl.plasticity.continual_backprop import ContinualBackprop
 from streamcl.records import Encoded, Outcome, Scores
 
@@ -37,14 +48,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TASKS = {"binary": layout.BINARY, "multiclass": layout.MULTICLASS, "regression": layout.REGRESSION}
 NOTHING = np.zeros((0, 0), np.float32)
-NO_ROWS = np.zeros(0, np.int64)
-POWERS = 4096
-SETS = {"live": 0, "ema": 1}
 UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
-
-Arrays = NDArray[Any]
 
 _loaded: set[str] = set()
 """Of which numbers this process has the machine code."""
@@ -120,60 +125,15 @@ class Fused:
         self.engine = learner.engine
         self.jobs: list[Job] = []
         self.renewal_rule = next((r for r in learner.rules.values() if isinstance(r, ContinualBackprop)), None)
-        self.powers = _powers(self.renewal_rule)
+        self.powers = powers_of(self.renewal_rule)
         plugins: dict[str, Any] = {plugin.kind: plugin for plugin in learner.plugins.values()}  # see `obstacle`
         self.average: Average | None = plugins["ema"].average if "ema" in plugins else None
         self.served = plugins.get("served")
-        self.plan = self._plan(config)
-        self.net = self._net()
-        self.scratch = _scratch(self.plan, 1 + self.plan.draw, self.engine.numbers, self.net)
+        self.plan = plan_of(config, learner)
+        self.net = net_of(learner.engine)
+        self.scratch = scratch_of(self.plan, 1 + self.plan.draw, self.engine.numbers, self.net)
         self._asked = threading.local()
         self._prepare()
-
-    def _plan(self, config: Config) -> layout.Plan:
-        engine, model = self.engine, self.engine.model
-        dense, dtype = engine.dense, engine.dense.flat.numpy().dtype
-        rate = config.optimizer.learning_rate
-        rates = [[r, config.optimizer.l1, config.optimizer.l2] for r in (rate, engine.row_rate)]
-        linear = model if isinstance(model, Logistic) else getattr(model, "linear", None)
-        paired = isinstance(model, FM | DeepFM)
-        projected = isinstance(model, FM | DeepFM) and model.pairs is not None
-        at = {name: span.start for name, span in dense.spans.items()}
-        layers = _layers(model.tower, "" if isinstance(model, MLP) else "deep.", dense)
-        crosses = range(len(model.cross)) if isinstance(model, DCNv2) else ()
-        memory = self.learner.memory
-        return layout.Plan(
-            task=TASKS[config.task],
-            optimizer=KINDS[config.optimizer.kind],
-            outputs=config.outputs,
-            first=engine.first,
-            fields=engine.fields,
-            dim=engine.dim if model.embedding else 0,
-            linear=-1 if linear is None else at["weight" if linear is model else "linear.weight"],
-            pairs=layout.NO_PAIRS if not paired else layout.PROJECTED if projected else layout.SUMMED,
-            projection=at["pairs.weight"] if projected else 0,
-            crosses=np.array(
-                [[at[f"cross.{i}.{part}"] for part in ("weight", "bias")] for i in crosses], np.int64
-            ).reshape(-1, 2),
-            layers=np.array(layers, np.int64).reshape(-1, 4),
-            slot_field=engine.slot_field.numpy(),
-            key=np.uint64(memory.key),
-            draw=self.learner.per_event if memory.capacity else 0,
-            share=self.learner.replay_weight / max(self.learner.per_event, 1),
-            label_scaled=np.ones(1, np.bool_),
-            alpha=engine.alpha,
-            class_weights=np.array(config.loss.class_weights, np.float64),
-            largest=float(engine.max_grad_norm),
-            rates=np.array(rates[0], dtype),
-            row_rates=np.array(rates[1], dtype),
-        )
-
-    def _net(self) -> layout.Net:
-        """Views of what the engine holds."""
-        dense, table = self.engine.dense, self.engine.table.numpy()
-        flat = dense.flat.numpy()
-        slots = [[slot.numpy().reshape(-1) for slot in each] for each in (dense.slots, self.engine.row_slots)]
-        return layout.Net(flat, _three(slots[0], flat[:0]), table, table.reshape(-1), _three(slots[1], flat[:0]))
 
     def _prepare(self) -> None:
         """Have the machine code at hand before the first event comes."""
@@ -198,12 +158,17 @@ class Fused:
         """What is said of each of a batch now."""
         scratch = getattr(self._asked, "scratch", None)
         if scratch is None:
-            scratch = self._asked.scratch = _scratch(self.plan, 1, self.engine.numbers, self.net)
+            scratch = self._asked.scratch = scratch_of(self.plan, 1, self.engine.numbers, self.net)
         jobs = [Job(ANSWER, features, UNSAID) for features in batch]
-        found, nobody = self._found(jobs), self._renewal(on=False)
-        rows, watch, average, serving = self._rows(), self._watch(on=False), self._average(), self._serving()
-        chunk, norms = self._chunk(jobs), self._norms()
-        scan(0, 0, chunk, found, self.net, self.plan, norms, rows, nobody, average, serving, watch, NO_ROWS, scratch)
+        found, chunk, norms, rows = (
+            self._found(jobs),
+            self._chunk(jobs),
+            norms_of(self.learner),
+            rows_of(self.learner.memory),
+        )
+        nobody, nothing = renewal_of(None, self.plan, self.powers), watch_of(None, self.plan)
+        around = nobody, average_of(self.average, self.net), serving_of(self.served), nothing, NO_ROWS, scratch
+        scan(0, 0, chunk, found, self.net, self.plan, norms, rows, *around)
         return found
 
     def learn(self, outcome: Outcome) -> None:
@@ -225,8 +190,13 @@ class Fused:
         policy = self.learner.memory.policy
         before = policy.state_dict() if policy is not None else {}
         self._place(jobs, chunk, refused)
-        norms, renewal, watch, rows = self._norms(), self._renewal(), self._watch(), self._rows()
-        average, serving = self._average(), self._serving()
+        norms, rows, watch = (
+            norms_of(self.learner),
+            rows_of(self.learner.memory),
+            watch_of(self.learner.diagnostics, self.plan),
+        )
+        renewal = renewal_of(self.renewal_rule, self.plan, self.powers)
+        average, serving = average_of(self.average, self.net), serving_of(self.served)
         moved = np.empty(len(jobs) * len(self.scratch.touched), np.int64) if self.engine.watch else NO_ROWS
         plan = self.plan._replace(largest=float(self.engine.max_grad_norm))
         n = 0
@@ -315,66 +285,6 @@ class Fused:
                 slot = memory.policy.place(job.outcome.label)
             chunk.slot[i] = -1 if slot is None else slot
 
-    def _norms(self) -> layout.Norms:
-        numerics, target = self.learner.numerics, self.learner.target
-        width = len(numerics.count)
-        scaled = np.ones(width, np.bool_) if numerics.scaled is None else numerics.scaled
-        clip = np.broadcast_to(np.asarray(numerics.clip, np.float64), (width,)).copy()
-        return layout.Norms(*_copied(numerics), clip, scaled, *_copied(target))
-
-    def _rows(self) -> layout.Rows:
-        memory = self.learner.memory
-        return layout.Rows(memory.ids, memory.weights, memory.dense, memory.y)
-
-    def _renewal(self, on: bool = True) -> layout.Renewal:
-        rule = self.renewal_rule
-        if not on or rule is None or not any(rule.rates):
-            whole, real = np.zeros(0, np.int64), np.zeros(0)
-            none = np.zeros(0, self.net.flat.dtype)
-            return layout.Renewal(False, False, 0.0, 0, whole, real, whole, whole, whole, none, none, whole, real)
-        levels = len(self.plan.layers) - 1
-        starts, rates = np.full(levels, -1, np.int64), np.zeros(levels)
-        replaced, eligible = np.zeros(levels, np.int64), np.zeros(levels, np.int64)
-        for i, (place, span) in enumerate(zip(rule.taps.places, rule.spans, strict=True)):
-            starts[place], rates[place] = span.start, rule.rates[i]
-            replaced[place], eligible[place] = rule.replaced[i] - rule.replaced_before[i], rule.eligible_steps[i]
-        return layout.Renewal(
-            on=True,
-            corrected=rule.utility in ("mean_corrected", "adaptable"),
-            decay=rule.decay,
-            maturity=rule.maturity,
-            starts=starts,
-            rates=rates,
-            replaced=replaced,
-            eligible=eligible,
-            step=np.array([rule.step], np.int64),
-            mean_use=rule.mean_use.numpy(),
-            mean=rule.mean.numpy(),
-            born=rule.born.numpy(),
-            powers=self.powers,
-        )
-
-    def _average(self) -> layout.Average:
-        average, net = self.average, self.net
-        if average is None:
-            return layout.Average(False, 0.0, np.zeros(1, np.int64), net.flat[:0], net.table[:0], NO_ROWS)
-        flat, table, at = average.flat.numpy(), average.table.numpy(), average.at.numpy()
-        return layout.Average(True, average.decay, np.array([average.step], np.int64), flat, table, at)
-
-    def _serving(self) -> layout.Serving:
-        if self.served is None:
-            return layout.Serving(NO_ROWS, np.zeros(0), 0.0)
-        options = self.served.options
-        sets = np.array([SETS[name] for name in options.sets], np.int64)
-        return layout.Serving(sets, self.served.losses.copy(), 0.5 ** (1.0 / options.half_life_events))
-
-    def _watch(self, on: bool = True) -> layout.Watch:
-        diagnostics = self.learner.diagnostics
-        if not on or diagnostics is None:
-            return layout.Watch(0, 1, np.zeros(2, np.int64), NOTHING.astype(self.net.flat.dtype))
-        steps = np.array([diagnostics.steps, diagnostics.sampled], np.int64)
-        return layout.Watch(diagnostics.sample_every, diagnostics.report_every, steps, diagnostics.ring.numpy())
-
     def _take_over(self, norms: layout.Norms, renewal: layout.Renewal, watch: layout.Watch, taken: int) -> None:
         """What the loop counts in arrays of its own."""
         learner, rule = self.learner, self.renewal_rule
@@ -394,7 +304,7 @@ class Fused:
         diagnostics = self.learner.diagnostics
         if diagnostics is not None and watch.steps[0] % watch.report == 0:
             diagnostics.report = diagnostics.reckon()
-        return self._renewal()
+        return renewal_of(self.renewal_rule, self.plan, self.powers)
 
     def _hand_out(self, jobs: Sequence[Job], found: layout.Found, refused: set[int]) -> None:
         """Fill the answers that were promised; and with an error memory let it see all in the order of the stream."""
@@ -435,70 +345,3 @@ class Fused:
             ticket = jobs[learned[step - first - 1]].outcome.ticket  # type: ignore[union-attr]
             diagnostics.owners.write(sampled % diagnostics.window, Owners.of(ticket))
             sampled += 1
-
-
-def _layers(tower: MLP | None, prefix: str, dense: Dense) -> list[tuple[int, int, int, int]]:
-    """Inputs, units, and where weights and bias begin, of each layer."""
-    if tower is None:
-        return []
-    names = [*(f"{prefix}hidden.{i}" for i in range(len(tower.hidden))), f"{prefix}head"]
-    shapes = [dense.params[f"{name}.weight"].shape for name in names]
-    starts = [[dense.spans[f"{name}.{part}"].start for part in ("weight", "bias")] for name in names]
-    return [(shape[1], shape[0], w, b) for shape, (w, b) in zip(shapes, starts, strict=True)]
-
-
-def _three(slots: Sequence[Arrays], like: Arrays) -> tuple[Arrays, Arrays, Arrays]:
-    """Slots; for those that the optimiser hasn't `like`, from which nothing is read."""
-    a, b, c = (*slots, like, like, like)[:3]
-    return a, b, c
-
-
-def _copied(norm: RunningNorm) -> tuple[Arrays, Arrays, Arrays]:
-    return norm.count.copy(), norm.mean.copy(), norm.m2.copy()
-
-
-def _powers(rule: ContinualBackprop | None) -> Arrays:
-    """decay ** age of the first ages: a power takes as long as ten other operations."""
-    wanted = rule is not None and rule.utility in ("mean_corrected", "adaptable")
-    return np.asarray((rule.decay if rule else 0.0) ** np.arange(POWERS if wanted else 0, dtype=np.float64))
-
-
-def _scratch(plan: layout.Plan, rows: int, numbers: int, net: layout.Net) -> layout.Scratch:
-    """For steps of at most so many rows."""
-    dtype, slots = net.flat.dtype, len(plan.slot_field)
-    entering, units = plan.fields * plan.dim + numbers, plan.layers[:-1, 1].sum()
-    widest = max(entering, *plan.layers[:, :2].ravel().tolist(), 1)
-    buckets = 1 << (2 * rows * max(slots, 1)).bit_length()
-
-    def zeros(*shape: int) -> Arrays:
-        return np.zeros(shape, dtype)
-
-    return layout.Scratch(
-        x=zeros(rows, entering),
-        dx=zeros(rows, entering),
-        crossed=zeros(len(plan.crosses), rows, entering),
-        factors=zeros(len(plan.crosses), rows, entering),
-        turned=zeros(len(plan.crosses), rows, entering),
-        own=zeros(entering),
-        back=zeros(rows if len(plan.crosses) else 0, entering),
-        acts=zeros(rows * units),
-        deltas=zeros(rows * units),
-        z=zeros(rows, plan.outputs),
-        dz=zeros(rows, plan.outputs),
-        total=zeros(rows, plan.dim),
-        pull=zeros(rows, plan.dim),
-        products=zeros(rows, plan.dim),
-        y=zeros(rows),
-        numbers=zeros(rows, numbers),
-        place=np.zeros((rows, slots), np.int64),
-        ids=np.zeros((rows, slots), np.int64),
-        weights=np.zeros((rows, slots), np.float32),
-        touched=np.zeros(rows * slots, np.int64),
-        row_grads=zeros(rows * slots, net.table.shape[1]),
-        grads=zeros(len(net.flat)),
-        g=zeros(widest),
-        mix=np.zeros(max(widest, rows + 3), np.int64),
-        buckets=np.zeros((2, buckets), np.int64),
-        stamps=np.zeros(buckets, np.int64),
-        stamp=np.zeros(1, np.int64),
-    )
