@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from streamcl.bench import scale_stalls
 from streamcl.bench.options import Options
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
 from streamcl.bench.step import ON, SERVED, Stream, clicks, feed, outcome
@@ -24,7 +25,7 @@ from streamcl.records import Stream as Partition
 from streamcl.stations import Join
 
 READS = {"task"}
-TASKS = ("events", "rows", "replay", "tickets")
+TASKS = ("events", "rows", "replay", "tickets", "stalls")
 
 FULL: dict[str, tuple[int, ...]] = {
     "events": (10_000, 100_000, 1_000_000, 10_000_000),
@@ -43,6 +44,7 @@ NOTES = (
     "rows: of the table, drawn uniformly, so that ever fewer are in a cache; replay: rows of a full reservoir, eight"
     " drawn beside each event; tickets: waiting in the joiner, one more and one joined per event, without any model",
     "touched: rows of the table that a step reads, and replayed rows; calls: Python functions called, by cProfile",
+    scale_stalls.NOTE,
 )
 
 
@@ -54,7 +56,9 @@ def run(options: Options) -> Report:
     rows: list[Row] = []
     bars: list[Bar] = []
     curves: list[Curve] = []
-    for task in tasks:
+    if "stalls" in tasks:
+        rows, bars = scale_stalls.measure(options.quick)
+    for task in (each for each in tasks if each in KINDS):
         cost = []
         for size, found in KINDS[task](sizes[task]):
             progress(f"{task}: {size:,}: {found['us_per_event']:.2f} us")
@@ -63,7 +67,7 @@ def run(options: Options) -> Report:
             gc.collect()
         bars.append(Bar(f"{task}: most / least cost of an event", max(cost) / min(cost), LIMIT, at_least=False))
         curves.append(Curve(task, list(map(float, sizes[task])), cost))
-    settings = {"quick": options.quick, "sizes": {task: list(sizes[task]) for task in tasks}}
+    settings = {"quick": options.quick, "sizes": {task: list(sizes[task]) for task in tasks if task in KINDS}}
     seconds = time.perf_counter() - began
     return Report(
         "scale", settings, [0], seconds, rows, bars, notes=NOTES, curves=curves, axes=("size", "us per event")

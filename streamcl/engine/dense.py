@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from streamcl.engine.optimizers import Update
 from streamcl.protocols import State
+from streamcl.state import cut
 
 OPTIONAL = "plugins."
 """How the names of parameters begin that may come and go at a clean stop."""
@@ -100,8 +101,8 @@ class Dense:
     def state_dict(self) -> State:
         """Sets, anchors and traces are left to the rules that own them."""
         return {
-            "params": {name: p.detach().clone() for name, p in self.params.items()},
-            "slots": {str(i): s.clone() for i, s in enumerate(self.slots)},
+            "params": {name: cut(p) for name, p in self.params.items()},
+            "slots": {str(i): cut(s) for i, s in enumerate(self.slots)},
         }
 
     def load_state_dict(self, state: State) -> None:

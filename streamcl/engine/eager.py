@@ -27,6 +27,7 @@ from streamcl.plasticity.layers import unheard
 from streamcl.plugin import Grads, Out, Plugin, PluginError, Rows, Rule, Shape, Step, Term
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
+from streamcl.state import cut
 
 BLOCK = 1 << 20  # numbers drawn at once for a fresh table: bounds what its start needs besides the table
 
@@ -312,8 +313,8 @@ class Eager:
 
     def state_dict(self) -> State:
         return {
-            "table": self.table.clone(),
-            "row_slots": {str(i): s.clone() for i, s in enumerate(self.row_slots)},
+            "table": cut(self.table),
+            "row_slots": {str(i): cut(s) for i, s in enumerate(self.row_slots)},
             **self.dense.state_dict(),
             **({"rules": {kind: rule.state_dict() for kind, rule in self.rules.items()}} if self.rules else {}),
         }

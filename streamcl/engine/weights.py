@@ -9,6 +9,7 @@ from torch import Tensor
 
 from streamcl.plugin import PluginError
 from streamcl.protocols import State
+from streamcl.state import cut
 
 if TYPE_CHECKING:
     from streamcl.engine.eager import Eager
@@ -55,7 +56,7 @@ class WeightSet:
         return {name: self.engine.dense.part(self.flat, name) for name in self.engine.dense.params}
 
     def state_dict(self) -> State:
-        return {"flat": self.flat.clone(), "table": self.table.clone()}
+        return {"flat": cut(self.flat), "table": cut(self.table)}
 
     def load_state_dict(self, state: State) -> None:
         """An empty state: it begins as the live weights are."""
@@ -103,7 +104,7 @@ class Average(WeightSet):
         self.at[touched] = self.step
 
     def state_dict(self) -> State:
-        return {**super().state_dict(), "at": self.at.clone(), "step": self.step}
+        return {**super().state_dict(), "at": cut(self.at), "step": self.step}
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)

@@ -44,7 +44,7 @@ def test_numpy_by_hand_takes_the_step_that_autograd_takes() -> None:
         np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("task", scale.TASKS)
+@pytest.mark.parametrize("task", scale.KINDS)
 def test_growth_is_measured_at_the_size_that_is_said(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "MEASURED", 64)
     monkeypatch.setattr(scale, "_best", lambda work, _count: (work(), 1.0)[1])
