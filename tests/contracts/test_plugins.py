@@ -46,6 +46,14 @@ def test_a_built_in_plugin_keeps_the_contract_on_a_model_with_a_memory_of_each_k
     check({"kind": kind, **SETTINGS.get(kind, {}), **slow, "model": RECURRENT})
 
 
+@pytest.mark.parametrize("check", plugin_checks(), ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"kind": "ema"}, {"kind": "served"}, {"kind": "served", "sets": ["ema"]}], ids=str
+)
+def test_what_has_a_compiled_form_keeps_the_contract_in_it(settings: dict[str, Any], check: PluginCheck) -> None:
+    check({**settings, "engine": "fused"})
+
+
 @pytest.mark.skipif("cuda" not in DEVICES, reason="worker.device: steps are computed on the CPU alone")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 @pytest.mark.parametrize("check", STATEFUL, ids=str)
