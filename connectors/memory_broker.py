@@ -139,7 +139,8 @@ class MemoryBroker:
                 if left <= 0:
                     self._burn(appended, keep)
             for topic, partition, message in appended:
-                self._put(topic, partition, message)
+                self._log(topic, partition).append(message)
+            self.changed.notify_all()
             return self.end(topic, partition)
 
     def read(self, topic: str, partition: int, start: int, limit: int | None = None) -> list[Message]:

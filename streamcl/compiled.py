@@ -65,7 +65,7 @@ def _sources_of(function: Any) -> set[str]:
 
     Those of whatever compiled functions and classes its module knows, so more than need be.
     """
-    files = {function.__code__.co_filename}
+    files = {function.__code__.co_filename, __file__}
     package = function.__module__.partition(".")[0]
     for value in function.__globals__.values():
         if isinstance(value, type) and value.__module__.partition(".")[0] == package:
@@ -100,15 +100,20 @@ def _forgive(cache: Any, name: str) -> None:
     cache.load_overload = forgiving
 
 
-_inner = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Without numba's runtime no array is counted when it is looked at, and none can be made. Whoever calls holds them all.
+# Each look at a field of a tuple, and each slice, cost an atomic addition and another: half the time of a small step.
+_outer = {"nogil": True, "error_model": "numpy", "_nrt": False}
+_inner = {**_outer, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-entry: Callable[[F], F] = compiler(nogil=True, error_model="numpy")
-"""What Python calls."""
+entry: Callable[[F], F] = compiler(**_outer)
+"""What Python calls. It makes no arrays."""
 exact: Callable[[F], F] = compiler(**_inner)
 """What compiled code calls: the operations that are written, in their order."""
 _reckless = {"reassoc", "contract", "nsz", "arcp", "afn"}
 fast: Callable[[F], F] = compiler(**_inner, fastmath=_reckless)
 """The same, sums in any order and roots in quotients refined estimates; NaN and infinity keep their meaning."""
+view: Callable[[F], F] = compiler(**_inner, inline="always")
+"""What returns a part of an array that it was given."""
 exact_inlined: Callable[[F], F] = compiler(**_inner, forceinline=True)
 fast_inlined: Callable[[F], F] = compiler(**_inner, fastmath=_reckless, forceinline=True)
 """The same two, for what takes tuples of arrays: a call hands over each number of each array, which costs half a

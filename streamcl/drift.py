@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -36,12 +37,15 @@ class Adwin:
 
     def update(self, loss: float) -> int:
         """1 when the mean has risen, -1 when it has fallen, else 0."""
-        fresh = self._adwin.drift_detected  # River then starts anew, before it takes the loss
-        total, width = (0.0, 0.0) if fresh else (self._adwin.total, self._adwin.width)
-        self._adwin.update(loss)
-        if not self._adwin.drift_detected:
+        adwin = self._adwin
+        if adwin._drift_detected:  # as ADWIN.update does, whose properties would take longer than its work
+            adwin._reset()
+        window = adwin._helper
+        total, width = window.get_total(), window.get_width()
+        adwin._drift_detected = changed = window.update(loss)
+        if not changed:
             return 0
-        dropped = width + 1 - self._adwin.width
+        dropped = width + 1 - adwin.width
         return 1 if self._adwin.estimation > (total + loss - self._adwin.total) / dropped else -1
 
     @property
@@ -121,21 +125,35 @@ class DriftDetector:
 
     def update(self, loss: float, origin: Origin) -> tuple[Signal, ...]:
         """One signal when the mean loss has risen, else (). A loss that is not finite is passed over."""
-        if self._detector is None or not math.isfinite(loss):
-            return ()
-        self._examples += 1
-        direction = self._detector.update(loss)
-        if direction == 0:
-            return ()
+        return (self.signal(origin),) if self.watch((loss,)) else ()
+
+    def signal(self, origin: Origin) -> Signal:
+        """What is sent of a rise at an outcome."""
+        return Signal("drift", self._name, origin)
+
+    def watch(self, losses: Sequence[float]) -> list[int]:
+        """Take losses one after another; at which of them there is a signal."""
+        if self._detector is None:
+            return []
+        found, update = [], self._detector.update
+        for at, loss in enumerate(losses):
+            if math.isfinite(loss):
+                self._examples += 1
+                if (direction := update(loss)) and self._raises(direction):
+                    found.append(at)
+        return found
+
+    def _raises(self, direction: int) -> bool:
+        """Count a change."""
         if direction < 0:
             self._counts["improvements"] += 1
-            return ()
+            return False
         if self._refractory():
             self._counts["suppressed"] += 1
-            return ()
+            return False
         self._counts["alarms"] += 1
         self._last_alarm = self._examples
-        return (Signal("drift", self._name, origin),)
+        return True
 
     def _refractory(self) -> bool:
         if self._last_alarm is None:

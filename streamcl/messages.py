@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -29,24 +30,31 @@ def prediction_message(prediction: Prediction, codec: Codec, topic: str = "", by
 
     `topic` is where the event stood, for people who look for it: an origin names the input instead.
     """
-    scores, origin = prediction.scores, str(prediction.origin)
-    version = scores.version
-    body = {
-        "id": prediction.id,
-        **scores_to_json(scores),
-        "version": version,
-        "time": prediction.time_s,
-        "input": origin,
-    }
-    identity = prediction.id.encode("utf-8", "surrogatepass")
-    headers: Headers = (
-        ("streamcl-input", origin.encode()),
-        ("streamcl-topic", topic.encode()),
-        ("streamcl-id", identity),
-        ("streamcl-weights", b"%d" % version),
-    )
-    key = identity if by_id else prediction.key.encode("utf-8", "surrogatepass")
-    return Message(codec.encode(body), key, headers)
+    return prediction_messages((prediction,), codec, topic, by_id)[0]
+
+
+def prediction_messages(
+    predictions: Iterable[Prediction], codec: Codec, topic: str = "", by_id: bool = False
+) -> list[Message]:
+    """Of many."""
+    encode, made = codec.encode, []
+    place = ("streamcl-topic", topic.encode())
+    for prediction in predictions:
+        id, scores, origin = prediction.id, prediction.scores, str(prediction.origin)
+        version, served = scores.version, scores.served
+        one = len(served) == 1  # and as `scores_to_json` has it
+        body = {"id": id, "score": served.item()} if one else {"id": id, **scores_to_json(scores)}
+        body["version"], body["time"], body["input"] = version, prediction.time_s, origin
+        identity = id.encode("utf-8", "surrogatepass")
+        headers: Headers = (
+            ("streamcl-input", origin.encode()),
+            place,
+            ("streamcl-id", identity),
+            ("streamcl-weights", b"%d" % version),
+        )
+        key = identity if by_id else prediction.key.encode("utf-8", "surrogatepass")
+        made.append(Message(encode(body), key, headers))
+    return made
 
 
 NUMBER = "streamcl-number"

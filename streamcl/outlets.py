@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from streamcl import connect
 from streamcl.channel import Publisher, open_publisher
 from streamcl.config import Config
-from streamcl.messages import OUR_BYTES, dead_letter_message, outcome_message, prediction_message, rejected_message
+from streamcl.messages import OUR_BYTES, dead_letter_message, outcome_message, prediction_messages, rejected_message
 from streamcl.protocols import Codec, ConnectorError, Sink
 from streamcl.records import Message, Origin, Turn
 
@@ -89,7 +89,7 @@ class Outlets:
     def _predictions(self, turn: Turn) -> list[Message]:
         by_id = self.config.kafka.compact_predictions
         answered = [p for p in turn.predictions if self.answers(p.origin)]
-        return [prediction_message(p, self.codec, self.topic, by_id) for p in answered]
+        return prediction_messages(answered, self.codec, self.topic, by_id)
 
     def _rejected(self, url: str, message: Message, error: str) -> None:
         if self.dead_letters is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import xxhash
+from msgspec import Struct
 
 from streamcl.protocols import ConnectorError, State
 from streamcl.records import (
@@ -67,9 +68,10 @@ class Progress:
         self.position = dict(position)
         self.outcomes += LEAP
 
-    def learn(self, origin: Origin) -> None:
-        self.outcomes += 1
-        self.learned = (self.learned + xxhash.xxh3_128_intdigest(str(origin).encode())) % (1 << 128)
+    def learn(self, origins: Sequence[Origin]) -> None:
+        self.outcomes += len(origins)
+        seals = [xxhash.xxh3_128_intdigest(str(origin).encode()) for origin in origins]
+        self.learned = (self.learned + sum(seals)) % (1 << 128)
 
     def bootstrapping(self) -> bool:
         """True until the last event of the history has been taken."""
@@ -101,7 +103,7 @@ LEAP = 1 << 32
 """More outcomes than can be void."""
 
 
-class Due(NamedTuple):
+class Due(Struct, frozen=True, gc=False):
     """An outcome that is to be learned. `records` had been taken; `history`: nobody is told what it teaches."""
 
     outcome: Outcome

@@ -243,8 +243,8 @@ class Worker:
             self.fused.learn(outcome)
             work.due.append(due)
             return
-        signals = self._watch(outcome, work)
-        self._conclude(due, self.learner.learn(outcome, signals), work)
+        signals = self._watch([outcome], work)
+        self._conclude([due], [self.learner.learn(outcome, signals)], work)
 
     def _settle(self, work: Work) -> None:
         """Let the learner do what it has put off; then everything is as if it had been done record by record."""
@@ -252,37 +252,35 @@ class Worker:
             return
         learned = self.fused.settle()
         due, work.due = work.due, []
-        for each, taken in zip(due, learned, strict=True):
-            self._watch(each.outcome, work)
-            self._conclude(each, taken, work)
+        if due:
+            self._watch([each.outcome for each in due], work)
+            self._conclude(due, learned, work)
 
-    def _watch(self, outcome: Outcome, work: Work) -> tuple[Signal, ...]:
-        work.outcomes.append(outcome)
-        loss = self.metrics.update(outcome)
+    def _watch(self, outcomes: Sequence[Outcome], work: Work) -> Sequence[Signal]:
+        work.outcomes += outcomes
+        labels = [outcome.label for outcome in outcomes]
+        losses = self.metrics.add(labels, [outcome.ticket.scores.served for outcome in outcomes])
         if self.base_metrics:
-            self.base_metrics.add(outcome.label, outcome.ticket.scores.base)
-        signals = (*self.drift.update(loss, outcome.ticket.origin), *self.boundaries.update(outcome))
+            self.base_metrics.add(labels, [outcome.ticket.scores.base for outcome in outcomes])
+        risen, signals = self.drift.watch(losses), []
+        if risen or self.boundaries.sources:
+            for at, outcome in enumerate(outcomes):
+                signals += [self.drift.signal(outcome.ticket.origin)] if at in risen else []
+                signals += self.boundaries.update(outcome)
         work.signals += signals
         return signals
 
-    def _conclude(self, due: Due, learned: bool, work: Work) -> None:
-        outcome = due.outcome
-        if learned:
-            self.progress.learn(outcome.ticket.origin)
-            self.counts["learned"] += 1
-            if self.tells and not due.history:
-                work.learned.append(self._learned(due))
-            return
-        self.counts["quarantined"] += 1
-        stub = orjson.dumps({"id": outcome.ticket.id, "label": outcome.label})
-        record = Record(outcome.ticket.origin, outcome.ticket.origin.input, outcome.ticket.time_s, stub)
-        error = "learning from this label would have made the weights non-finite or the gradient too large"
-        work.dead_letters.append(DeadLetter(record, "quarantined_label", error))
-
-    def _learned(self, due: Due) -> Learned:
-        outcome, ticket = due.outcome, due.outcome.ticket
-        told = (ticket.id, ticket.origin, ticket.features, outcome.label, outcome.fate, ticket.time_s, outcome.delay_s)
-        return Learned(self.progress.outcomes, due.records, *told)
+    def _conclude(self, due: Sequence[Due], learned: Sequence[bool], work: Work) -> None:
+        if not all(learned):
+            work.dead_letters += [_quarantined(d.outcome) for d, taken in zip(due, learned, strict=True) if not taken]
+            self.counts["quarantined"] += learned.count(False)
+            due = [each for each, taken in zip(due, learned, strict=True) if taken]
+        if due:
+            first = self.progress.outcomes + 1
+            self.progress.learn([each.outcome.ticket.origin for each in due])
+            self.counts["learned"] += len(due)
+            if self.tells:
+                work.learned += [_learned(n, each) for n, each in enumerate(due, first) if not each.history]
 
     def _refuse(self, record: Record, reason: str, error: str, work: Work) -> None:
         self._settle(work)  # dead letters stand in the order of what they are of
@@ -367,6 +365,19 @@ TOLD_BY_CONNECTORS = (
     *("retries", "commit_failures", "away"),
 )
 """Attributes of a source or a sink that are readings too, under `source_`, `sink_` or `outcomes_sink_`."""
+
+
+def _quarantined(outcome: Outcome) -> DeadLetter:
+    ticket = outcome.ticket
+    stub = orjson.dumps({"id": ticket.id, "label": outcome.label})
+    error = "learning from this label would have made the weights non-finite or the gradient too large"
+    return DeadLetter(Record(ticket.origin, ticket.origin.input, ticket.time_s, stub), "quarantined_label", error)
+
+
+def _learned(number: int, due: Due) -> Learned:
+    outcome, ticket = due.outcome, due.outcome.ticket
+    told = (ticket.id, ticket.origin, ticket.features, outcome.label, outcome.fate, ticket.time_s, outcome.delay_s)
+    return Learned(number, due.records, *told)
 
 
 def logged(control: ControlLog, start: int) -> Iterator[tuple[int, Order]]:

@@ -19,7 +19,7 @@ ORIGINS = st.lists(st.builds(Origin, st.sampled_from(["events", "labels"]), st.i
 def learned(origins: list[Origin]) -> int:
     progress = Progress()
     for origin in origins:
-        progress.learn(origin)
+        progress.learn([origin])
     return progress.learned
 
 
@@ -36,7 +36,7 @@ def test_progress_and_counts_survive_a_round_trip_through_json() -> None:
     progress.publish_from = {Stream("events", 1): 5}
     for offset in (3, 4, 9):
         progress.advance(Stream("events", 1), offset)
-        progress.learn(Origin("events", 1, offset))
+        progress.learn([Origin("events", 1, offset)])
     same, again = Progress(), Counts({"left": 1})
     same.load_state_dict(json.loads(json.dumps(progress.state_dict())))
     again.load_state_dict(json.loads(json.dumps(counts.state_dict())))

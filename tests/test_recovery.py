@@ -159,7 +159,7 @@ def test_the_learned_hash_names_exactly_the_records_that_were_learned_from(items
         learned = [outcome.ticket.origin for turn in keeper.run() for outcome in turn.outcomes]
         other = build(config).progress
         for origin in reversed(learned):
-            other.learn(origin)
+            other.learn([origin])
         assert other.learned == worker.progress.learned
         assert len(set(learned)) == len(learned) == worker.counts["learned"]
 

@@ -12,10 +12,11 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from msgspec import Struct
 
 from streamcl.engine import layout
 from streamcl.engine.layout import ANSWER, LEARN, REFUSE
@@ -93,7 +94,15 @@ def engine_of(config: Config) -> tuple[str, str]:
     return ("eager" if because or config.worker.engine == "eager" else "fused"), because
 
 
-class Job(NamedTuple):
+def _rows(arrays: list[Arrays]) -> Arrays:
+    """(n, K) of n (K,); often they are all one and the same."""
+    n, first = len(arrays), arrays[0]
+    if all(array is first for array in arrays):
+        return np.tile(first, (n, 1))
+    return np.concatenate(arrays).reshape(n, -1)
+
+
+class Job(Struct, frozen=True, gc=False):
     """One operation: an answer that is promised, or an outcome that is to be learned."""
 
     kind: int
@@ -227,9 +236,8 @@ class Fused:
 
     def _chunk(self, jobs: Sequence[Job]) -> layout.Chunk:
         n = len(jobs)
-        ids, weights, dense = (
-            np.concatenate(column).reshape(n, -1) for column in zip(*(job.features for job in jobs), strict=True)
-        )
+        ids = np.concatenate([job.features.ids for job in jobs]).reshape(n, -1)
+        weights, dense = _rows([job.features.weights for job in jobs]), _rows([job.features.dense for job in jobs])
         if ids.size and not (ids.min() >= 0 and ids.max() < len(self.net.table)):
             raise IndexError(f"features point to row {ids.min()} or {ids.max()} of a table of {len(self.net.table)}")
         label, served = np.zeros(n, np.float32), np.zeros(n)

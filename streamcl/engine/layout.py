@@ -176,3 +176,5 @@ class Scratch(NamedTuple):
     buckets: Any  # (2, power of two): whose it is, and its place
     stamps: Any  # (power of two,)
     stamp: Any  # (1,)
+    keep: Any  # (3, N + 1) float64: running means as they stood before a step
+    said: Any  # (O,)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from streamcl.compiled import exact, fast, fast_inlined
+from streamcl.compiled import exact, fast, fast_inlined, view
 from streamcl.engine.kernels import add_scaled, affine, dot, move, outer, pull_back, put
 from streamcl.engine.layout import NO_PAIRS, PROJECTED, SUMMED
 
@@ -49,12 +49,12 @@ def gather(b: int, ids: Any, weights: Any, dense: Any, net: Any, plan: Any, norm
         numbers[i] = value
 
 
-@fast
+@view
 def _matrix(flat: Any, at: int, rows: int, columns: int) -> Any:
     return flat[at : at + rows * columns].reshape((rows, columns))
 
 
-@fast
+@view
 def of_layer(held: Any, layers: Any, level: int, largest: int) -> Any:
     """(Bmax, n) of what is held for all hidden layers: what one has said, or the gradient by that."""
     at = 0
@@ -93,7 +93,7 @@ def forward(count: int, flat: Any, plan: Any, s: Any) -> None:
         x = y
 
 
-@fast
+@view
 def _entering(c: int, crossed: Any, x: Any) -> Any:
     """(Bmax, E) what enters cross layer c, or behind the last of them the tower."""
     return crossed[c - 1] if c else x

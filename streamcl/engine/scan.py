@@ -265,7 +265,7 @@ def scan(
         The operation that is next, why it has ended, and how much of `moved` is filled.
     """
     logged, width = 0, len(norms.count)
-    keep = np.empty((3, width + 1))
+    keep, said = s.keep, s.said
     kinds, all_ids, all_weights, all_dense, labels = chunk.kind, chunk.ids, chunk.weights, chunk.dense, chunk.label
     count_, mean, m2, y_count, y_mean, y_m2 = norms.count, norms.mean, norms.m2, norms.y_count, norms.y_mean, norms.y_m2
     rows_ids, rows_weights, rows_dense, rows_y = memory.ids, memory.weights, memory.dense, memory.y
@@ -274,7 +274,6 @@ def scan(
     entered, hidden, drawn, scaled, every = found.entered, found.hidden, found.drawn, norms.scaled, watch.every
     levels, renewing, again, steady = len(plan.layers), renewal.on, chunk.again, True
     sets, noted, before, known = serving.sets, found.noted, chunk.noted, chunk.known
-    said = np.empty(plan.outputs, s.z.dtype)
     for i in range(width):
         steady = steady and not scaled[i]
     fresh = n  # the first operation whose pass is not in the scratch, though the one before it may have its features

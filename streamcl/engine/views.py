@@ -144,6 +144,8 @@ def scratch_of(plan: layout.Plan, rows: int, numbers: int, net: layout.Net) -> l
         buckets=np.zeros((2, buckets), np.int64),
         stamps=np.zeros(buckets, np.int64),
         stamp=np.zeros(1, np.int64),
+        keep=np.zeros((3, numbers + 1)),
+        said=zeros(plan.outputs),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streamcl.metrics.kernels import binary_rows
 from streamcl.metrics.losses import clip, entropy, finite, log_losses, ratio
 from streamcl.metrics.ranking import ScoreHistogram, exact_auc
 from streamcl.metrics.window import Window
@@ -48,29 +49,28 @@ class Binary:
     """
 
     def __init__(self, window: int) -> None:
-        self._totals = Totals()
+        self._sums = np.zeros(7)  # in the order of `Totals`; counts are exact below 2^53
         self._histogram = ScoreHistogram()
         self._window = Window(window, 3)  # label, score, 1 if the label repeats its predecessor
-        self._previous: float | None = None
+        self._previous = np.full(1, np.nan)
+
+    @property
+    def _totals(self) -> Totals:
+        examples, loss, scores, labels, hits, pairs, repeats = self._sums.tolist()
+        return Totals(int(examples), loss, scores, labels, int(hits), int(pairs), int(repeats))
 
     def loss(self, label: float, served: NDArray[np.float32]) -> float:  # served (1,)
         """Nats; not finite if the label or the score is not."""
         p = clip(float(served[0]))
         return -(label * math.log(p) + (1.0 - label) * math.log(1.0 - p))
 
-    def add(self, label: float, served: NDArray[np.float32], loss: float) -> None:
-        score, totals = float(served[0]), self._totals
-        repeats = label == self._previous
-        totals.examples += 1
-        totals.loss += loss
-        totals.scores += score
-        totals.labels += label
-        totals.hits += (score >= 0.5) == (label >= 0.5)
-        totals.pairs += self._previous is not None
-        totals.repeats += repeats
-        self._histogram.add(label >= 0.5, score)
-        self._window.append((label, score, repeats))
-        self._previous = label
+    def add(self, labels: NDArray[np.float64], served: NDArray[np.float32]) -> NDArray[np.float64]:  # (n,), (n, 1)
+        """Their losses (n,); one that is not finite has entered nothing."""
+        losses = np.empty(len(labels))
+        counts, ring, written = self._histogram.counts, self._window.ring, self._window.written
+        scores = served[:, 0].astype(np.float64)
+        binary_rows(labels, scores, losses, self._sums, self._previous, counts, ring, written)
+        return losses
 
     def read(self) -> dict[str, float]:
         whole = self._totals.metrics() | {
@@ -94,15 +94,16 @@ class Binary:
         return totals.metrics() | {"auc": exact_auc(labels, scores)}
 
     def state_dict(self) -> State:
+        previous = float(self._previous[0])
         return {
             "totals": asdict(self._totals),
             "histogram": self._histogram.state_dict(),
             "window": self._window.state_dict(),
-            "previous": self._previous,
+            "previous": None if math.isnan(previous) else previous,
         }
 
     def load_state_dict(self, state: State) -> None:
-        self._totals = Totals(**state["totals"])
+        self._sums[:] = list(asdict(Totals(**state["totals"])).values())
         self._histogram.load_state_dict(state["histogram"])
         self._window.load_state_dict(state["window"])
-        self._previous = state["previous"]
+        self._previous[0] = math.nan if state["previous"] is None else state["previous"]

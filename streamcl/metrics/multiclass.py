@@ -53,7 +53,16 @@ class Multiclass:
             return math.nan
         return -math.log(clip(float(served[int(label)])))
 
-    def add(self, label: float, served: NDArray[np.float32], loss: float) -> None:
+    def add(self, labels: NDArray[np.float64], served: NDArray[np.float32]) -> NDArray[np.float64]:  # (n,), (n, P)
+        """Their losses (n,); one that is not finite has entered nothing."""
+        losses = np.empty(len(labels))
+        for i, label in enumerate(labels.tolist()):
+            losses[i] = loss = self.loss(label, served[i])
+            if math.isfinite(loss):
+                self._add(label, served[i], loss)
+        return losses
+
+    def _add(self, label: float, served: NDArray[np.float32], loss: float) -> None:
         totals = self._totals
         hit, repeats = bool(served.argmax() == label), label == self._previous
         totals.examples += 1

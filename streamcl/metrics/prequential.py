@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from streamcl.stations import Task
 class Prequential:
     """Metrics of predictions that stood before their labels did, over the whole stream and over the last `window`.
 
-    `update` is O(1); `read` takes O(window log window) and changes nothing. Memory is bounded.
+    `add` is O(1) an example; `read` takes O(window log window) and changes nothing. Memory is bounded.
 
     Args:
         window: labelled examples in the metrics that end in `_window` (count).
@@ -46,23 +46,22 @@ class Prequential:
 
     def update(self, outcome: Outcome) -> float:
         """Take the score that was served in; see `add`."""
-        return self.add(outcome.label, outcome.ticket.scores.served)
+        return self.add([outcome.label], [outcome.ticket.scores.served])[0]
 
     def loss(self, outcome: Outcome) -> float:
         """What `update` would return; changes nothing."""
         return self._metrics.loss(outcome.label, outcome.ticket.scores.served)
 
-    def add(self, label: float, served: NDArray[np.float32]) -> float:
-        """The example's loss: nats, or the squared error for regression.
+    def add(self, labels: Sequence[float], served: Sequence[NDArray[np.float32]]) -> list[float]:
+        """The examples' losses: nats, or the squared error for regression.
 
         One that is not finite is counted as `unscored` and enters no sum, for a sum would never recover from it.
         """
-        loss = self._metrics.loss(label, served)
-        if math.isfinite(loss):
-            self._metrics.add(label, served, loss)
-        else:
-            self._unscored += 1
-        return loss
+        if not labels:
+            return []
+        losses = self._metrics.add(np.array(labels, np.float64), np.array(served))
+        self._unscored += int(len(losses) - np.isfinite(losses).sum())
+        return losses.tolist()  # type: ignore[no-any-return]
 
     def read(self) -> dict[str, float]:
         """By name, finite values only: what is undefined (AUC of one class, say) is absent."""

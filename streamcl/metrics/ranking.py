@@ -7,11 +7,10 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from streamcl.metrics.kernels import count_rows
 from streamcl.protocols import State
 
 BINS = 1 << 14
-LIMIT = 16.0
-"""Logits beyond +-16 (probabilities below 1.2e-7) share the outermost bins."""
 
 
 def _auc_of_counts(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
@@ -48,30 +47,25 @@ class ScoreHistogram:
     """
 
     def __init__(self) -> None:
-        self._counts = np.zeros((2, BINS), dtype=np.int64)  # [negatives, positives]
+        self.counts = np.zeros((2, BINS), dtype=np.int64)  # [negatives, positives]
 
-    def add(self, positive: bool, score: float) -> None:
-        """`score` is a probability; O(1)."""
-        if score <= 0.0 or score >= 1.0:
-            place = 0 if score <= 0.0 else BINS - 1
-        else:
-            logit = math.log(score) - math.log1p(-score)
-            place = min(max(int((logit + LIMIT) * (BINS / (2 * LIMIT))), 0), BINS - 1)
-        self._counts[int(positive), place] += 1
+    def add(self, positive: ArrayLike, scores: ArrayLike) -> None:
+        """Probabilities (n,), and which of them are of positives."""
+        count_rows(np.asarray(positive, np.bool_), np.asarray(scores, np.float64), self.counts)
 
     def auc(self) -> float:
         """NaN where a class is missing."""
-        negatives, positives = self._counts.astype(np.float64)
+        negatives, positives = self.counts.astype(np.float64)
         return _auc_of_counts(positives, negatives)
 
     def auc_bound(self) -> float:
         """How far `auc` can be from the exact one at most: half the share of pairs that lie in one bin."""
-        negatives, positives = self._counts.astype(np.float64)
+        negatives, positives = self.counts.astype(np.float64)
         pairs = float(positives.sum() * negatives.sum())
         return float((positives * negatives).sum()) / (2 * pairs) if pairs else math.nan
 
     def state_dict(self) -> State:
-        return {"counts": self._counts.copy()}
+        return {"counts": self.counts.copy()}
 
     def load_state_dict(self, state: State) -> None:
-        self._counts[:] = state["counts"]
+        self.counts[:] = state["counts"]

@@ -48,7 +48,16 @@ class Regression:
         error = float(served[0]) - label
         return error * error
 
-    def add(self, label: float, served: NDArray[np.float32], loss: float) -> None:
+    def add(self, labels: NDArray[np.float64], served: NDArray[np.float32]) -> NDArray[np.float64]:  # (n,), (n, P)
+        """Their losses (n,); one that is not finite has entered nothing."""
+        losses = np.empty(len(labels))
+        for i, label in enumerate(labels.tolist()):
+            losses[i] = loss = self.loss(label, served[i])
+            if math.isfinite(loss):
+                self._add(label, served[i], loss)
+        return losses
+
+    def _add(self, label: float, served: NDArray[np.float32], loss: float) -> None:
         totals, error = self._totals, float(served[0]) - label
         baseline_error = self._mean - label if totals.examples else 0.0
         totals.pairs += totals.examples > 0

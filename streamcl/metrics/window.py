@@ -11,6 +11,9 @@ from streamcl.protocols import State
 class Window:
     """A ring of the last `size` rows of `width` numbers; `append` is O(1).
 
+    Attributes:
+        ring, written: (size, width), and (1,) the rows ever appended: compiled code appends to them itself.
+
     Raises:
         ValueError: size < 1; or a state of another shape is loaded.
     """
@@ -19,24 +22,25 @@ class Window:
         if size < 1:
             raise ValueError(f"metrics.window: {size} must be at least 1")
         self._size = size
-        self._ring = np.zeros((size, width), dtype=np.float64)
-        self._written = 0
+        self.ring = np.zeros((size, width), dtype=np.float64)
+        self.written = np.zeros(1, np.int64)
 
     def append(self, row: tuple[float, ...]) -> None:
-        self._ring[self._written % self._size] = row
-        self._written += 1
+        self.ring[self.written[0] % self._size] = row
+        self.written += 1
 
     def columns(self) -> NDArray[np.float64]:
         """The rows held, oldest first, as (width, n): what is computed from them depends on nothing else."""
-        if self._written < self._size:
-            return self._ring[: self._written].T.copy()
-        return np.ascontiguousarray(np.roll(self._ring, -(self._written % self._size), axis=0).T)
+        written = int(self.written[0])
+        if written < self._size:
+            return self.ring[:written].T.copy()
+        return np.ascontiguousarray(np.roll(self.ring, -(written % self._size), axis=0).T)
 
     def state_dict(self) -> State:
-        return {"ring": self._ring.copy(), "written": self._written}
+        return {"ring": self.ring.copy(), "written": int(self.written[0])}
 
     def load_state_dict(self, state: State) -> None:
-        if np.shape(state["ring"]) != self._ring.shape:
-            raise ValueError(f"metrics.window: saved {np.shape(state['ring'])}, configured {self._ring.shape}")
-        self._ring[:] = state["ring"]
-        self._written = int(state["written"])
+        if np.shape(state["ring"]) != self.ring.shape:
+            raise ValueError(f"metrics.window: saved {np.shape(state['ring'])}, configured {self.ring.shape}")
+        self.ring[:] = state["ring"]
+        self.written[0] = state["written"]

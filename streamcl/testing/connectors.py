@@ -182,5 +182,5 @@ def learned_hash(origins: Iterable[Origin]) -> int:
     """What `Progress.learned` comes to, summed over all shards modulo 2^128, when each of these was learned once."""
     progress = Progress()
     for origin in origins:
-        progress.learn(origin)
+        progress.learn([origin])
     return progress.learned

@@ -182,7 +182,7 @@ def test_the_ratio_is_that_of_the_medians() -> None:
 def test_the_verifier_adds_up_what_the_worker_says_it_has_learned() -> None:
     progress, origins = Progress(), [Origin("events", 1, 2), Origin("events", 0, 7)]
     for origin in origins:
-        progress.learn(origin)
+        progress.learn([origin])
     assert progress.state_dict()["learned"] == learned_hash(map(str, origins))
     assert progress.state_dict()["learned"] != learned_hash([str(origins[0])])
 

@@ -10,7 +10,7 @@ from streamcl.worker import Worker
 
 
 def test_the_engines_agree_on_the_stream_of_the_bench() -> None:
-    found = step.agreement(150, 20)
+    found = step.agreement(150, 20, 1)
     assert all(bar.ok for bar in step._agreement_bars(found))
     assert found["replayed_alike"] and found["reset_alike"]
 

@@ -24,7 +24,7 @@ def drawn(count: int, classes: int = 4, seed: int = 0) -> Examples:
 def fed(examples: Examples, window: int, classes: int = 4) -> Multiclass:
     metrics = Multiclass(window, classes)
     for label, served in examples:
-        metrics.add(label, served, metrics.loss(label, served))
+        metrics.add(np.array([label], np.float64), served[None])
     return metrics
 
 
@@ -63,8 +63,8 @@ def test_log_loss_and_accuracy_equal_rivers() -> None:
 def test_two_classes_are_the_binary_case() -> None:
     examples = drawn(300, classes=2)
     two, binary = fed(examples, 100, classes=2).read(), Binary(100)
-    for label, served in examples:
-        binary.add(label, served[1:], binary.loss(label, served[1:]))
+    labels, served = zip(*examples, strict=True)
+    binary.add(np.array(labels, np.float64), np.array(served)[:, 1:])
     one = binary.read()
     assert two == pytest.approx({name: one[name] for name in two}, rel=1e-5)
 
@@ -90,5 +90,5 @@ def test_a_restored_multiclass_goes_on_bit_for_bit(cut: int) -> None:
     restored = Multiclass(50, 4)
     restored.load_state_dict(fed(examples[:cut], 50).state_dict())
     for label, served in examples[cut:]:
-        restored.add(label, served, restored.loss(label, served))
+        restored.add(np.array([label], np.float64), served[None])
     assert restored.read() == fed(examples, 50).read()

@@ -1,5 +1,6 @@
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,20 @@ def test_what_has_no_finite_loss_is_counted_and_enters_no_sum(task: Task, bad: f
         assert not math.isfinite(metrics.update(outcome(bad, [0.5, 0.25, 0.25])))
         assert not math.isfinite(metrics.update(outcome(0.0, [math.nan] * 3)))
     assert metrics.read() == clean.read() | {"unscored": 20}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@given(cuts=st.lists(st.integers(0, 60), max_size=5))
+def test_many_at_once_are_to_the_bit_what_they_are_one_by_one(task: Task, cuts: list[int]) -> None:
+    stream = outcomes(task, 60)
+    stream.append(outcome(math.nan, stream[0].ticket.scores.served))
+    single, many = Prequential(task, 7, 3), Prequential(task, 7, 3)
+    losses: list[float] = []
+    for start, end in pairwise([0, *sorted(cuts), len(stream)]):
+        part = stream[start:end]
+        losses += many.add([o.label for o in part], [o.ticket.scores.served for o in part])
+    assert np.array_equal(losses, [single.update(o) for o in stream], equal_nan=True)
+    assert plain(many.state_dict()) == plain(single.state_dict())
 
 
 @pytest.mark.parametrize("task", TASKS)

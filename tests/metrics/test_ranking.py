@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from river import metrics as _river_metrics
 
-from streamcl.metrics.ranking import BINS, LIMIT, ScoreHistogram, exact_auc
+from streamcl.metrics.kernels import LIMIT
+from streamcl.metrics.ranking import BINS, ScoreHistogram, exact_auc
 
 river_metrics: Any = _river_metrics  # typed only in parts
 
@@ -30,8 +31,7 @@ def slow_auc(pairs: list[tuple[bool, float]]) -> float:
 
 def filled(pairs: list[tuple[bool, float]]) -> ScoreHistogram:
     histogram = ScoreHistogram()
-    for positive, score in pairs:
-        histogram.add(positive, score)
+    histogram.add(*(zip(*pairs, strict=True) if pairs else ([], [])))
     return histogram
 
 
@@ -104,8 +104,7 @@ def test_the_histogram_is_within_a_ten_thousandth_on_scores_that_spread(mean: fl
 def test_logits_beyond_the_limit_share_the_outermost_bin(sign: int) -> None:
     ends = [0.0, 5e-324, 1e-8] if sign < 0 else [1.0, float(np.nextafter(1.0, 0.0)), 1 - 1e-8]
     histogram = ScoreHistogram()
-    for score in ends:
-        histogram.add(True, score)
+    histogram.add([True] * len(ends), ends)
     counts = histogram.state_dict()["counts"]
     assert counts[1, 0 if sign < 0 else BINS - 1] == len(ends)
     assert math.log(1 / 1e-8) > LIMIT
@@ -115,5 +114,5 @@ def test_a_restored_histogram_is_equal_and_shares_nothing() -> None:
     first = filled([(True, 0.7), (False, 0.2), (True, 0.1)])
     second = ScoreHistogram()
     second.load_state_dict(first.state_dict())
-    first.add(False, 0.9)
+    first.add([False], [0.9])
     assert second.auc() == 0.5

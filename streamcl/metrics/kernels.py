@@ -1,0 +1,63 @@
+"""The compiled arithmetic of the metrics: many examples at once, to the bit as if they had come one by one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from streamcl.compiled import entry, exact
+from streamcl.metrics.losses import CLIP
+
+EXAMPLES, LOSS, SCORES, LABELS, HITS, PAIRS, REPEATS = range(7)
+"""Places in the sums of `binary_rows`."""
+
+LIMIT = 16.0
+"""Logits beyond +-16 (probabilities below 1.2e-7) share the outermost bins of a histogram."""
+
+
+@exact
+def _place(score: Any, bins: int) -> int:
+    if score <= 0.0 or score >= 1.0:
+        return 0 if score <= 0.0 else bins - 1
+    logit = math.log(score) - math.log1p(-score)
+    return min(max(int((logit + LIMIT) * (bins / (2 * LIMIT))), 0), bins - 1)
+
+
+@entry
+def count_rows(positive: Any, scores: Any, counts: Any) -> None:
+    """Count scores (n,) by their logit in counts (2, bins): of negatives, of positives."""
+    for i in range(len(scores)):
+        counts[np.int64(positive[i]), _place(scores[i], counts.shape[1])] += 1
+
+
+@entry
+def binary_rows(
+    labels: Any, scores: Any, losses: Any, sums: Any, previous: Any, counts: Any, ring: Any, written: Any
+) -> None:
+    """Add examples to the sums (7,), the histogram's counts (2, bins) and the window's ring (size, 3).
+
+    labels, scores (n,) float64; their losses come back in `losses` (n,), and what is not finite enters nothing.
+    previous, written (1,): the label before, NaN if there is none, and the rows that the ring has seen.
+    """
+    for i in range(len(labels)):
+        label, score = labels[i], scores[i]
+        p = min(max(score, CLIP), 1.0 - CLIP) if score == score else score
+        loss = -(label * math.log(p) + (1.0 - label) * math.log(1.0 - p))
+        losses[i] = loss
+        if not math.isfinite(loss):
+            continue
+        repeats = label == previous[0]
+        sums[EXAMPLES] += 1.0
+        sums[LOSS] += loss
+        sums[SCORES] += score
+        sums[LABELS] += label
+        sums[HITS] += (score >= 0.5) == (label >= 0.5)
+        sums[PAIRS] += previous[0] == previous[0]
+        sums[REPEATS] += repeats
+        counts[np.int64(label >= 0.5), _place(score, counts.shape[1])] += 1
+        row = written[0] % len(ring)
+        ring[row, 0], ring[row, 1], ring[row, 2] = label, score, repeats
+        written[0] += 1
+        previous[0] = label
