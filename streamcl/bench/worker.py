@@ -59,7 +59,7 @@ def run(options: Options) -> Report:
             shape["broker"] = broker.kind
             if "clicks-kafka" in tasks:
                 rows += worker_clicks_kafka.measure(broker, options.quick)
-                notes += worker_clicks_kafka.notes()
+                notes += worker_clicks_kafka.notes(options.quick)
             if "kafka" in tasks:
                 found, wanted, settings = measure(broker, options.quick)
                 rows, bars, shape = rows + found, bars + wanted, shape | settings

@@ -19,7 +19,8 @@ from streamcl.bench.report import Row, progress
 from streamcl.bench.step import ON, REPLAYED
 from streamcl.bench.worker_clicks import Clicks
 
-FULL, QUICK = (30_000, 5), (6_000, 1)
+FULL, QUICK = (30_000, 3), (6_000, 1)
+"""Events and rounds."""
 CLIENTS = {"kafka-python": "kafka", "librdkafka": "confluent_kafka"}
 """Module by client."""
 QUIX = ("quixstreams", "torch", "numpy")
@@ -60,11 +61,13 @@ def through_quix(stage: Clicks, broker: Broker, replay: int, count: int) -> Take
     return Taken(said["wall_s"], said["cpu_s"])
 
 
-def notes() -> list[str]:
+def notes(quick: bool) -> list[str]:
     """What one must know to read the rows."""
+    count, rounds = QUICK if quick else FULL
     how = (
-        f"clicks on Kafka: one partition, at least once, behind {WARM} events that warm up; the contender on one core,"
-        " the broker where it likes; cpu_us_per_event: of all its threads; nobody writes a snapshot"
+        f"clicks on Kafka: one partition, at least once, {count:,} events ({count // 6:,} of plain torch), of which {WARM}"
+        f" warm up; medians of {rounds}; the contender on one core, the broker where it likes; cpu_us_per_event: of all"
+        " the contender's threads; nobody writes a snapshot"
     )
     if peer := peer_python.versions(*QUIX):
         held = ", ".join(f"{name} {version}" for name, version in peer.items())
