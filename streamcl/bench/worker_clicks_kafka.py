@@ -65,9 +65,9 @@ def notes(quick: bool) -> list[str]:
     """What one must know to read the rows."""
     count, rounds = QUICK if quick else FULL
     how = (
-        f"clicks on Kafka: one partition, at least once, {count:,} events ({count // 6:,} of plain torch), of which {WARM}"
-        f" warm up; medians of {rounds}; the contender on one core, the broker where it likes; cpu_us_per_event: of all"
-        " the contender's threads; nobody writes a snapshot"
+        f"clicks on Kafka: one partition, at least once; {count:,} events ({count // 6:,} of plain torch), {WARM} to"
+        f" warm up; medians of {rounds}; the contender on one core, the broker where it likes; cpu_us_per_event: of"
+        " all the contender's threads; nobody writes a snapshot"
     )
     if peer := peer_python.versions(*QUIX):
         held = ", ".join(f"{name} {version}" for name, version in peer.items())
