@@ -37,7 +37,8 @@ bench: setup ## Run a benchmark: make bench BENCH='stream --json'
 
 peers: ## Make .venv-peers with the engines that `bench worker` compares with: their dependencies and ours conflict
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet quixstreams==3.28.1 bytewax==0.21.1 faust-streaming==0.15.3 orjson
+	.venv-peers/bin/python -m pip install --quiet quixstreams==3.28.1 bytewax==0.21.1 faust-streaming==0.15.3 \
+		$$(grep -E '^(numpy|orjson|torch)==' requirements.lock)
 
 clean: ## Remove caches and what the demo and builds left; .venv stays
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist demo-out

@@ -1,7 +1,8 @@
 """Benchmarks: what is promised, measured beside its peers in the same run.
 
 `options` what a bench may be asked · `report` the contract of its answer · `streams` what is streamed ·
-`quality` how scores are judged · `drive` how the product is run · `peers` how the others are run ·
+`quality` how scores are judged · `drive` how the product is run · `clock` how long it took · `peers` how the others
+are run · `peer_python` those that need a Python of their own · `brokers` what they meet on ·
 then one module per bench, under its own name.
 """
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 from urllib.parse import urlsplit
+
+from kafka import KafkaAdminClient
 
 from streamcl.protocols import ConnectorError
 
@@ -30,6 +33,16 @@ class Broker:
     @property
     def bootstrap(self) -> list[str]:
         return urlsplit(self.url).netloc.split(",")
+
+    def new_topic(self, prefix: str) -> str:
+        """URL of a topic that nobody has used, with one partition, whatever the broker's default is."""
+        name = f"{prefix}-{uuid.uuid4().hex[:12]}"
+        admin = KafkaAdminClient(bootstrap_servers=self.bootstrap)
+        try:
+            admin.create_topics({name: {"num_partitions": 1}}, wait_for_metadata=True)
+        finally:
+            admin.close()
+        return f"{self.url}/{name}"
 
 
 @contextlib.contextmanager

@@ -16,13 +16,14 @@ import numpy as np
 
 from streamcl.bench import continual_sequences
 from streamcl.bench.continual_anchors import ANCHORS
-from streamcl.bench.continual_avalanche import AVALANCHE, MISSING, avalanche_er, interpreter
+from streamcl.bench.continual_avalanche import AVALANCHE, MISSING, avalanche_er
 from streamcl.bench.continual_course import Course
 from streamcl.bench.continual_plain import PLAIN
 from streamcl.bench.continual_recipes import FIELDS, PROMISES, Field, Promise, recipes
 from streamcl.bench.continual_run import DEFINITIONS, Ours, Run, measure
 from streamcl.bench.continual_streams import STREAMS
 from streamcl.bench.options import Options
+from streamcl.bench.peer_python import interpreter
 from streamcl.bench.quality import Floats, paired_p
 from streamcl.bench.report import Bar, Curve, Report, Row, Value, progress
 from streamcl.bench.streams import DataError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,21 +14,14 @@ import numpy as np
 from streamcl.bench.continual_course import Course
 from streamcl.bench.continual_run import Looks, Run, held_out_figures, seen
 from streamcl.bench.options import OptionError
+from streamcl.bench.peer_python import PYTHON, interpreter
 from streamcl.bench.quality import Floats
 from streamcl.bench.report import progress
 
 AVALANCHE = {"avalanche er": (1, 0.05), "avalanche er, batch 10": (10, 0.1)}
 """Live examples of a step, and the learning rate, by name."""
-PYTHON = "STREAMCL_PEERS_PYTHON"
 MISSING = f"avalanche: {PYTHON} names no Python, and there is no .venv-peers here"
 SCRIPT = Path(__file__).with_name("continual_avalanche_peer.py")
-
-
-def interpreter() -> Path | None:
-    """The Python that has avalanche-lib: what `STREAMCL_PEERS_PYTHON` names, or that of `.venv-peers` here."""
-    named = os.environ.get(PYTHON)
-    path = Path(named) if named else Path(".venv-peers/bin/python")
-    return path if path.is_file() else None
 
 
 def avalanche_er(name: str, course: Course, seed: int) -> Run:

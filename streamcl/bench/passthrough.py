@@ -37,7 +37,7 @@ def quix(bootstrap: str, topic: str, out: str, count: int) -> None:
     frame = app.dataframe(app.topic(topic, value_deserializer="json"))
     frame = frame.apply(enrich)
     frame.to_topic(app.topic(out, value_serializer="json"))
-    app.run(count=count)
+    app.run(count=count, collect=False)
     report(count)
 
 

@@ -26,7 +26,7 @@ Value = float | int | str | bool | None
 
 WIDEST = 400  # characters of a table in a file: no column is cut off
 
-PACKAGES = ("streamcl", "torch", "numpy", "river", "vowpalwabbit")
+PACKAGES = ("streamcl", "torch", "numpy", "river", "vowpalwabbit", "kafka-python", "confluent-kafka")
 
 
 @dataclass(frozen=True, slots=True)

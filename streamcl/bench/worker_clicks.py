@@ -20,6 +20,7 @@ from river import linear_model
 
 from streamcl import connect, garbage
 from streamcl.bench import peers, step_plain
+from streamcl.bench.clock import Clock, Taken, timed
 from streamcl.bench.report import Bar, Row, progress
 from streamcl.bench.step import ON, REPLAYED, Stream
 from streamcl.bench.step_plain import DIM, FIELDS, HIDDEN
@@ -95,7 +96,7 @@ def measure(quick: bool, names: Sequence[str] = ()) -> tuple[list[Row], list[Bar
     """Rows and bars; without names all contenders."""
     count, rounds = (6_000, 3) if quick else (30_000, 5)
     stage = Clicks(count)
-    passes: dict[str, tuple[Callable[[int], float], int]] = {}
+    passes: dict[str, tuple[Callable[[int], Taken], int]] = {}
     for name, settings in (("no replay", {}), (f"{REPLAYED} rows and cbp", ON)):
         few = count // 6
         passes |= {
@@ -111,7 +112,7 @@ def measure(quick: bool, names: Sequence[str] = ()) -> tuple[list[Row], list[Bar
         progress(f"clicks, round {number + 1} of {rounds}")
         for name, times in taken.items():
             run_pass, n = passes[name]
-            times.append(run_pass(n) / n)
+            times.append(run_pass(n).cpu_s / n)
     cost = {name: statistics.median(times) for name, times in taken.items()}
     rows = [
         Row(f"clicks, {name}", {"cpu_us_per_event": 1e6 * s, "events_per_s": 1.0 / s}, table="clicks")
@@ -130,10 +131,18 @@ def measure(quick: bool, names: Sequence[str] = ()) -> tuple[list[Row], list[Bar
     ]
 
 
-class Clicks:
-    """One topic of click events in memory, and everything that runs over them."""
+def _in_memory() -> str:
+    return f"memory://bench-clicks-{next(_names)}/events"
 
-    def __init__(self, count: int) -> None:
+
+class Clicks:
+    """One topic of click events, and everything that runs over them.
+
+    Args:
+        new_topic: Makes a topic and returns its URL; in memory unless told otherwise.
+    """
+
+    def __init__(self, count: int, new_topic: Callable[[], str] = _in_memory) -> None:
         made = Stream(count)
         self.names = [f"c{field:02}" for field in range(FIELDS)]
         self.payloads = [
@@ -142,10 +151,10 @@ class Clicks:
             for i, (row, y) in enumerate(zip(made.categories.tolist(), made.y.tolist(), strict=True))
         ]
         self.messages = [orjson.dumps(payload) for payload in self.payloads]
-        self.url = f"memory://bench-clicks-{next(_names)}/events"
+        self.new_topic, self.url = new_topic, new_topic()
         sink = connect.open_sink(self.url, self._config({}))
         for start in range(0, count, 1000):
-            sink.send([Message(value, time_s=0.0) for value in self.messages[start : start + 1000]])
+            sink.send([Message(value) for value in self.messages[start : start + 1000]])
             sink.flush()
         sink.close()
 
@@ -160,41 +169,43 @@ class Clicks:
         return Config.parse({**table, **settings}, "bench")
 
     def built(self, engine: str, settings: Mapping[str, Any], plain: bool = False) -> Worker:
-        worker = build(self._config({**settings, "worker": {"engine": engine}}))
-        worker.outlets.predictions = Drain()
+        worker = build(self._config({**settings, "worker": {"engine": engine}, "predictions": self.new_topic()}))
+        if self.url.startswith("memory:") and worker.outlets.predictions:
+            worker.outlets.predictions.close()
+            worker.outlets.predictions = Drain()
         if plain:
-            worker.learner = PlainLearner(REPLAYED if settings else 0)  # type: ignore[assignment]
+            worker.learner = PlainLearner(REPLAYED if "replay" in settings else 0)  # type: ignore[assignment]
         worker.progress.position = dict(worker.source.seek({}))
         return worker
 
-    def worker(self, engine: str, settings: Mapping[str, Any], count: int, plain: bool = False) -> float:
-        """Processor seconds of `count` events, behind a turn that warms up."""
+    def worker(self, engine: str, settings: Mapping[str, Any], count: int, plain: bool = False) -> Taken:
+        """With `plain`, another learner stands in the eager worker; see `PlainLearner`."""
         worker = self.built(engine, settings, plain)
         garbage.spare()
         try:
-            return _timed(worker, count)
+            return timed(worker, count)
         finally:
             worker.close()
 
-    def river(self, count: int) -> float:
+    def river(self, count: int) -> Taken:
         """River's logistic regression on one-hot dicts."""
         model: Any = linear_model.LogisticRegression()
-        start = time.process_time()
+        clock = Clock()
         for message in self.messages[:count]:
             payload = orjson.loads(message)
             x = {f"{name}={payload[name]}": 1.0 for name in self.names}
             score = model.predict_proba_one(x).get(True, 0.5)
             model.learn_one(x, bool(payload[LABEL]))
             orjson.dumps({"id": payload["id"], "score": score})
-        return time.process_time() - start
+        return clock.read()
 
-    def vowpal_wabbit(self, count: int) -> float:
+    def vowpal_wabbit(self, count: int) -> Taken:
         """A linear model again: VW's text format, its Python API."""
         from vowpalwabbit import Workspace
 
         vw = Workspace(peers.VW_BASE)
         features = dict.fromkeys(self.names, "categorical")
-        start = time.process_time()
+        clock = Clock()
         for message in self.messages[:count]:
             payload = orjson.loads(message)
             example = vw.parse(peers.vw_line(features, payload))
@@ -202,7 +213,7 @@ class Clicks:
             vw.learn(example)
             vw.finish_example(example)
             orjson.dumps({"id": payload["id"], "score": score})
-        taken = time.process_time() - start
+        taken = clock.read()
         vw.finish()
         return taken
 
@@ -214,14 +225,14 @@ class Clicks:
         def watch(part: Any, method: str, stage: str) -> None:
             call = getattr(part, method)
 
-            def timed(*args: Any, **kwargs: Any) -> Any:
+            def watched(*args: Any, **kwargs: Any) -> Any:
                 start = time.perf_counter()
                 try:
                     return call(*args, **kwargs)
                 finally:
                     spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
 
-            setattr(part, method, timed)
+            setattr(part, method, watched)
 
         watch(worker.decoder, "decode", "decode and featurize")
         watch(worker.decoder.featurizer, "encode", "of which featurize")
@@ -233,20 +244,9 @@ class Clicks:
         watch(worker.source, "poll", "poll")
         try:
             start = time.perf_counter()
-            _timed(worker, count)
+            timed(worker, count)
             total = time.perf_counter() - start
         finally:
             worker.close()
         rest = total - sum(seconds for stage, seconds in spent.items() if not stage.startswith("of which"))
         return {name: 1e6 * seconds / count for name, seconds in {**spent, "the loop itself": rest}.items()}
-
-
-def _timed(worker: Worker, count: int) -> float:
-    start, first = 0.0, 0
-    for turn in worker.run():
-        if not start:
-            start, first = time.process_time(), turn.records
-        if worker.progress.records >= count:
-            worker.stop()
-    worker.flush()
-    return (time.process_time() - start) * count / (worker.progress.records - first)

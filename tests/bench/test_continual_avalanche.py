@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from streamcl.bench.continual_avalanche import AVALANCHE, PYTHON, avalanche_er, interpreter
+from streamcl.bench.continual_avalanche import AVALANCHE, avalanche_er
 from streamcl.bench.options import OptionError
+from streamcl.bench.peer_python import PYTHON, interpreter
 from tests.bench.continual_data import tiny_course
 
 

@@ -66,6 +66,6 @@ def test_a_worker_with_a_plain_learner_answers_and_learns_as_ours_does(monkeypat
 
     monkeypatch.setattr(Worker, "close", watched)
     for engine, plain in (("eager", True), ("eager", False), ("fused", False)):
-        assert stage.worker(engine, {}, 600, plain=plain) > 0.0
-    assert counts[0] == counts[1] == counts[2] and counts[0]["learned"] >= 600
-    assert sum(stage.stages(600).values()) > 0.0
+        assert stage.worker(engine, {}, 1_000, plain=plain).cpu_s > 0.0
+    assert counts[0] == counts[1] == counts[2] and counts[0]["learned"] >= 1_000
+    assert sum(stage.stages(1_000).values()) > 0.0
