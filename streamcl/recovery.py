@@ -257,7 +257,8 @@ class Keeper:
     def save(self, clean: bool = False) -> Snapshot:
         """Cut a snapshot here and write it before going on. Raises CheckpointError."""
         self.worker.flush()
-        self.writer.begin(self.worker.state_dict(), self.manifest(clean), dict(self.worker.progress.position))
+        position = dict(self.worker.progress.position)
+        self.writer.begin(self.worker.state_dict, self.manifest(clean), position, at_once=True)
         self.since, self._owed = 0, False
         written = self.writer.taken(wait=True)
         assert written is not None  # noqa: S101 - it was begun two lines above
@@ -280,7 +281,7 @@ class Keeper:
             return
         self.worker.flush()
         try:
-            self.writer.begin(self.worker.state_dict(), self.manifest(False), dict(self.worker.progress.position))
+            self.writer.begin(self.worker.state_dict, self.manifest(False), dict(self.worker.progress.position))
             self.since, self._owed = 0, False
         except CheckpointError as error:
             self._failed(error)

@@ -5,13 +5,15 @@ Leaves are torch tensors, NumPy arrays and JSON values (`streamcl.protocols.Stat
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from streamcl.protocols import State, StreamclError
 Arrays = dict[str, torch.Tensor]
 """By JSON pointer into the tree; contiguous, on the CPU."""
 
+A = TypeVar("A", bound=torch.Tensor | np.ndarray[Any, Any])
 
 _SCALARS = {str, int, float, bool, NoneType}
 
@@ -42,28 +45,41 @@ def flatten(state: State) -> tuple[Any, Arrays]:
     return _pack(state, "", arrays), arrays
 
 
-def cut(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy for a state alone, which nobody else has: `private` makes no other of it.
+_shares: ContextVar[bool] = ContextVar("shares", default=False)
 
-    For parts with much to save: copying a table of a gigabyte stops the worker for a second.
+
+@contextlib.contextmanager
+def sharing() -> Iterator[None]:
+    """Let `cut` copy nothing: whoever asks for a state copies all of it before anything changes."""
+    token = _shares.set(True)
+    try:
+        yield
+    finally:
+        _shares.reset(token)
+
+
+def cut(array: A) -> A:
+    """What a part puts of a large array into its state: a copy; within `sharing` the array itself.
+
+    Copying a table of a gigabyte stops a worker for a second, and once is enough.
     """
-    made = tensor.detach().clone()
-    setattr(made, CUT, True)
+    made: A = array if _shares.get() else copied(array)
     return made
 
 
-CUT = "cut_for_a_state"
+def copied(array: Any) -> Any:
+    if isinstance(array, torch.Tensor):
+        return array.detach().clone()
+    return array.copy() if type(array) is np.ndarray else array
 
 
-def private(value: Any) -> Any:
+def private(value: Any, copy: Callable[[Any], Any] = copied) -> Any:
     """A copy of a state that shares no array, list or dict with it."""
     if isinstance(value, dict):
-        return {key: private(item) for key, item in value.items()}
+        return {key: private(item, copy) for key, item in value.items()}
     if type(value) is list:
-        return value.copy() if _plain(value) else [private(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return value if getattr(value, CUT, False) else value.detach().clone()
-    return value.copy() if type(value) is np.ndarray else value
+        return value.copy() if _plain(value) else [private(item, copy) for item in value]
+    return copy(value) if isinstance(value, (torch.Tensor, np.ndarray)) else value
 
 
 def unflatten(rest: Any, arrays: Mapping[str, torch.Tensor]) -> State:

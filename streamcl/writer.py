@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from streamcl.capture import Capture, prepare
 from streamcl.checkpoint import Store
 from streamcl.lease import Lease
 from streamcl.protocols import Fenced, State, StreamclError
 from streamcl.records import Position
 from streamcl.snapshot import CheckpointError, Snapshot
-from streamcl.state import private
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +40,29 @@ class Writer:
         store.permit = self._may_write
         self._pool: ThreadPoolExecutor | None = None
         self._future: Future[Written] | None = None
+        self._forks = True
+        if beside:
+            prepare()
 
     @property
     def busy(self) -> bool:
         return self._future is not None and not self._future.done()
 
-    def begin(self, state: State, manifest: Mapping[str, Any], position: Position) -> None:
-        """Take a cut over; `taken` hands it back. The pause is that of copying the state: some ms for 10 MB."""
+    def begin(
+        self, take: Callable[[], State], manifest: Mapping[str, Any], position: Position, at_once: bool = False
+    ) -> None:
+        """Write the state that `take` returns now; `taken` tells of it. The pause is that of a `Capture`: some ms.
+
+        at_once: Make no child for it, as where the caller waits anyway.
+        """
         if not self.beside:
-            written = self._write(state, manifest, position)
+            written = self._write(take, manifest, position)
             self._future = Future()
             self._future.set_result(written)
             return
         self._pool = self._pool or ThreadPoolExecutor(1, "streamcl-checkpoint")
-        self._future = self._pool.submit(self._write, private(state), manifest, position)
+        taken = Capture(take, self._forks and not at_once)
+        self._future = self._pool.submit(self._write, taken.state, manifest, position)
         self._pool.submit(_give_back)  # a job of its own: only then has the pool let go of the copy
 
     def taken(self, wait: bool = False) -> Written | None:
@@ -69,10 +78,13 @@ class Writer:
             self._pool.shutdown()
         self._pool = self._future = None
 
-    def _write(self, state: State, manifest: Mapping[str, Any], position: Position) -> Written:
+    def _write(self, state: Callable[[], State], manifest: Mapping[str, Any], position: Position) -> Written:
         began = time.perf_counter()
+        self._forks = False  # what has failed is not tried twice running
+        whole = state()
+        self._forks = True
         self._may_write()
-        snapshot = self.store.save(state, manifest)
+        snapshot = self.store.save(whole, manifest)
         return Written(snapshot, position, time.perf_counter() - began)
 
     def _may_write(self) -> None:

@@ -51,7 +51,7 @@ def test_the_memory_of_a_copy_goes_back_to_the_system(tmp_path: Path) -> None:
     process, mib = psutil.Process(), 1 << 20
     small = {str(i): np.full(2000, i, np.float32) for i in range(8000)}  # 61 MiB, too small for mappings of their own
     before = process.memory_info().rss
-    writer.begin(small, {}, {})
+    writer.begin(lambda: small, {}, {})
     assert writer.taken(wait=True)
     writer.close()
     assert process.memory_info().rss - before < 30 * mib
@@ -62,7 +62,7 @@ def test_what_is_written_is_the_state_of_the_cut_whatever_is_learned_meanwhile(t
     writer = Writer(store, Lease(str(tmp_path), 0))
     state: State = {"t": torch.zeros(3), "n": np.zeros(3), "list": [1, 2], "deep": [{"a": [torch.ones(1)]}]}
     before = digest(state)
-    writer.begin(state, {}, {})
+    writer.begin(lambda: state, {}, {})
     assert writer.busy
     assert writer.taken() is None
     state["t"] += 1
@@ -114,10 +114,10 @@ def test_a_write_in_the_callers_thread_that_fails_leaves_the_writer_free(tmp_pat
     (tmp_path / "shard").write_text("no folder")
     writer = Writer(Store(tmp_path / "shard"), Lease(str(tmp_path / "claims"), 0), beside=False)
     with pytest.raises(CheckpointError, match="shard"):
-        writer.begin({"n": 1}, {}, {})
+        writer.begin(lambda: {"n": 1}, {}, {})
     assert not writer.busy
     (tmp_path / "shard").unlink()
-    writer.begin({"n": 1}, {}, {})
+    writer.begin(lambda: {"n": 1}, {}, {})
     assert writer.taken() is not None
 
 

@@ -17,10 +17,12 @@ from streamcl.recovery import Keeper, store_of
 
 TURN = 500  # records
 STEADY, SAVES = 60, 2
-MOST = 2.0
+MOST, LONGEST = 2.0, 5.0
 NOTE = (
     "stalls: turns of 500 clicks by a worker whose table and optimiser state are saved beside it; steady: with nothing"
-    " to save; saving: from the turn that copies the state, which is the longest, until the snapshot stands"
+    " to save; saving: from the turn in which the state is captured until the snapshot stands; the longest is mostly"
+    " that first one: making the child that copies takes 35 ms for a gigabyte, and 2 us each page that is first"
+    " written to"
 )
 
 
@@ -49,9 +51,14 @@ def measure(quick: bool) -> tuple[list[Row], list[Bar]]:
         "saving_p50_ms": 1e3 * float(np.median(saving)),
         "saving_p99_ms": 1e3 * p99[1],
         "longest_ms": 1e3 * float(saving.max()),
+        "longest_steady_ms": 1e3 * float(steady.max()),
     }
-    bar = Bar("stalls: p99 of a turn while saving / with nothing to save", p99[1] / p99[0], MOST, at_least=False)
-    return [Row("stalls", figures, table="stalls")], [bar]
+    longest = float(saving.max()) / p99[0]
+    bars = [
+        Bar("stalls: p99 of a turn while saving / with nothing to save", p99[1] / p99[0], MOST, at_least=False),
+        Bar("stalls: longest turn while saving / p99 with nothing to save", longest, LONGEST, at_least=False),
+    ]
+    return [Row("stalls", figures, table="stalls")], bars
 
 
 def turns(buckets: int, events: int) -> Turns:

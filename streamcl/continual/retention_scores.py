@@ -15,6 +15,7 @@ from streamcl.plugin import Context, Plugin, PluginError, Retention, Rule, Shape
 from streamcl.protocols import State
 from streamcl.random import uniform_array
 from streamcl.records import Selector, Signal
+from streamcl.state import cut
 from streamcl.stations import Stop
 
 Floats = NDArray[np.float64]
@@ -163,7 +164,7 @@ class Kept(Retention, Rule):
         return kept
 
     def state_dict(self) -> State:
-        arrays = {"seen": self.seen.copy(), "bar": self.bar.copy(), "luck": self.luck.copy()}
+        arrays = {"seen": self.seen.copy(), "bar": self.bar.copy(), "luck": cut(self.luck)}
         return {**arrays, "by": self.strata.by, "strata": self.strata.state_dict()}
 
     def load_state_dict(self, state: State) -> None:

@@ -20,6 +20,7 @@ from streamcl.engine.weights import shared
 from streamcl.plugin import Context, Grads, Rule, Step
 from streamcl.protocols import State
 from streamcl.records import Signal
+from streamcl.state import cut
 from streamcl.stations import New, Stop
 
 CALM = 1e30  # squares and sums of them stay finite
@@ -103,7 +104,7 @@ class EWC(Rule):
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> State:
-        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        tensors = {name: cut(tensor) for name, tensor in self._tensors().items()}
         return {"count": self.count, "boundaries": self.boundaries, **tensors}
 
     def load_state_dict(self, state: State) -> None:

@@ -19,6 +19,7 @@ from streamcl.methods import KeyMemory, KNNMemory, SketchMemory
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
 from streamcl.records import Selector
+from streamcl.state import cut
 
 Floats = NDArray[np.float32]
 CENTRE_RATE = 0.001
@@ -159,7 +160,7 @@ class KNN:
 
     def state_dict(self) -> State:
         size = len(self)
-        held = {"rows": self.rows[:size].copy(), "values": self.values[:size].copy()}
+        held = {"rows": cut(self.rows[:size]), "values": cut(self.values[:size])}
         held |= self.owners.state_dict(size)
         return {**held, "centre": self.centre.state_dict(), "writes": self.writes}
 
@@ -230,7 +231,7 @@ class Sketch:
         return erased
 
     def state_dict(self) -> State:
-        arrays = {"sums": self.sums.copy(), "touched": self.touched.copy(), "latched": self.latched.copy()}
+        arrays = {"sums": cut(self.sums), "touched": cut(self.touched), "latched": self.latched.copy()}
         return {**arrays, "centre": self.centre.state_dict(), "writes": self.writes, "since": self.since}
 
     def load_state_dict(self, state: State) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from streamcl.protocols import State
 from streamcl.records import Selector, Ticket, mark
+from streamcl.state import cut
 
 NAMES = ("owner_key", "owner_id", "owner_time_s")
 
@@ -66,7 +67,7 @@ class Owners:
             close_ranks(column, kept, size)
 
     def state_dict(self, size: int) -> State:
-        return {name: column[:size].copy() for name, column in zip(NAMES, self.columns(), strict=True)}
+        return {name: cut(column[:size]) for name, column in zip(NAMES, self.columns(), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any], size: int) -> None:
         """A state without these columns, an old snapshot's, is of rows that nobody knows the owners of."""

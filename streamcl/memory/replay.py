@@ -30,6 +30,7 @@ from streamcl.plugin import Draw, Plugin, PluginError, Retention, Shape, Step, b
 from streamcl.protocols import State
 from streamcl.random import below, key_of
 from streamcl.records import Selector, Ticket
+from streamcl.state import cut
 from streamcl.stations import Replay as ReplayConfig
 
 EXAMPLE = ("ids", "weights", "dense", "y")
@@ -182,8 +183,8 @@ class Replay:
 
     def state_dict(self) -> State:
         size = len(self)
-        held = {name: getattr(self, name)[:size].copy() for name in EXAMPLE}
-        columns = {name: column[:size].copy() for name, column in self.columns.items()}
+        held = {name: cut(getattr(self, name)[:size]) for name in EXAMPLE}
+        columns = {name: cut(column[:size]) for name, column in self.columns.items()}
         held |= {"columns": columns} if columns else {}
         held |= self.owners.state_dict(size)
         held |= {} if self.keeper is None else {"kept": self.kept}
