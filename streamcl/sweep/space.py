@@ -206,7 +206,7 @@ def _placed(data: Mapping[str, Any], settings: Mapping[str, Any], where: str) ->
                     raise ConfigError(f"{where}: {path}: {there} has {len(node)} tables in the base, from 0 on")
                 part = int(part)  # type: ignore[assignment]
             elif part not in node:
-                node[part] = {}
+                node[part] = [] if not last and parts[at + 1].isdigit() else {}
             if last:
                 node[part] = value
             elif isinstance(node[part], str):  # a table that says no more than its kind
