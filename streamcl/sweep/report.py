@@ -18,7 +18,7 @@ from streamcl.sweep.tables import HEADS, cells, number, signed
 COLOURS = ("#3b82f6", "#e08a1e", "#16a085", "#dc4c4c", "#9b59d0", "#0ea5b7", "#b45309", "#db2777")
 NAMED = len(COLOURS)
 """Curves with a colour and a line in the legend, beside the base's; the others are thin and grey."""
-LONGEST = 44
+LONGEST = 64
 STYLE = page.STYLE | {"font.size": 12}
 
 
@@ -92,7 +92,8 @@ def _drawn(results: Results) -> Iterator[tuple[int, Row, int]]:
 
 
 def _plot(results: Results, what: str, label: str) -> Figure:
-    figure = Figure(figsize=(6.0, 4.4), layout="constrained")
+    named = min(len(results.rows), NAMED + 1)
+    figure = Figure(figsize=(6.0, 3.6 + 0.19 * named), layout="constrained")
     axes = figure.subplots()
     for place, row, colour in _drawn(results):
         values: Sequence[float] | None = getattr(row.curve, what) if row.curve else None
@@ -111,7 +112,7 @@ def _plot(results: Results, what: str, label: str) -> Figure:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=1 if max(map(len, names)) > 26 else 2)
+    figure.legend(handles[::-1], names[::-1], loc="outside lower left", fontsize=9)
     return figure
 
 

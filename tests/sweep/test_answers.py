@@ -55,7 +55,7 @@ def test_others_are_judged_by_the_bases_labels_on_the_events_of_both() -> None:
 
 def test_nothing_answered_has_no_figures() -> None:
     for task in ("binary", "multiclass", "regression"):
-        found = figures(task, Answers.joined([Answers.of(())]), 10)  # type: ignore[arg-type]
+        found = figures(task, Answers.joined([Answers.of(())]), 10)
         assert set(found) == {"examples", "unscored"}
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,10 +31,10 @@ def read(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Config, Log]:
     if request.param != "ordered":
         return config, scan(config)
     labels = len((tmp_path / "clicks.jsonl").read_text().splitlines())
-    orders = []
+    orders: list[dict[str, Any]] = []
     for at in range(0, 200, 20):
         upto = min(labels, at // 2 + 10) if at < 180 else labels
-        before = orders[-1]["position"]["labels"]["0"] if orders else 0  # type: ignore[index]
+        before = orders[-1]["position"]["labels"]["0"] if orders else 0
         runs = [["events", 0, 20], ["labels", 0, upto - before]]
         orders.append({"runs": runs, "position": {"events": {"0": at + 20}, "labels": {"0": upto}}})
     (tmp_path / "order.jsonl").write_text("".join(json.dumps(order) + "\n" for order in orders))
