@@ -80,6 +80,7 @@ th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); } tr:last-child td { border-bottom: 0; }
 .pair th, .pair td { white-space: nowrap; padding-right: .45rem; }
 .figures svg { max-width: 46rem; margin: 0 auto; } .figures td, .figures th { white-space: nowrap; }
+.figures tr:has(td > b) td { background: rgba(59, 130, 246, .14); }
 .words b { font-size: 1.15rem; overflow-wrap: anywhere; }
 </style>
 </head>
