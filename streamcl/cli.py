@@ -245,7 +245,7 @@ def replay(
 
     Nothing is published and no checkpoint written. Files are merged by (record timestamp, input, partition, offset).
 
-    With --sweep many configurations run over the same log, in processes of their own, and are compared with the base
+    With --sweep many configurations run over the same log, in parallel processes, and are compared with the base
     on the same events: report.html, a table, JSON. What is finished is kept in the folder, and not run again.
     The sweep's file:
 
