@@ -61,8 +61,11 @@ Table of contents, in the order of the journey (start with `worker`):
     compiled       how loops are compiled, and where their code is kept
     garbage        Python's collector, kept from stopping the process
     testing        contract checks for connectors and parts
+    backtest       the loop over a recorded stream, publishing nothing
+    sweep          `streamcl replay --sweep`: configurations over one log, compared
     bench          `streamcl bench NAME`
     demo           `streamcl demo`
+    page           one HTML file with its plots inside
     console        how a command answers
     inspection     `streamcl checkpoint`: a look at snapshots
     forget         `streamcl forget`: to every shard, and their answers

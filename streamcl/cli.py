@@ -24,6 +24,8 @@ from rich.table import Table
 
 from streamcl import __version__, channel, connect, garbage, inspection, plasticity, summary
 from streamcl import reshard as resharding
+from streamcl.backtest import build as backtest
+from streamcl.backtest import order_of, pair, redirected
 from streamcl.bench.command import bench
 from streamcl.bootstrap import Bootstrap
 from streamcl.config import Config, ConfigError, changes, fingerprint
@@ -33,15 +35,15 @@ from streamcl.engine.fused import engine_of
 from streamcl.forget import forget
 from streamcl.host import FixedShards, Host
 from streamcl.live import Live
-from streamcl.outlets import Outlets
 from streamcl.protocols import Fenced, Membership, StreamclError
-from streamcl.records import COMMANDS, EVENTS, LABELS, Turn
+from streamcl.records import Turn
 from streamcl.recovery import store_of
 from streamcl.serve import Listening
 from streamcl.serve import serve as serve_forever
 from streamcl.snapshot import difference, environment
+from streamcl.sweep.command import sweep as sweeping
 from streamcl.telemetry import Telemetry
-from streamcl.worker import Worker, keeps_order, logged
+from streamcl.worker import Worker, logged
 
 log = logging.getLogger("streamcl")
 app = typer.Typer(
@@ -153,7 +155,7 @@ def _bootstrap(config: Config, history: Sequence[str]) -> Bootstrap:
         if config.kafka.start_at != "earliest":
             raise ConfigError(f"--bootstrap: kafka.start_at is {config.kafka.start_at!r}, which leaves no history")
         return Bootstrap()
-    recorded = _redirected(config, dict(map(_pair, history)), None)
+    recorded = redirected(config, dict(map(pair, history)), None)
     return Bootstrap(lambda: connect.open_source(recorded))
 
 
@@ -217,7 +219,10 @@ def _stopping(runs: Stoppable) -> Iterator[None]:
 
 @app.command()
 def replay(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="A TOML file; with --sweep: in the place of its `base`."),
+    ] = None,
     input: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=URL", help="Read this instead: events=file:///log.jsonl, labels=... (repeatable)."),
@@ -226,56 +231,71 @@ def replay(
         str | None, typer.Option(metavar="URL", help="A control log to follow; default for Kafka inputs: their own.")
     ] = None,
     predictions: Annotated[str | None, typer.Option(metavar="URL", help="Also send the predictions somewhere.")] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare configurations: a TOML file; see below.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Of a sweep: finished runs, the report. Default: the file's name, -out."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Of a sweep: processes side by side. Default: cores.")] = None,
     as_json: Json = False,
 ) -> None:
     """Backtest: run the same loop over a recorded stream. Same log, same config: same model, same predictions.
 
     Nothing is published and no checkpoint written. Files are merged by (record timestamp, input, partition, offset).
+
+    With --sweep many configurations run over the same log, in parallel processes, and are compared with the base
+    on the same events: report.html, a table, JSON. What is finished is kept in the folder, and not run again.
+    The sweep's file:
+
+    \b
+    base = "clicks.toml"    # the others are this with some settings changed
+    seeds = [0, 1]          # each runs with each; default: the base's
+    events = 100_000        # a prefix of the log; default: all of it
+    objective = "ne"        # log_loss, auc, gauc, accuracy, rmse, mae
+    choose_on = 0.2         # on this share; only chosen and base go on
+    halving = {eta = 3, first = 5_000}  # after 5,000, 15,000, ... events
+
+    \b
+    \\[grid]                  # every combination
+    optimizer.learning_rate = [0.02, 0.05, 0.1]
+    model.embedding_dim = [8, 16]
+
+    \b
+    \\[random]                # and draws
+    draws = 9
+    space.optimizer.learning_rate = {log_uniform = [0.01, 0.3]}
+
+    \b
+    [\\[list]]                # and single ones
+    name = "replay"
+    replay = {retention = "recency", per_event = 4}
+
+    \b
+    Ranges: uniform, log_uniform, integers = \\[low, high]; choice = [...].
+    Exit code 1: some configurations have failed; the others stand.
     """
-    settings = _redirected(Config.load(config), dict(_pair(text) for text in input or ()), predictions)
-    worker = _backtest(settings)
+    redirect = dict(pair(text) for text in input or ())
+    if sweep is not None:
+        if predictions:
+            raise ConfigError("--predictions: a sweep has many answers to each event, and sends none")
+        sweeping(sweep, config, redirect, order, folder, jobs, as_json)
+    if folder is not None or jobs is not None:
+        raise ConfigError("--out, --jobs: are those of --sweep")
+    if config is None:
+        raise ConfigError("CONFIG: missing; see `streamcl replay --help`")
+    settings = redirected(Config.load(config), redirect, predictions)
+    worker = backtest(settings)
     with contextlib.closing(worker), _stopping(worker):
         worker.progress.position = dict(worker.source.seek({}))
-        url = order or (settings.control_url if _logged(worker) else None)
+        url = order or order_of(settings, worker.source.streams())
         garbage.spare()
         turns = worker.rerun(logged(connect.connector(url).open_control(url, settings), 0)) if url else worker.run()
         for _ in _progress(turns, worker):
             pass
         worker.flush()
         _summarise({worker: worker.readings()}, settings, as_json)
-
-
-def _logged(worker: Worker) -> bool:
-    return worker.config.events.url.startswith("kafka:") and keeps_order(worker.config, worker.source.streams())
-
-
-def _backtest(config: Config) -> Worker:
-    sink, codecs = connect.open_sink(config.predictions, config) if config.predictions else None, connect.codecs(config)
-    return Worker(config, connect.open_source(config), codecs, Outlets(config, codecs.predictions, sink))
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, _, url = text.partition("=")
-    if name not in (EVENTS, LABELS, COMMANDS) or not url:
-        raise ConfigError(f"{text}: expected events=URL, labels=URL or commands=URL")
-    return name, url
-
-
-def _redirected(config: Config, inputs: dict[str, str], predictions: str | None) -> Config:
-    data = config.model_dump(mode="json")
-    if inputs and COMMANDS not in inputs:  # the recorded inputs' own, or none
-        data[COMMANDS] = None
-    for name, url in inputs.items():
-        if name == COMMANDS:
-            data[name] = url
-            continue
-        if data[name] is None:
-            raise ConfigError(f"--input {name}: the config has no [{name}]")
-        data[name] |= {"url": url} | ({"codec": "json"} if url.startswith("file:") else {})
-    # A backtest has no order to commit its answers with, and no business in a schema registry.
-    backtest: dict[str, Any] = {"predictions": predictions, "predictions_codec": "json", "delivery": {}}
-    backtest |= {"outcomes": None}
-    return Config.parse({**data, **backtest}, "--input")
 
 
 def _progress(turns: Iterator[Turn], worker: Worker) -> Iterator[Turn]:

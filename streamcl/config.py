@@ -316,7 +316,7 @@ class Config(Station):
         except PluginError as error:
             raise ConfigError(f"{where}: {error}") from error
         except ValidationError as error:
-            raise ConfigError("\n".join(f"{where}: {line}" for line in _explain(error, cls))) from error
+            raise ConfigError("\n".join(f"{where}: {line}" for line in explain(error, cls))) from error
 
     @property
     def _urls(self) -> dict[str, str | None]:
@@ -442,7 +442,8 @@ def _site(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc
 
 
-def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
+def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
+    """One line for each fault: its path in the file of a `root`, and the nearest known name for an unknown one."""
     for item in error.errors(include_url=False):
         # pydantic puts a feature's kind behind its name; no user has written it there.
         loc = [part for i, part in enumerate(item["loc"]) if i != 2 or item["loc"][0] not in TAGGED]

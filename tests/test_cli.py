@@ -256,6 +256,31 @@ def test_replay_follows_a_recorded_order(shop: Path, streamcl: Run) -> None:
     assert merged["state_digest"] != ordered["state_digest"]
 
 
+def test_a_sweep_compares_configurations_and_leaves_a_page(shop: Path, streamcl: Run) -> None:
+    (shop / "sweep.toml").write_text('base = "shop.toml"\nevents = 150\n[grid]\noptimizer.learning_rate = [0.1]\n')
+    asked = ("replay", "--sweep", str(shop / "sweep.toml"), "--out", str(shop / "out"), "--jobs", "1")
+    found = answer(streamcl, *asked, "--json")
+    assert [row["figures"]["examples"] for row in found["rows"]] == [150, 150]
+    assert found["report"] == str(shop / "out" / "report.html")
+    done = streamcl(*asked)
+    assert (done.returncode, "learning_rate=0.1" in done.stdout) == (0, True)
+    assert not (shop / "scores.jsonl").exists()
+
+
+def test_what_a_sweep_can_not_do_is_said(shop: Path, streamcl: Run) -> None:
+    path, config = str(shop / "sweep.toml"), str(shop / "shop.toml")
+    (shop / "sweep.toml").write_text("[grid]\noptimizer.learning_rat = [0.1]\n")
+    for arguments, told in (
+        ((config, "--sweep", path), "optimizer.learning_rat: unknown key; did you mean 'learning_rate'?"),
+        (("--sweep", path), "base: no configuration to start from"),
+        ((config, "--sweep", path, "--predictions", "file:///p.jsonl"), "--predictions: a sweep"),
+        ((config, "--jobs", "2"), "--out, --jobs: are those of --sweep"),
+        ((), "CONFIG: missing"),
+    ):
+        done = streamcl("replay", *arguments)
+        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+
+
 def test_a_recorded_history_is_learned_first_and_not_answered(shop: Path, streamcl: Run) -> None:
     config, lines = str(shop / "shop.toml"), (shop / "events.jsonl").read_text().splitlines(keepends=True)
     (shop / "old.jsonl").write_text("".join(lines[:150]))

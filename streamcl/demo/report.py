@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from string import Template
@@ -14,25 +12,20 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from streamcl import page
 from streamcl.demo.ledger import ANSWER_WITHIN, BEFORE, FREEZE_AT, Ledger
 from streamcl.demo.view import clock, number
+from streamcl.page import INK, STYLE, svg, table
 
-INK = "#010203"  # drawn in this, then replaced by the page's own text colour
 LIVE, FROZEN, BAYES, DRIFT, ALARM = "#3b82f6", "#e08a1e", "#16a085", "#dc4c4c", "#9b59d0"
 SLICES = 60
-STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "streamcl", "font.family": "sans-serif", "font.size": 11,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "grid.color": INK, "grid.alpha": 0.12, "axes.grid": True,
-    "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-}  # fmt: skip
 
 
 def write_report(path: Path, ledger: Ledger, summary: Mapping[str, Any]) -> Path:
     """Write the page; `summary` is what `Result.summary` returned. Returns the path."""
     with mpl.rc_context(STYLE):
-        loss, calibration = _svg(loss_plot(ledger), "loss"), _svg(calibration_plot(ledger), "calibration")
-    page = Template(PAGE).substitute(
+        loss, calibration = svg(loss_plot(ledger), "loss"), svg(calibration_plot(ledger), "calibration")
+    body = Template(BODY).substitute(
         subtitle=escape(_subtitle(summary)),
         cards=_cards(summary),
         loss=loss,
@@ -44,8 +37,7 @@ def write_report(path: Path, ledger: Ledger, summary: Mapping[str, Any]) -> Path
         before=f"{BEFORE:,}",
         within=f"{ANSWER_WITHIN:.0%}",
     )
-    path.write_text(page, encoding="utf-8")
-    return path
+    return page.write(path, "streamcl demo report", body)
 
 
 def loss_plot(ledger: Ledger) -> Figure:
@@ -91,16 +83,6 @@ def calibration_plot(ledger: Ledger) -> Figure:
     return figure
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an element of a page: no prologue, no metadata, ids of its own, the page's text colour."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
-
-
 def _subtitle(summary: Mapping[str, Any]) -> str:
     ended = "" if summary["finished"] else " Interrupted: what follows covers the part that ran."
     return (
@@ -132,7 +114,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
         for part, values in parts
         for at, name in enumerate(names)
     ]
-    return _table(("", "", "log-loss", "NE", "AUC", "calibration"), rows)
+    return table(("", "", "log-loss", "NE", "AUC", "calibration"), rows)
 
 
 def _drift(summary: Mapping[str, Any], ledger: Ledger) -> str:
@@ -147,7 +129,7 @@ def _drift(summary: Mapping[str, Any], ledger: Ledger) -> str:
         rows.append((place, escape(point["name"]), f"{answer['impression']:,}" if answer else "-", delay))
     others = [alarm for alarm in summary["alarms"] if alarm["drift"] is None or alarm["repeat"]]
     rows += [("-", _other(alarm), f"{alarm['impression']:,}", "-") for alarm in others]
-    return _table(("true drift at", "what changed", "alarm at", "delay"), rows)
+    return table(("true drift at", "what changed", "alarm at", "delay"), rows)
 
 
 def _other(alarm: Mapping[str, Any]) -> str:
@@ -164,48 +146,10 @@ def _run(summary: Mapping[str, Any]) -> str:
         ("events per second, wall time", f"{summary['events_per_s']:,.0f}"),
         *((f"counted as {escape(name)}", f"{count:,}") for name, count in sorted(summary["counts"].items())),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    def line(cells: Iterable[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-
-    titles = line(head, "th") if any(head) else ""
-    return f'<div class="wide"><table>{titles}{"".join(line(row, "td") for row in rows)}</table></div>'
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>streamcl demo report</title>
-<style>
-:root { color-scheme: light dark; --page: #f6f7f9; --sheet: #ffffff; --ink: #1c2430; --soft: #667085; --line: #e3e6ea; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #11151b; --sheet: #1a2028; --ink: #e6eaf0; --soft: #98a2b3; --line: #2c3440; }
-}
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { margin: 0; font-size: 1.7rem; } h2 { margin: 0 0 .6rem; font-size: 1.1rem; }
-p { margin: .4rem 0; } .soft { color: var(--soft); }
-section, .card { background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.3rem; }
-section { margin-top: 1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 1rem; margin-top: 1.4rem; }
-.card span, .card small { display: block; color: var(--soft); } .card b { font-size: 1.8rem; line-height: 1.3; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 0 1rem; }
-svg { width: 100%; height: auto; display: block; } svg text { font-family: system-ui, sans-serif !important; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th { text-align: left; color: var(--soft); font-weight: 500; }
-th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); } tr:last-child td { border-bottom: 0; }
-.pair th, .pair td { white-space: nowrap; padding-right: .45rem; }
-</style>
-</head>
-<body>
-<main>
-<h1>streamcl demo</h1>
+BODY = """<h1>streamcl demo</h1>
 <p class="soft">$subtitle</p>
 <div class="cards">$cards</div>
 <section>
@@ -238,8 +182,4 @@ has only clicks to learn from, and then the non-clicks prove it wrong.</p>
 <section>
 <h2>The run</h2>
 $run
-</section>
-</main>
-</body>
-</html>
-"""
+</section>"""
