@@ -29,6 +29,7 @@ from streamcl.plasticity import build_diagnostics
 from streamcl.plugin import Context, Out, Plan, Planner, Plugin, Query, Recall, Rows, Shape, Step, build
 from streamcl.protocols import State
 from streamcl.records import Encoded, Event, Notes, Outcome, Scores, Selector, Signal, Ticket
+from streamcl.stations import Categorical
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class Learner:
         self.loss: float | None = None  # of the event that was learned last; None where no step was taken on it
         self.steps = 0  # taken; more than `version` where a planner wants several for one event
         self.tables = self.engine.tables
+        key = config.events.key or ""
+        self.key_field = key if isinstance(config.features.get(key), Categorical) else ""
         for plugin in self.plugins.values():
             plugin.bind(Context(config, self.engine, self.memory, self.target, self._rows, self.recall))
         self.recalls = [plugin for plugin in self.plugins.values() if isinstance(plugin, Recall)]
@@ -256,15 +259,27 @@ class Learner:
             self.engine.watch(rows)
 
     def forget(self, who: Selector) -> dict[str, int]:
-        """Erase what examples have left behind, by part; what the weights have learned of them stays."""
+        """Erase what examples have left behind, by part; what the weights have learned of them stays.
+
+        But for the row of a key that is forgotten whole, where a dynamic table has one for it: nobody else is in that.
+        """
         diagnostics = {"diagnostics": self.diagnostics.forget(who)} if self.diagnostics else {}
         states = {"key_states": self.states.forget(who)} if self.states is not None else {}
         if restated := self.restated(who):
             for row in range(len(self.memory)):
                 self.memory.dense[row] = restated(self.memory.dense[row])
         plugins = {name: plugin.forget(who) for name, plugin in self.plugins.items()}
+        if self.tables is not None and self.key_field in self.tables.names:
+            plugins["tables"] = self._forget_row(who)
         erased = {"replay": self.memory.forget(who), "error_memory": self.recall.forget(who)}
         return {**erased, **states, **diagnostics, **plugins}
+
+    def _forget_row(self, who: Selector) -> int:
+        if self.tables is None or who.key is None or who != Selector(key=who.key):
+            return 0
+        rows = self.tables.forget(self.key_field, who.key)
+        self._changed(rows)
+        return len(rows)
 
     def restated(self, who: Selector) -> Callable[[NDArray[np.float32]], NDArray[np.float32]] | None:
         """What to make of the numbers of tickets and rows that stay, when events go whose keys do not go whole.

@@ -203,9 +203,12 @@ def _earns(key: Any, t: int, tables: Any) -> Any:
 
 @exact
 def _begin(row: int, t: int, tables: Any, table: Any, a: Any) -> None:
-    """The vector that an id begins with is drawn by (seed, table, id) alone; so are its slots, the others being 0."""
+    """An id begins with `random.normal_array(random.bits(draws, id))`, scaled, and with the slots of that.
+
+    So with what (seed, table, id) say, whenever it comes.
+    """
     at, width, n = tables.first + row, table.shape[1], tables.first_order
-    key = _mix(_mix(tables.draws[t] + np.uint64(tables.keys[row]) * GOLDEN))
+    key = _mix(_mix(_mix(tables.draws[t] + np.uint64(tables.keys[row]) * GOLDEN) + GOLDEN))
     rates, one = tables.rates, table.dtype.type(1)
     for j in range(n, width):
         radius = math.sqrt(-2.0 * math.log(_unit(key, 2 * (j - n))))
