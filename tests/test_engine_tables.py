@@ -24,7 +24,7 @@ from streamcl.testing import check_stateful
 from tests.test_engine_fused import furthest
 
 MANY = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
-SOME = settings(MANY, max_examples=40)
+SOME = settings(MANY, max_examples=20)
 REFUSING = -1.0
 """A norm that no gradient stays below."""
 NOTHING = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32), 0)
@@ -453,7 +453,7 @@ def test_both_engines_have_the_same_rows(user: Any, tags: Any, more: Any, seed: 
     moved: list[set[int]] = [set(), set()]
     for learner, noted, came in zip(learners, told, moved, strict=True):
         learner.engine.watch = lambda rows, came=came: came.update(rows.tolist())
-        for n, (payload, time_s) in enumerate(events(seed, 60)):
+        for n, (payload, time_s) in enumerate(events(seed, 40)):
             features = Featurizer(config(user, tags)).encode(payload)
             event = Event(str(n), payload["user"], time_s, features, Origin(EVENTS, 0, n), float(n % 2))
             features, scores = learner.answer(event)
