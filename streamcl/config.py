@@ -259,6 +259,13 @@ class Config(Station):
         return self
 
     @model_validator(mode="after")
+    def _tables_fit(self) -> Self:
+        for name, feature in self.features.items() if self.river is not None else ():
+            if getattr(feature, "table", None) is not None:
+                raise ValueError(f"features.{name}.table: a River model has no rows; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _plugins_fit(self) -> Self:
         found = [plugin.resolve(str(station.kind)) for station in self.plugins]  # type: ignore[attr-defined]
         if self.river is not None and found:
@@ -457,10 +464,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    if len(loc) == 3 and loc[0] in TAGGED:
-        return [info.alias or name for name, info in TAGGED[str(loc[0])][str(loc[2])].model_fields.items()]
+    if len(loc) >= 3 and loc[0] in TAGGED:
+        model, loc = TAGGED[str(loc[0])][str(loc[2])], loc[3:]
     for part in loc:
         annotation = model.model_fields[str(part)].annotation
         choices = (annotation, *getattr(annotation, "__args__", ()))  # Labels | None
         model = next(t for t in choices if isinstance(t, type) and issubclass(t, BaseModel))
-    return list(model.model_fields)
+    return [info.alias or name for name, info in model.model_fields.items()]

@@ -2,8 +2,9 @@
 
 A delta is cut behind every `deltas.every_events`th record, so that the same log makes the same deltas however it is
 polled and wherever a worker died; what was touched since the last cut is part of the state for that. It holds values,
-never differences: rows of the table that were updated, ids of rows that are gone (they read as fresh ones again), the
-dense parameters whole, the statistics of numerics and target. Optimiser slots, replay and error memory stay at home.
+never differences: rows of the table that were updated, of dynamic tables with the ids that have them; rows that are
+gone (they read as fresh ones again, those of dynamic tables as zero); the dense parameters whole, the statistics of
+numerics and target. Optimiser slots, filters, replay and error memory stay at home.
 
 A base that stands at r records and knows the cut `previous` may take a delta with since <= r < records; whatever it
 has already taken of it does no harm. `previous` is the checksum of the delta before, which contains the one before
@@ -183,17 +184,33 @@ def lineage(config: Config) -> str:
 
 def collect(learner: Learner, touched: Touched) -> State:
     """Everything that serving needs and that may have changed."""
-    engine, ids = learner.engine, torch.from_numpy(touched.rows())
-    return {
-        "rows": {"ids": ids, "values": engine.table[ids]},
-        "gone": torch.from_numpy(touched.gone()),
-        **_dense(learner),
-    }
+    engine, ids, gone = learner.engine, torch.from_numpy(touched.rows()), torch.from_numpy(touched.gone())
+    if engine.tables is None:
+        return {"rows": {"ids": ids, "values": engine.table[ids]}, "gone": gone, **_dense(learner)}
+    left = engine.tables.gone(ids)  # since it was touched
+    ids, gone = ids[~left], torch.cat((gone, ids[left])).sort().values
+    rows = {"ids": ids, "values": engine.table[ids], "keys": engine.tables.keys_at(ids)}
+    return {"rows": rows, "gone": gone, **_dense(learner)}
 
 
 def served(learner: Learner) -> State:
     """All that predicting reads, error memory apart: what base and deltas agree on with the full snapshot."""
-    return {"table": learner.engine.table, **_dense(learner)}
+    tables = learner.engine.tables
+    return {"table": learner.engine.table, **({"keys": tables.keys()} if tables else {}), **_dense(learner)}
+
+
+def become(learner: Learner, other: Learner) -> None:
+    """Predict as the other does, error memory apart; both of one configuration."""
+    state, engine = served(other), learner.engine
+    with torch.no_grad():
+        engine.table.copy_(state["table"])
+        for name, param in engine.dense.params.items():
+            param.copy_(state["params"][name])
+    if engine.tables is not None:
+        engine.tables.put_keys(engine.tables.first + torch.arange(len(state["keys"])), state["keys"])
+    learner.numerics.load_state_dict(state["numerics"])
+    learner.target.load_state_dict(state["target"])
+    learner.version = state["version"]
 
 
 def _dense(learner: Learner) -> State:
@@ -215,6 +232,9 @@ def apply(learner: Learner, state: State) -> None:
     _refuse_unfit(learner, state)
     with torch.no_grad():
         engine.table.index_copy_(0, rows["ids"], rows["values"])
+        if engine.tables is not None:
+            changed = torch.cat((rows["ids"], gone))
+            engine.tables.put_keys(changed, torch.cat((rows["keys"], torch.zeros_like(gone))))
         if len(gone):
             engine.table.index_copy_(0, gone, engine.fresh_rows(gone))
         for name, param in engine.dense.params.items():
@@ -232,6 +252,8 @@ def _refuse_unfit(learner: Learner, state: State) -> None:
             raise Unfit(f"{name}: ids outside 0 .. {length - 1}")
     if rows["values"].shape != (len(rows["ids"]), width):
         raise Unfit(f"rows: {list(rows['values'].shape)} values, {len(rows['ids'])} rows of {width} numbers here")
+    if engine.tables is not None and not engine.tables.fits(rows["ids"], rows.get("keys", rows["ids"][:0])):
+        raise Unfit("rows: no ids of dynamic tables, or some of rows that are hashed here")
     mine = {name: param.shape for name, param in engine.dense.params.items()}
     theirs = {name: param.shape for name, param in state["params"].items()}
     if mine != theirs:

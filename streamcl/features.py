@@ -3,6 +3,10 @@
 Every category of every field is one row of a single table. Field f owns `buckets + 1` rows from `base` on: the first
 stands for a missing value, the others for hash buckets. Fields lie in the order of their names, so the order of a
 config file means nothing.
+
+A field with a dynamic table owns the first of these alone. Its other categories are ids: negative numbers of 63 random
+bits, the hash of the category under the field's name, that the engine looks rows up by (`streamcl.engine.tables`).
+Among a hundred million of them one pair is alike once in two thousand tables: for all practical purposes, none is.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ EXACT = {str, int}
 LONGEST_KNOWN = 64
 """Of those (characters)."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+ID = 1 << 63
+"""Ids of dynamic tables lie from -ID on, below 0."""
 
 
 def lookup(payload: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -100,8 +106,13 @@ class Field:
 
     known: dict[str | int, int]
     """Rows of values that have come lately: half the time of an event would go into hashing them again."""
+    salt: int | None = None
+    """Of the ids of a dynamic table; None: the field's table is hashed."""
 
     def row(self, text: str) -> int:
+        """Its row, or of a dynamic table its id, which is negative."""
+        if self.salt is not None:
+            return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), self.salt) % ID - ID
         # The field's name is no part of the hash: it has rows of its own.
         return self.base + 1 + xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) % self.buckets
 
@@ -127,7 +138,13 @@ class Layout:
     fields: tuple[str, ...]
     numerics: tuple[str, ...]
     unscaled: NDArray[np.bool_]  # (N,) numerics that are taken as they come
-    rows: int
+    rows: int  # that are always there; behind them lie those of dynamic tables
+    dynamic: tuple[str, ...]  # fields with a dynamic table
+    slot_table: NDArray[np.int64]  # (S,) which of these a slot's ids are of; -1: it is hashed
+
+    def known(self, slots: NDArray[np.int64], ids: NDArray[np.int64]) -> bool:
+        """Whether all of these, (n,) both, may stand in an event's features."""
+        return bool(((ids < self.rows) & ((ids >= 0) | (self.slot_table[slots] >= 0))).all())
 
 
 class Featurizer:
@@ -152,10 +169,14 @@ class Featurizer:
                 continue
             slots = feature.max_items if isinstance(feature, Bag) else 1
             mean = isinstance(feature, Bag) and feature.pooling == "mean"
-            fields.append(Field(name, tuple(name.split(".")), base, feature.buckets, slot, slots, mean, {}))
-            base, slot = base + feature.buckets + 1, slot + slots
+            buckets = 0 if feature.table else feature.buckets
+            salt = xxhash.xxh3_64_intdigest(name.encode()) if feature.table else None
+            fields.append(Field(name, tuple(name.split(".")), base, buckets, slot, slots, mean, {}, salt))
+            base, slot = base + buckets + 1, slot + slots
         self.categoricals = [f for f in fields if isinstance(config.features[f.name], Categorical)]
         self.bags = [f for f in fields if isinstance(config.features[f.name], Bag)]
+        places = np.cumsum([f.salt is not None for f in fields], dtype=np.int64) - 1
+        of_table = [place if f.salt is not None else -1 for place, f in zip(places, fields, strict=True)]
         scales = {name: f.scale for name, f in config.features.items() if isinstance(f, Numeric)}
         numerics = sorted(scales)
         self.numerics = [(name, tuple(name.split("."))) for name in numerics]
@@ -166,6 +187,8 @@ class Featurizer:
             numerics=tuple(numerics),
             unscaled=np.array([scales[name] == "none" for name in numerics], np.bool_),
             rows=base,
+            dynamic=tuple(f.name for f in fields if f.salt is not None),
+            slot_table=np.repeat(np.array(of_table, np.int64), [f.slots for f in fields]),
         )
 
         # What the loop over an event's fields needs, at hand; the name of one that isn't nested.

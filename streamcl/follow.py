@@ -13,11 +13,9 @@ import weakref
 from collections import deque
 from typing import NamedTuple
 
-import torch
-
 from streamcl.channel import Reader
 from streamcl.config import Config
-from streamcl.delta import Change, Newer, Torn, Unfit, apply, decode, lineage, served
+from streamcl.delta import Change, Newer, Torn, Unfit, apply, become, decode, lineage
 from streamcl.learner import Learner
 from streamcl.protocols import ConnectorError
 
@@ -179,14 +177,8 @@ class Follower:
     def _copied(self) -> Learner:
         assert self._config is not None and self._front is not None  # noqa: S101 - as above
         self.copies += 1
-        learner, front = Learner(self._config, serving=True), served(self._front)
-        with torch.no_grad():
-            learner.engine.table.copy_(front["table"])
-            for name, param in learner.engine.dense.params.items():
-                param.copy_(front["params"][name])
-        learner.numerics.load_state_dict(front["numerics"])
-        learner.target.load_state_dict(front["target"])
-        learner.version = front["version"]
+        learner = Learner(self._config, serving=True)
+        become(learner, self._front)
         return learner
 
     def _wait(self, cause: str) -> None:

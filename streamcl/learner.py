@@ -29,6 +29,7 @@ from streamcl.plasticity import build_diagnostics
 from streamcl.plugin import Context, Out, Plan, Planner, Plugin, Query, Recall, Rows, Shape, Step, build
 from streamcl.protocols import State
 from streamcl.records import Encoded, Event, Notes, Outcome, Scores, Selector, Signal, Ticket
+from streamcl.stations import Categorical
 
 log = logging.getLogger(__name__)
 
@@ -74,17 +75,31 @@ class Learner:
         self.version = 0  # events that the current weights have learned from
         self.loss: float | None = None  # of the event that was learned last; None where no step was taken on it
         self.steps = 0  # taken; more than `version` where a planner wants several for one event
+        self.tables = self.engine.tables
+        key = config.events.key or ""
+        self.key_field = key if isinstance(config.features.get(key), Categorical) else ""
         for plugin in self.plugins.values():
             plugin.bind(Context(config, self.engine, self.memory, self.target, self._rows, self.recall))
         self.recalls = [plugin for plugin in self.plugins.values() if isinstance(plugin, Recall)]
         self.planners = [plugin for plugin in self.plugins.values() if isinstance(plugin, Planner)]
         self.memory.take_over(self.plugins.values())
+        self._refuse_keepers()
         self.obstacle = obstacle(config, plugins)
         if self.obstacle and config.worker.engine == "fused":
             raise ConfigError(f"worker.engine: fused has no form of {self.obstacle}; set auto or eager")
         self.fused = Fused(config, self) if config.worker.engine != "eager" and not self.obstacle else None
         if self.obstacle and config.worker.engine == "auto" and not serving:
             log.info("steps are computed by the eager engine: %s has no compiled form", self.obstacle)
+
+    def _refuse_keepers(self) -> None:
+        """Of rows that come and go nobody else may hold anything."""
+        keepers = [name for name, plugin in self.plugins.items() if plugin.keeps_rows]
+        keepers += [f"{name} (weights)" for name in self.engine.sets]
+        if self.tables is not None and keepers:
+            raise ConfigError(
+                f"features.{self.tables.names[0]}.table: dynamic, but the plug-ins hold something of each row:"
+                f" {', '.join(keepers)}"
+            )
 
     def _key_states(self, config: Config) -> KeyStates | None:
         model, recurrent = self.engine.model, config.model.recurrent
@@ -148,6 +163,8 @@ class Learner:
         return features._replace(dense=np.concatenate((features.dense, self.states.initial)))
 
     def _scores(self, batch: Sequence[Encoded], ids: Tensor, weights: Tensor, dense: Tensor) -> list[Scores]:
+        if self.tables is not None:
+            ids, weights = self.tables.resolve(ids, weights)
         if not (self.recall.stages or self.recalls or self.notes_hidden):
             output = self.engine.predict(ids, weights, dense).numpy()
             return [Scores(*each, self.version) for each in zip(output, self._served(output), strict=True)]
@@ -214,10 +231,17 @@ class Learner:
         if self.task == "regression":
             self.target.update(np.array([outcome.label], np.float32))
         self.loss = None
+        features, time_s = outcome.ticket.features, outcome.ticket.time_s
+        if self.tables is not None:
+            self.tables.admit(features, time_s)
         if not self._passes(outcome, plan):
+            if self.tables is not None:
+                self.tables.retract()
             self.numerics.load_state_dict(before[0])
             self.target.load_state_dict(before[1])
             return False
+        if self.tables is not None:
+            self._changed(self.tables.complete(features, time_s))
         self.version += 1
         owner = Owners.of(outcome.ticket)
         if self.diagnostics and self.steps > steps:  # an event that is skipped shows no gradient
@@ -229,16 +253,33 @@ class Learner:
             self.recall.observe(outcome.ticket.scores, outcome.label, owner=owner)
         return True
 
+    def _changed(self, rows: Tensor) -> None:
+        """Rows of dynamic tables have come or gone."""
+        if self.engine.watch and len(rows):
+            self.engine.watch(rows)
+
     def forget(self, who: Selector) -> dict[str, int]:
-        """Erase what examples have left behind, by part; what the weights have learned of them stays."""
+        """Erase what examples have left behind, by part; what the weights have learned of them stays.
+
+        But for the row of a key that is forgotten whole, where a dynamic table has one for it: nobody else is in that.
+        """
         diagnostics = {"diagnostics": self.diagnostics.forget(who)} if self.diagnostics else {}
         states = {"key_states": self.states.forget(who)} if self.states is not None else {}
         if restated := self.restated(who):
             for row in range(len(self.memory)):
                 self.memory.dense[row] = restated(self.memory.dense[row])
         plugins = {name: plugin.forget(who) for name, plugin in self.plugins.items()}
+        if self.tables is not None and self.key_field in self.tables.names:
+            plugins["tables"] = self._forget_row(who)
         erased = {"replay": self.memory.forget(who), "error_memory": self.recall.forget(who)}
         return {**erased, **states, **diagnostics, **plugins}
+
+    def _forget_row(self, who: Selector) -> int:
+        if self.tables is None or who.key is None or who != Selector(key=who.key):
+            return 0
+        rows = self.tables.forget(self.key_field, who.key)
+        self._changed(rows)
+        return len(rows)
 
     def restated(self, who: Selector) -> Callable[[NDArray[np.float32]], NDArray[np.float32]] | None:
         """What to make of the numbers of tickets and rows that stay, when events go whose keys do not go whole.
@@ -305,6 +346,8 @@ class Learner:
     def _rows(self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor) -> Rows:
         """As the model reads them."""
         dense = self._read(dense)
+        if self.tables is not None:
+            ids, weights = self.tables.resolve(ids, weights)
         if self.task == "regression":
             y = torch.from_numpy(self.target.apply(y.unsqueeze(1).numpy())).squeeze(1)
         return Rows(ids, weights, dense, y.to(self.engine.dtype))
@@ -317,6 +360,7 @@ class Learner:
     def read(self) -> dict[str, float]:
         held = {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
         held |= {"key_states": float(len(self.states))} if self.states is not None else {}
+        held |= self.tables.read() if self.tables is not None else {}
         held |= self.recall.read() | (self.diagnostics.read() if self.diagnostics else {})
         for rule in self.rules.values():
             for name, value in rule.read().items():

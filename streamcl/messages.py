@@ -104,7 +104,7 @@ def outcome_of(value: bytes | None, layout: Layout) -> Learned:
         dense = np.array(body["dense"], np.float32)  # null becomes NaN
         label = float(body["label"])
         name, partition, offset = body["input"].rsplit(":", 2)
-        within = (slots >= 0).all() and ((ids >= 0) & (ids < layout.rows)).all() and np.isfinite(weights).all()
+        within = (slots >= 0).all() and layout.known(slots, ids[slots]) and np.isfinite(weights).all()
         if dense.shape != (len(layout.numerics),) or not (within and math.isfinite(label)):
             raise BadInput("schema", "an outcome of other features than this model's")
         return Learned(

@@ -102,6 +102,8 @@ class Plugin:
     Attributes:
         needs: Columns of the memory that it reads (see `streamcl.memory.replay.COLUMNS`), and weight sets.
         provides: Columns and weight sets that it makes.
+        keeps_rows: It holds something of each row of the table, which a row that is given to another id would inherit:
+            it can't work beside dynamic tables. Those that make weight sets can't either.
     """
 
     class Options(Station):
@@ -110,6 +112,7 @@ class Plugin:
     options: Any
     needs: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
+    keeps_rows: ClassVar[bool] = False
 
     def __init__(self, options: Station | None = None, /, **settings: Any) -> None:
         self.options = self.Options(**settings) if options is None else options

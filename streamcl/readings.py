@@ -96,6 +96,17 @@ LAYERS = {
 """Readings of a hidden layer, under `layer_N_`; rules may have more."""
 BOUNDARIES = {"signals": "Signals that it has sent since it began (count)."}
 """Readings of a source of signals, under `boundary_N_`: the Nth of the configuration."""
+TABLES = {
+    "rows": "Rows of the dynamic table (count).",
+    "bytes": "Bytes of the most rows that it has held, with optimiser state and bookkeeping, and of its filter.",
+    "admitted": "Ids that were given a row since it began (count).",
+    "refused": "Times that it was full and refused one (count).",
+    "hit_ratio": "Share of the ids of learned events that had a row already.",
+    "oov_ratio": "Share of them that had none, and added nothing.",
+    "oldest_last_seen_s": "Event time when the row that was learned from longest ago was learned from.",
+    "evicted": "Rows that went since it began, by reason: ttl, lru, forget (count).",
+}
+"""Readings of a dynamic table, under `table:FIELD:`."""
 PERCENTILES = {
     "unit_age_steps": "Learning steps since a unit of the layer was made anew, or since the rule began.",
     "unit_utility": "Utility of a unit of the layer; comparable within a layer only.",
@@ -104,6 +115,8 @@ PERCENTILES = {
 _NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
     (re.compile(r"boundary_(?P<boundary>\d+)_(?P<name>\w+)"), "boundary_", BOUNDARIES),
+    (re.compile(r"table:(?P<field>.+):(?P<name>evicted):(?P<reason>\w+)"), "table_", TABLES),
+    (re.compile(r"table:(?P<field>.+):(?P<name>\w+)"), "table_", TABLES),
     (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)_p(?P<percentile>\d\d)"), "", PERCENTILES),
     (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)"), "", LAYERS),
 )

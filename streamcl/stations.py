@@ -106,20 +106,97 @@ class Join(Station):
     max_expiries_per_event: int = Stop(100, ge=1, description="bounds the work of one event after a gap in the stream")
 
 
-class Categorical(Station):
+class Admission(Station):
+    """How an id earns a row of a dynamic table; until then it adds nothing to a score, and nothing is learned of it.
+
+    count: at its `threshold`th occurrence among the last `capacity` of ids without a row, counted in a filter that
+    forgets its oldest seventh at a time. bloom: the same in two halves. Both over-estimate, so that a share `error` of
+    ids comes in too early, none too late. probabilistic: at each occurrence with probability 1 - .05^(1 / threshold),
+    so that 95 % are in after `threshold`; no counters. all: at once.
+    """
+
+    kind: Literal["count", "bloom", "probabilistic", "all"] = New("count", description="the policy")
+    threshold: int = New(2, ge=1, le=200, description="occurrences (count)")
+    capacity: int = New(1 << 18, ge=14, le=1 << 28, description="count, bloom: occurrences remembered (count)")
+    error: float = New(0.01, gt=0, lt=1, description="count, bloom: share of ids that are taken for others")
+
+
+class Dynamic(Station):
+    """A table without collisions, bounded by `max_rows` or `max_bytes`, whose rows come and go. Times are event time.
+
+    Of an id it holds vector, optimiser state, count, and the times when it was first and last learned from; all that
+    goes when the row goes. Only learning admits, counts and renews; an id that comes back begins anew.
+    """
+
+    max_rows: int | None = New(
+        None, ge=1, le=1 << 28, description="most rows (count); default, without max_bytes: 2^20"
+    )
+    max_bytes: int | None = New(
+        None, ge=1, description="most bytes of rows, with optimiser state and bookkeeping, and of the filter"
+    )
+    admission: Annotated[Admission, BeforeValidator(named_kind)] = Admission()
+    ttl_s: float | None = New(None, gt=0, description="a row goes that nothing was learned of for so long; none: never")
+    sweep: int = New(4, ge=1, le=1024, description="rows looked at for that behind each learned event (count)")
+    min_keep: int = New(0, ge=0, description="ttl_s takes none below so many rows (count)")
+    max_evict_ratio: float = New(1.0, gt=0, le=1, description="most that one sweep of the table takes of its rows")
+    full: Literal["evict_lru", "refuse"] = New(
+        "evict_lru", description="for a new row the one learned from longest ago goes; or there is no new row"
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.max_rows is not None and self.max_bytes is not None:
+            raise ValueError("max_rows, max_bytes: set one of them")
+        if self.max_rows is not None and self.min_keep > self.max_rows:
+            raise ValueError(f"min_keep: {self.min_keep} rows, max_rows {self.max_rows}")
+        return self
+
+
+def named_table(value: Any) -> Any:
+    """`table = "dynamic"` is the table without settings, `table = "hashed"` none."""
+    named: dict[str, Any] = {"dynamic": {}, "hashed": None}
+    if isinstance(value, str) and value not in named:
+        raise ValueError(f"{value!r} is no table; set hashed, dynamic, or the settings of a dynamic one")
+    return named[value] if isinstance(value, str) else value
+
+
+Table = Annotated[Dynamic | None, BeforeValidator(named_table)]
+
+
+class Category(Station):
+    """What features of rows have in common."""
+
+    buckets: int = New(1 << 16, ge=2, le=1 << 26, description="rows of a hashed table (count)")
+    table: Table = New(
+        None,
+        description="hashed, or dynamic: a row for each id, without collisions, admitted and dropped; its settings",
+    )
+
+    @model_validator(mode="after")
+    def _one_table(self) -> Self:
+        if self.table is not None and self.buckets != type(self).model_fields["buckets"].default:
+            raise ValueError("buckets: of a hashed table; a dynamic one has max_rows or max_bytes")
+        return self
+
+
+class Categorical(Category):
     """A string, integer or boolean, hashed into `buckets` rows. A missing value has a row of its own."""
 
     kind: Literal["categorical"] = "categorical"
-    buckets: int = New(1 << 16, ge=2, le=1 << 26, description="rows of the table (count)")
 
 
-class Bag(Station):
+class Bag(Category):
     """A list of categories; their rows are pooled."""
 
     kind: Literal["bag"] = "bag"
-    buckets: int = New(1 << 16, ge=2, le=1 << 26, description="rows of the table (count)")
     max_items: int = New(32, ge=1, le=4096, description="items beyond it are ignored")
     pooling: Literal["mean", "sum"] = New("mean", description="of the rows of its items")
+
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        if self.table is not None and (self.table.max_rows or self.max_items) < self.max_items:
+            raise ValueError(f"table.max_rows: an event may have {self.max_items} items, which must have room")
+        return self
 
 
 class Numeric(Station):

@@ -104,11 +104,20 @@ def stream(count: int) -> list[Item]:
     return [item for i in range(count) for item in (view(i, float(i)), click(i, i + 0.5, user=i % 3))]
 
 
+SMALL: dict[str, Any] = {"max_rows": 3, "ttl_s": 4.0, "admission": {"capacity": 28}}
+TABLES = {
+    "user": {"kind": "categorical", "table": SMALL},
+    "id": {"kind": "categorical", "table": {"max_rows": 7, "admission": "all"}},
+    "page": {"kind": "categorical", "buckets": 4},
+}
+"""Whose rows come, go and come again all the time."""
 TASKS: list[dict[str, Any]] = [
     {},
     {"task": "regression", "model": {"kind": "mlp", "embedding_dim": 3, "hidden": [4]}},
     {"task": "multiclass", "model": {"kind": "logistic", "classes": 3}},
     {"optimizer": {"kind": "adam"}},
+    {"features": {**TABLES, "price": "numeric"}},
+    {"features": TABLES, "optimizer": {"kind": "ftrl"}, "worker": {"max_records": 3, "engine": "eager"}},
 ]
 
 
@@ -169,6 +178,32 @@ def test_poll_size_and_crashes_change_no_delta(deaths: list[int], poll: int, eve
         assert len(set(sent)) == len(set(ends))  # each repeat is the same to the byte
         undisturbed = repeat(config)
         assert killed.digest == undisturbed.digest
+
+
+def test_a_copy_predicts_as_a_learner_does_whatever_it_knew_before(tmp_path: Path) -> None:
+    config = settings(tmp_path, features=TABLES)
+    fill(stream(12))
+    learner = finish(config).worker.learner
+    assert isinstance(learner, Learner) and learner.tables is not None
+    copied = learner_of(config)
+    for _ in range(2):
+        delta.become(copied, learner)
+        assert digest(served(copied)) == digest(served(learner))
+        copied.tables.put_keys(torch.tensor([copied.tables.first]), torch.tensor([-7]))  # type: ignore[union-attr]
+
+
+def test_a_delta_with_ids_where_rows_are_hashed_changes_nothing(tmp_path: Path) -> None:
+    config = settings(tmp_path, features=TABLES, deltas=DELTAS)
+    fill(stream(12))
+    worker = finish(config).worker
+    assert isinstance(worker.learner, Learner) and worker.deltas
+    worker.deltas.touched.add(torch.arange(5))
+    state = delta.collect(worker.learner, worker.deltas.touched)
+    before = digest(served(worker.learner))
+    for keys in (state["rows"]["keys"][:-1], torch.full_like(state["rows"]["keys"], -7)):
+        with pytest.raises(Unfit, match="ids of dynamic tables"):
+            apply(worker.learner, {**state, "rows": {**state["rows"], "keys": keys}})
+    assert digest(served(worker.learner)) == before
 
 
 def test_a_tombstone_reads_as_a_fresh_row_again(tmp_path: Path) -> None:

@@ -210,6 +210,16 @@ def test_every_series_is_ours_or_the_process_s_and_no_label_holds_an_id(
     assert value(series, "base_log_loss", window="recent") == 0.5
 
 
+def test_a_dynamic_table_s_readings_have_its_field_as_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    readings = {"table:user:rows": 4.0, "table:user.id:evicted:ttl": 5.0, "table:user.id:evicted:lru": 6.0}
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=readings)
+    series = scrape(client)
+    assert value(series, "table_rows", field="user") == 4
+    assert value(series, "table_evicted", field="user.id", reason="ttl") == 5
+    assert value(series, "table_evicted", field="user.id", reason="lru") == 6
+
+
 def test_a_layer_s_readings_are_one_family_with_a_text_and_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
     watcher, client = watching
     readings = {"layer_0_dormant_ratio": 0.25, "layer_11_dormant_ratio": 0.5, "layer_1_unit_age_steps_p90": 7.0}

@@ -98,6 +98,7 @@ def elec(path: Path) -> Dataset:
 
 HISTORY, CLICKS = 1000, 20_000
 NEGATIVES = 4
+NEXT_CLICK = dict.fromkeys(("session", "prev", "item"), "categorical")
 
 
 def yoochoose(path: Path) -> Dataset:
@@ -108,20 +109,31 @@ def yoochoose(path: Path) -> Dataset:
     clicks, so that popularity does not tell all; two are any of the items seen so far. `prev` is the session's last
     item, null at its first click. The draws are counter-based: always the same.
     """
-    clicks = [(session, item) for session, item in map(str.split, _lines(path)[: HISTORY + CLICKS])]
+    payloads = list(next_clicks(clicks_of([path], HISTORY + CLICKS)))
+    return Dataset("yoochoose", NEXT_CLICK, payloads, impression=1 + NEGATIVES)
+
+
+def clicks_of(paths: Sequence[Path], count: int) -> list[tuple[str, str]]:
+    """(session, item) of the first clicks of YOOCHOOSE's periods, one file each."""
+    found: list[tuple[str, str]] = []
+    for path in paths:
+        if len(found) < count:
+            found += [(session, item) for session, item in map(str.split, _lines(path)[: count - len(found)])]
+    return found
+
+
+def next_clicks(clicks: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """The events of `yoochoose`, for any clicks."""
     items = list(dict.fromkeys(item for _, item in clicks[:HISTORY]))  # distinct, as they appear
     seen, last = set(items), dict(clicks[:HISTORY])
-    payloads: list[dict[str, Any]] = []
     for step, (session, item) in enumerate(clicks[HISTORY:], HISTORY):
         if item not in seen:
             seen.add(item)
             items.append(item)
         for candidate in _shown(item, clicks, items, step):
             event = {"session": session, "prev": last.get(session), "item": candidate}
-            payloads.append({**event, TIME: float(step), LABEL: int(candidate == item)})
+            yield {**event, TIME: float(step), LABEL: int(candidate == item)}
         last[session] = item
-    features = dict.fromkeys(("session", "prev", "item"), "categorical")
-    return Dataset("yoochoose", features, payloads, impression=1 + NEGATIVES)
 
 
 def _shown(item: str, clicks: Sequence[tuple[str, str]], items: Sequence[str], step: int) -> list[str]:

@@ -54,6 +54,7 @@ class EWC(Rule):
         rows: bool = New(True, description="rows of the table are held too; else dense weights alone")
 
     options: Options
+    keeps_rows = True
 
     def bind(self, context: Context) -> None:
         self.engine, dense, table = context.engine, context.engine.dense, context.engine.table

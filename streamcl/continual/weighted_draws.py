@@ -190,6 +190,7 @@ class ByDistance(Weighted, Rule):
 
     options: Options
     needs = frozenset({"hits", "written"})
+    keeps_rows = True
     COUNTS = 4096
 
     def bind(self, context: Context) -> None:

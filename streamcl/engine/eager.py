@@ -8,6 +8,7 @@ from threading import get_ident
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from streamcl.config import Config
 from streamcl.engine.dense import Dense
 from streamcl.engine.optimizers import build_update
 from streamcl.engine.reloop import self_corrected
+from streamcl.engine.tables import DynamicTables
 from streamcl.engine.weights import WeightSet
 from streamcl.features import Layout
 from streamcl.models import build_model
@@ -84,6 +86,7 @@ class Eager:
         self.row_rate = config.optimizer.embedding_learning_rate or ROWS_FASTER * rate
         self.row_update = build_update(config.optimizer, self.row_rate)
         self.row_slots = self.row_update.slots(self.table)
+        self.tables = self._dynamic(config, layout) if layout.dynamic else None
         self.layers = of_tower(self.model, self.model.tower)
         self.rules: dict[str, Rule] = {} if serving else build_rules(config, self.dense, self.model, self.layers)
         # Continual backpropagation and its like come last, so that nothing is done to units made anew.
@@ -114,12 +117,28 @@ class Eager:
             part.copy_(self.draw(part.numel(), start * dim).view_as(part))
         return table
 
+    def _dynamic(self, config: Config, layout: Layout) -> DynamicTables:
+        """Their rows are zero, and take no memory before they are used."""
+        numbers = sum(column[:1].numel() for column in (self.table, *self.row_slots))
+        rates = np.array([self.row_rate, config.optimizer.l1, config.optimizer.l2], self.table.numpy().dtype)
+        tables = DynamicTables(config, layout, numbers * self.table.element_size(), self.first, rates)
+
+        def with_theirs(column: Tensor) -> Tensor:
+            longer = column.new_zeros(layout.rows + tables.rows, *column.shape[1:])
+            longer[: layout.rows] = column
+            return longer
+
+        self.table, self.row_slots = with_theirs(self.table), tuple(map(with_theirs, self.row_slots))
+        tables.attach((self.table, *self.row_slots))
+        return tables
+
     def fresh_rows(self, ids: Tensor) -> Tensor:
-        """(n, W) what these rows held before anything was learned."""
+        """(n, W) what these rows held before anything was learned; those of dynamic tables were not there."""
         rows = self.table.new_zeros(len(ids), self.table.shape[1])
         dim = rows.shape[1] - self.first
         for row, id in zip(rows, ids.tolist() if dim else (), strict=False):
-            row[self.first :] = self.draw(dim, id * dim)
+            if self.tables is None or id < self.tables.first:
+                row[self.first :] = self.draw(dim, id * dim)
         return rows
 
     def predict(self, ids: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
@@ -260,6 +279,8 @@ class Eager:
         width = self.table.shape[1]
         gradient = self.table.new_zeros(len(touched), width)  # (U, W): one sum for a row's every use
         gradient.index_add_(0, torch.searchsorted(touched, ids.reshape(-1)), by_slot.reshape(-1, width))
+        if self.tables is not None and len(touched) and touched[-1] == self.tables.of.void:
+            touched, gradient = touched[:-1], gradient[:-1]  # what stands for no row stays zero
         return Grads(self.dense.gradient(by_param), touched, gradient)
 
     def gradient(self, read: Rows) -> Grads:
@@ -312,17 +333,22 @@ class Eager:
         return torch.tensor(moves).repeat_interleave(torch.tensor(sizes))
 
     def state_dict(self) -> State:
+        saved = cut if self.tables is None else self.tables.pack
         return {
-            "table": cut(self.table),
-            "row_slots": {str(i): cut(s) for i, s in enumerate(self.row_slots)},
+            "table": saved(self.table),
+            "row_slots": {str(i): saved(s) for i, s in enumerate(self.row_slots)},
+            **({"tables": self.tables.state_dict()} if self.tables else {}),
             **self.dense.state_dict(),
             **({"rules": {kind: rule.state_dict() for kind, rule in self.rules.items()}} if self.rules else {}),
         }
 
     def load_state_dict(self, state: State) -> None:
-        self.table.copy_(state["table"])  # into the tensor that exists, as `Dense` does it
+        if self.tables is not None:
+            self.tables.load_state_dict(state["tables"])
+        put = Tensor.copy_ if self.tables is None else self.tables.unpack
+        put(self.table, state["table"])  # into the tensor that exists, as `Dense` does it
         for i, slot in enumerate(self.row_slots):
-            slot.copy_(state["row_slots"][str(i)])
+            put(slot, state["row_slots"][str(i)])
         self.dense.load_state_dict(state)
         kept = state.get("rules", {})
         for kind, rule in self.rules.items():

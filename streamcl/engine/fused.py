@@ -37,7 +37,7 @@ from streamcl.engine.views import (
     watch_of,
 )
 from streamcl.engine.weights import Average
-from streamcl.features import FLOAT32_MAX
+from streamcl.features import FLOAT32_MAX, ID
 from streamcl.memory.owners import Owners
 from streamcl.models import MODELS
 from streamcl.plasticity.continual_backprop import ContinualBackprop
@@ -206,7 +206,9 @@ class Fused:
         )
         renewal = renewal_of(self.renewal_rule, self.plan, self.powers)
         average, serving = average_of(self.average, self.net), serving_of(self.served)
-        moved = np.empty(len(jobs) * len(self.scratch.touched), np.int64) if self.engine.watch else NO_ROWS
+        tables = self.engine.tables
+        most = len(self.scratch.touched) + (len(tables.moved) if tables else 0)
+        moved = np.empty(len(jobs) * most, np.int64) if self.engine.watch else NO_ROWS
         plan = self.plan._replace(largest=float(self.engine.max_grad_norm))
         n = 0
         while n < len(jobs):
@@ -238,9 +240,10 @@ class Fused:
         n = len(jobs)
         ids = np.concatenate([job.features.ids for job in jobs]).reshape(n, -1)
         weights, dense = _rows([job.features.weights for job in jobs]), _rows([job.features.dense for job in jobs])
-        if ids.size and not (ids.min() >= 0 and ids.max() < len(self.net.table)):
+        lowest = -ID if self.engine.tables else 0
+        if ids.size and not (ids.min() >= lowest and ids.max() < len(self.net.table)):
             raise IndexError(f"features point to row {ids.min()} or {ids.max()} of a table of {len(self.net.table)}")
-        label, served = np.zeros(n, np.float32), np.zeros(n)
+        label, served, time_s = np.zeros(n, np.float32), np.zeros(n), np.zeros(n)
         source = np.full(n, -1, np.int64)
         asks = self.plan.alpha or self.served is not None  # of what was said
         promised = {id(job.scores): i for i, job in enumerate(jobs) if job.kind == ANSWER} if asks else {}
@@ -248,6 +251,7 @@ class Fused:
         for i, job in enumerate(jobs):
             if job.outcome is not None:
                 label[i] = job.outcome.label if job.kind == LEARN else np.nan
+                time_s[i] = job.outcome.ticket.time_s
                 if asks:
                     source[i] = promised.get(id(job.scores), -1)
                     served[i] = job.scores.served[0] if source[i] < 0 else np.nan
@@ -258,7 +262,8 @@ class Fused:
         kinds = np.array([job.kind for job in jobs], np.int8)
         again = np.array([False, *(a.features is b.features for a, b in itertools.pairwise(jobs))], np.bool_)
         zeros = np.zeros(n, np.int64)
-        return layout.Chunk(kinds, ids, weights, dense, label, served, source, noted, known, again, zeros, zeros - 1)
+        told = label, served, source, noted, known, again, zeros, zeros - 1
+        return layout.Chunk(kinds, ids, weights, dense, time_s, *told)
 
     def _nothing_noted(self, n: int) -> Arrays:
         """(n, K, O), or (0, 0, O) where it is the live weights that answer."""

@@ -23,6 +23,7 @@ class Net(NamedTuple):
     table: Any  # (R, W)
     rows: Any  # (R x W,) the same
     row_slots: Any  # three of (R x W,); Adam's steps (R,)
+    tables: Any  # the dynamic ones, a `table_rows.Tables`
 
 
 class Plan(NamedTuple):
@@ -126,6 +127,7 @@ class Chunk(NamedTuple):
     ids: Any  # (n, S)
     weights: Any
     dense: Any  # (n, N) raw
+    time: Any  # (n,) of the event
     label: Any  # (n,)
     served: Any  # (n,) what it was answered with, or NaN: in this chunk, by operation `source`
     source: Any  # (n,)

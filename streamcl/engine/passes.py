@@ -10,6 +10,7 @@ import numpy as np
 from streamcl.compiled import exact, fast, fast_inlined, view
 from streamcl.engine.kernels import add_scaled, affine, dot, move, outer, pull_back, put
 from streamcl.engine.layout import NO_PAIRS, PROJECTED, SUMMED
+from streamcl.engine.table_rows import find
 
 
 @exact
@@ -29,10 +30,15 @@ def gather(b: int, ids: Any, weights: Any, dense: Any, net: Any, plan: Any, norm
     """Row b of the scratch: pooled embeddings and standardised numbers, and the first-order part of z."""
     x, z, dim, first = s.x[b], s.z[b], plan.dim, plan.first
     table, slot_field, mine, weighing, numbers = net.table, plan.slot_field, s.ids[b], s.weights[b], s.numbers[b]
+    keys, cells, behind, void = net.tables.keys, net.tables.cells, net.tables.first, net.tables.void
     x[:] = 0.0
     z[:] = 0.0
     for slot in range(len(ids)):
         weight, id = weights[slot], ids[slot]
+        if id < 0:
+            row = find(id, keys, cells)
+            id = behind + row if row >= 0 else void
+            weight = weight if row >= 0 else np.float32(0.0)
         mine[slot] = id
         weighing[slot] = weight
         if weight != 0.0:

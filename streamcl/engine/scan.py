@@ -46,6 +46,7 @@ from streamcl.engine.passes import (
     standardised,
     update,
 )
+from streamcl.engine.table_rows import admit, complete, retract
 
 GOLDEN, MIX1, MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -102,14 +103,19 @@ def _losses(count: int, served: float, plan: Any, s: Any) -> None:
 
 
 @exact_inlined
-def _touch(count: int, s: Any) -> int:
-    """Which rows the step reads, each once, in `touched`; how many. `place` says where a slot's row stands there."""
+def _touch(count: int, void: int, s: Any) -> int:
+    """Which rows the step reads, each once, in `touched`, but for the one that stands for none; how many. `place` says
+    where a slot's row stands there.
+    """
     s.stamp[0] += 1
     stamp, buckets = s.stamp[0], len(s.stamps)
     found = 0
     for b in range(count):
         for slot in range(s.ids.shape[1]):
             row = s.ids[b, slot]
+            if row == void:
+                s.place[b, slot] = 0  # its weight is 0
+                continue
             at = np.int64((np.uint64(row) * GOLDEN) >> np.uint64(40)) & (buckets - 1)
             while s.stamps[at] == stamp and s.buckets[0, at] != row:
                 at = (at + 1) & (buckets - 1)
@@ -224,7 +230,7 @@ def _step(
         forward(count, net.flat, plan, s)
     _losses(count, served, plan, s)
     backward(count, net, plan, s)
-    touched = _touch(count, s)
+    touched = _touch(count, net.tables.void, s)
     rows = float(row_gradients(count, touched, plan, s))
     dense = float(dense_gradients(count, plan, s))
     if not math.sqrt(rows + dense) <= plan.largest:
@@ -259,7 +265,7 @@ def scan(
 
     Args:
         steps: Taken before; what draws are keyed by.
-        moved: (k,) rows of the table that were changed, -1 behind each step's; (0,) where nobody asks.
+        moved: (k,) rows of the table that were changed, that came or that went; (0,) where nobody asks.
 
     Returns:
         The operation that is next, why it has ended, and how much of `moved` is filled.
@@ -273,6 +279,8 @@ def scan(
     draw, key, regression, y, norm = plan.draw, plan.key, plan.task == REGRESSION, s.y, found.norm
     entered, hidden, drawn, scaled, every = found.entered, found.hidden, found.drawn, norms.scaled, watch.every
     levels, renewing, again, steady = len(plan.layers), renewal.on, chunk.again, True
+    tables, times, (row_a, row_b, row_c) = net.tables, chunk.time, net.row_slots
+    dynamic = len(tables.base) > 0
     sets, noted, before, known = serving.sets, found.noted, chunk.noted, chunk.known
     for i in range(width):
         steady = steady and not scaled[i]
@@ -312,6 +320,10 @@ def scan(
         _observe(count_, mean, m2, scaled, dense)
         if regression:
             _observe(y_count, y_mean, y_m2, plan.label_scaled, labels[n : n + 1])
+        made = 0
+        if dynamic:
+            made = admit(ids, weights, times[n], tables, net.table, row_a)
+            passed = passed and made == 0
         served = given[n] if source[n] < 0 else float(asked[source[n], 0])
         y[0], count = _label(labels[n], plan, norms), 1
         for i in range(draw if held[n] else 0):
@@ -334,6 +346,8 @@ def scan(
             put(mean, keep[1, :width])
             put(m2, keep[2, :width])
             y_count[0], y_mean[0], y_m2[0] = keep[0, width], keep[1, width], keep[2, width]
+            if dynamic:
+                retract(made, tables, net.table, row_a, row_b, row_c)
             return n, REFUSED, logged
         steps += 1
         if len(sets) and source[n - 1] >= 0:
@@ -343,6 +357,9 @@ def scan(
         if len(moved):
             put(moved[logged:], s.touched[:touched])
             logged += touched
+        if dynamic:
+            rest = tables, net.table, row_a, row_b, row_c
+            logged = complete(made, ids, weights, times[n - 1], *rest, moved, logged)
         due = _renew(count, plan, renewal, s) if renewing else False
         if every and _sample(norm[n - 1], plan, watch, s):
             due = True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcl.engine import layout
+from streamcl.engine import layout, table_rows
 from streamcl.engine.dense import Dense
 from streamcl.engine.kernels import KINDS
 from streamcl.engine.weights import Average
@@ -77,7 +77,8 @@ def net_of(engine: Eager) -> layout.Net:
     dense, table = engine.dense, engine.table.numpy()
     flat = dense.flat.numpy()
     slots = [[slot.numpy().reshape(-1) for slot in each] for each in (dense.slots, engine.row_slots)]
-    return layout.Net(flat, _three(slots[0], flat[:0]), table, table.reshape(-1), _three(slots[1], flat[:0]))
+    rows, tables = table.reshape(-1), engine.tables.of if engine.tables else table_rows.none(flat.dtype)
+    return layout.Net(flat, _three(slots[0], flat[:0]), table, rows, _three(slots[1], flat[:0]), tables)
 
 
 def _layers(tower: MLP | None, prefix: str, dense: Dense) -> list[tuple[int, int, int, int]]:

@@ -72,7 +72,9 @@ def fixed_numbers(seed: int, layout: Layout) -> Keys:
         out = np.zeros((len(layout.fields), ID_NUMBERS), np.float32)
         for field, row, weight in zip(layout.slot_field, features.ids.tolist(), features.weights, strict=True):
             if weight:
-                out[field] += weight * normal_array(key, ID_NUMBERS, row * ID_NUMBERS).astype(np.float32)
+                # A dynamic table's id is a key by itself.
+                own, start = (key, row * ID_NUMBERS) if row >= 0 else ((key + row) % (1 << 64), 0)
+                out[field] += weight * normal_array(own, ID_NUMBERS, start).astype(np.float32)
         return out.ravel()
 
     return numbers
