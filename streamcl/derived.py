@@ -139,9 +139,9 @@ def fault(features: Mapping[str, Any], task: str) -> str | None:
                 return f"{where}.of: {unfit!r} is no categorical, time or binned feature"
             if len(set(feature.of)) < len(feature.of):
                 return f"{where}.of: each once"
-        for setting in ("of", "by"):
+        for setting in ("by",) if isinstance(feature, History) else ("of", "by"):
             at = getattr(feature, setting, None)
-            if isinstance(at, str) and not (isinstance(feature, History) and setting == "of") and not plain(at, features):
+            if isinstance(at, str) and not plain(at, features):
                 return f"{where}.{setting}: {at!r} is no categorical or time feature, nor a cross of such"
     return None
 

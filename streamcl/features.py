@@ -75,8 +75,10 @@ def number(field: str, value: Any) -> float:
     return float(value)
 
 
-def _number_at(payload: Mapping[str, Any], name: str, path: tuple[str, ...]) -> float:
-    """NaN where there is none."""
+def _number_at(payload: Mapping[str, Any], name: str, path: tuple[str, ...] | None) -> float:
+    """NaN where there is none, or none in the payload (no path)."""
+    if path is None:
+        return math.nan
     value = payload.get(name) if len(path) == 1 else lookup(payload, path)
     if type(value) is float and -FLOAT32_MAX <= value <= FLOAT32_MAX:
         return value
@@ -184,7 +186,7 @@ class Featurizer:
 
     def encode(self, payload: Mapping[str, Any]) -> Encoded:
         numbers = (
-            np.array([_number_at(payload, name, path) if path else math.nan for name, path in self.numerics], np.float32)
+            np.array([_number_at(payload, name, path) for name, path in self.numerics], np.float32)
             if self.numerics
             else self._none
         )
@@ -227,7 +229,8 @@ class Featurizer:
         if value is None or value is ABSENT:
             return
         if isinstance(value, Mapping):
-            items, given = list(value), [number(field.name, weight) for weight in value.values()]
+            items = list(value)
+            given: list[float] | None = [number(field.name, weight) for weight in value.values()]
         elif isinstance(value, list):
             items, given = value, self._weights_beside(field, payload, len(value))
         else:
@@ -268,7 +271,9 @@ def _fields(features: Mapping[str, Feature]) -> tuple[dict[str, Field], int]:
     slot = 0
     for name, feature in sorted(features.items()):
         if buckets := _buckets(feature, features):
-            slots = feature.max_items if isinstance(feature, Bag) else feature.last if isinstance(feature, History) else 1
+            slots = (
+                feature.max_items if isinstance(feature, Bag) else feature.last if isinstance(feature, History) else 1
+            )
             first = bases[feature.of if name not in bases and isinstance(feature, History) else name]
             pooling = getattr(feature, "pooling", "sum")
             fields[name] = Field(name, tuple(name.split(".")), first, buckets, slot, slots, pooling, {})
@@ -294,7 +299,9 @@ def _numbers(name: str, feature: Feature) -> list[tuple[str, str]]:
         return [(name, feature.scale)]
     if isinstance(feature, Count | Rate | Elapsed):
         return [(name, "standard")]
-    return [(f"{name}.{part}", "none") for part in ("sin", "cos")] if isinstance(feature, Time) and feature.cyclic else []
+    return (
+        [(f"{name}.{part}", "none") for part in ("sin", "cos")] if isinstance(feature, Time) and feature.cyclic else []
+    )
 
 
 class RunningNorm:

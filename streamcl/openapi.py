@@ -10,9 +10,9 @@ import orjson
 
 from streamcl import __version__
 from streamcl.config import Config
+from streamcl.derived import Feature, Read
 from streamcl.features import FLOAT32_MAX
 from streamcl.services import Serve
-from streamcl.derived import Feature, Read
 from streamcl.stations import Bag, Numeric
 
 Schema = dict[str, Any]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Protocol
 
@@ -194,7 +194,7 @@ class Edges:
 
     def bin(self, value: float) -> int:
         """From 1 on; 0 while nothing is known, and for NaN."""
-        return bisect_right(self.edges, value) + 1 if self.edges and value == value else 0  # noqa: PLR0124
+        return bisect_right(self.edges, value) + 1 if self.edges and value == value else 0
 
     def add(self, value: float) -> None:
         if not math.isfinite(value):
@@ -210,7 +210,7 @@ class Edges:
     def __len__(self) -> int:
         return len(self.sample)
 
-    def forget(self, who: Selector) -> int:  # noqa: ARG002 - whose a number was is not known
+    def forget(self, who: Selector) -> int:
         """A number in the sample does not say whose it is: all begin anew but the edges, which go on until renewed."""
         erased, self.sample = len(self.sample), []
         return erased

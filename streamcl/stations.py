@@ -131,8 +131,8 @@ class Numeric(Station):
     kind: Literal["numeric"] = "numeric"
     scale: Literal["standard", "none", "log"] = New(
         "standard",
-        description="none: taken as it comes; for what has a scale of its own, such as pixels; log: sign(x) ln(1 + |x|),"
-        " then standardised",
+        description="none: taken as it comes; for what has a scale of its own, such as pixels; log:"
+        " sign(x) ln(1 + |x|), then standardised",
     )
     bins: int = New(0, ge=0, le=256, description="also a row for each of so many quantiles; 0: none")
 
