@@ -16,7 +16,8 @@ from urllib.parse import urlsplit, urlunsplit
 import orjson
 from pydantic import BaseModel, BeforeValidator, SerializeAsAny, ValidationError, model_validator
 
-from streamcl import plugin
+from streamcl import derived, plugin
+from streamcl.derived import KINDS, Feature
 from streamcl.methods import (
     MEMORIES,
     PLASTICITY,
@@ -34,7 +35,6 @@ from streamcl.records import COMMANDS, EVENTS, LABELS
 from streamcl.services import Kafka, Registry, Serve
 from streamcl.signalling import BOUNDARIES, Boundary, ClockBoundary
 from streamcl.stations import (
-    KINDS,
     Categorical,
     Change,
     Checkpoint,
@@ -42,7 +42,6 @@ from streamcl.stations import (
     Deltas,
     Drift,
     Events,
-    Feature,
     FieldPath,
     Free,
     Join,
@@ -157,6 +156,12 @@ class Config(Station):
             raise ValueError("labels.url: equals events.url")
         if self.labels.default is not None and not self.allows(self.labels.default):
             raise ValueError(f"labels.default: no label of task {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _derived_fit(self) -> Self:
+        if fault := derived.fault(self.features, self.task):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")

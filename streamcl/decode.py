@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamcl.config import Config
+from streamcl.derived import Read
 from streamcl.features import ABSENT, Featurizer, category, kind_of, lookup, number
 from streamcl.protocols import BadInput, Codec, Seconds
 from streamcl.records import EVENTS, LABELS, Event, Label, Origin, Record
+from streamcl.stations import Bag
 
 Path = tuple[str, ...] | None
 
@@ -36,7 +38,9 @@ class Decoder:
         events, labels = config.events, config.labels
         self.event_paths = {name: _path(getattr(events, name)) for name in ("id", "key", "time", "label", "segment")}
         self.label_paths = {name: _path(getattr(labels, name)) for name in ("id", "time", "label")} if labels else {}
-        named = [p for p in self.event_paths.values() if p] + [tuple(name.split(".")) for name in config.features]
+        read = [name for name, feature in config.features.items() if isinstance(feature, Read)]
+        read += [f.weights for f in config.features.values() if isinstance(f, Bag) and f.weights]
+        named = [p for p in self.event_paths.values() if p] + [tuple(name.split(".")) for name in read]
         self.known = frozenset(path[0] for path in named)
         # Names of what isn't nested: nearly every event has a short text or a plain number there, which takes no
         # function to see. Whatever is otherwise goes the long way.
@@ -53,6 +57,13 @@ class Decoder:
 
     def unknown_fields(self, payload: Mapping[str, Any]) -> set[str]:
         return payload.keys() - self.known
+
+    def time_of(self, payload: Mapping[str, Any]) -> float | None:
+        """The event time of a payload that is no record; None where it has none. Raises BadInput."""
+        path = self.event_paths["time"]
+        if path is None or (value := lookup(payload, path)) is None or value is ABSENT:
+            return None
+        return _seconds(".".join(path), value, self.config.events.time_unit)
 
     def _payload(self, record: Record) -> Mapping[str, Any]:
         if record.value is None:
@@ -104,11 +115,7 @@ class Decoder:
         value = lookup(payload, path)
         if value is ABSENT or value is None:
             raise BadInput("schema", f"field {name!r}: the event time is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise BadInput("schema", f"field {name!r}: expected a number, not {kind_of(value)}")
-        if not -1e15 <= value <= 1e15:  # false for NaN
-            raise BadInput("non_finite", f"field {name!r}: not a time")
-        seconds = value / 1000.0 if unit == "ms" and not isinstance(value, Seconds) else float(value)
+        seconds = _seconds(name, value, unit)
         if seconds > record.time_s + self.config.events.max_future_s:
             # One event dated 2099 would close every attribution window.
             raise BadInput("future", f"field {name!r}: more than events.max_future_s ahead of the record's timestamp")
@@ -128,6 +135,14 @@ class Decoder:
             most = 1 if self.config.task == "binary" else self.config.model.classes - 1
             raise BadInput("schema", f"field {name!r}: the label must be an integer from 0 to {most}")
         return value
+
+
+def _seconds(name: str, value: Any, unit: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadInput("schema", f"field {name!r}: expected a number, not {kind_of(value)}")
+    if not -1e15 <= value <= 1e15:  # false for NaN
+        raise BadInput("non_finite", f"field {name!r}: not a time")
+    return value / 1000.0 if unit == "ms" and not isinstance(value, Seconds) else float(value)
 
 
 def _identity(payload: Mapping[str, Any], path: Path, origin: Origin) -> str:

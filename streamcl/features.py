@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from streamcl.config import Config
+from streamcl.derived import Count, Cross, Elapsed, Feature, History, Rate, Time, bins_of
 from streamcl.protocols import BadInput, State
 from streamcl.records import Encoded
 from streamcl.stations import Bag, Categorical, Numeric
@@ -80,8 +81,10 @@ def number(field: str, value: Any) -> float:
     return float(value)
 
 
-def _number_at(payload: Mapping[str, Any], name: str, path: tuple[str, ...]) -> float:
-    """NaN where there is none."""
+def _number_at(payload: Mapping[str, Any], name: str, path: tuple[str, ...] | None) -> float:
+    """NaN where there is none, or none in the payload (no path)."""
+    if path is None:
+        return math.nan
     value = payload.get(name) if len(path) == 1 else lookup(payload, path)
     if type(value) is float and -FLOAT32_MAX <= value <= FLOAT32_MAX:
         return value
@@ -94,7 +97,7 @@ def _kind(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One categorical field or bag, and the rows and slots that it owns."""
+    """One field of rows, and the rows and slots that it owns (or shares: a history those of the field it lists)."""
 
     name: str
     path: tuple[str, ...]
@@ -102,7 +105,7 @@ class Field:
     buckets: int
     slot: int
     slots: int
-    mean: bool
+    pooling: str
 
     known: dict[str | int, int]
     """Rows of values that have come lately: half the time of an event would go into hashing them again."""
@@ -162,45 +165,44 @@ class Featurizer:
     """
 
     def __init__(self, config: Config) -> None:
-        fields: list[Field] = []
-        base = slot = 0
-        for name, feature in sorted(config.features.items()):
-            if isinstance(feature, Numeric):
-                continue
-            slots = feature.max_items if isinstance(feature, Bag) else 1
-            mean = isinstance(feature, Bag) and feature.pooling == "mean"
-            buckets = 0 if feature.table else feature.buckets
-            salt = xxhash.xxh3_64_intdigest(name.encode()) if feature.table else None
-            fields.append(Field(name, tuple(name.split(".")), base, buckets, slot, slots, mean, {}, salt))
-            base, slot = base + buckets + 1, slot + slots
-        self.categoricals = [f for f in fields if isinstance(config.features[f.name], Categorical)]
-        self.bags = [f for f in fields if isinstance(config.features[f.name], Bag)]
-        places = np.cumsum([f.salt is not None for f in fields], dtype=np.int64) - 1
-        of_table = [place if f.salt is not None else -1 for place, f in zip(places, fields, strict=True)]
-        scales = {name: f.scale for name, f in config.features.items() if isinstance(f, Numeric)}
+        features = config.features
+        self.fields, rows = _fields(features)
+        fields = list(self.fields.values())
+        self.categoricals = [f for f in fields if isinstance(features[f.name], Categorical)]
+        self.bags = [f for f in fields if isinstance(features[f.name], Bag)]
+        self._beside = {  # where the weights of a bag's items are
+            name: tuple(f.weights.split(".")) for name, f in features.items() if isinstance(f, Bag) and f.weights
+        }
+        scales = {number: scale for name, f in features.items() for number, scale in _numbers(name, f)}
         numerics = sorted(scales)
-        self.numerics = [(name, tuple(name.split("."))) for name in numerics]
+        self.numerics = [
+            (name, tuple(name.split(".")) if isinstance(features.get(name), Numeric) else None) for name in numerics
+        ]
+        self._logs = np.array([scales[name] == "log" for name in numerics], np.bool_)
+        slots = [f.slots for f in fields]
+        owners = [name for name in self.fields if _dynamic(features[name])]
+        of_table = [-1 if f.salt is None else owners.index(_owner(features, f.name)) for f in fields]
         self.layout = Layout(
-            slot_field=np.repeat(np.arange(len(fields), dtype=np.int64), [f.slots for f in fields]),
-            slot_base=np.repeat(np.array([f.base for f in fields], np.int64), [f.slots for f in fields]),
-            fields=tuple(f.name for f in fields),
+            slot_field=np.repeat(np.arange(len(fields), dtype=np.int64), slots),
+            slot_base=np.repeat(np.array([f.base for f in fields], np.int64), slots),
+            fields=tuple(self.fields),
             numerics=tuple(numerics),
             unscaled=np.array([scales[name] == "none" for name in numerics], np.bool_),
-            rows=base,
-            dynamic=tuple(f.name for f in fields if f.salt is not None),
-            slot_table=np.repeat(np.array(of_table, np.int64), [f.slots for f in fields]),
+            rows=rows,
+            dynamic=tuple(f.name for f in fields if f.salt is not None and f.name in owners),
+            slot_table=np.repeat(np.array(of_table, np.int64), slots),
         )
 
         # What the loop over an event's fields needs, at hand; the name of one that isn't nested.
         self._places = [(f.slot, f.name if len(f.path) == 1 else None, f.known, f) for f in self.categoricals]
-        flat = not self.bags and all(len(f.path) == 1 for f in self.categoricals)
+        flat = len(self.categoricals) == sum(slots) and all(len(f.path) == 1 for f in self.categoricals)
         self._all_at_once = (
             itemgetter(*(f.name for f in self.categoricals)) if flat and len(self.categoricals) > 1 else None
         )
         self._known = [f.known for f in self.categoricals]
         self._none = np.zeros(0, np.float32)
         self._base = self.layout.slot_base.tolist()
-        self._weights = np.zeros(slot, np.float32)
+        self._weights = np.zeros(sum(slots), np.float32)
         self._weights[[field.slot for field in self.categoricals]] = 1.0
 
     def encode(self, payload: Mapping[str, Any]) -> Encoded:
@@ -209,6 +211,8 @@ class Featurizer:
             if self.numerics
             else self._none
         )
+        if self._logs.any():
+            numbers[self._logs] = np.copysign(np.log1p(np.abs(numbers[self._logs])), numbers[self._logs])
         if self._all_at_once and (at_hand := self._rows_at_hand(payload)):
             return Encoded(np.array(at_hand, np.int64), self._weights, numbers)
         rows = self._base.copy()  # setting a list's elements is faster than an array's
@@ -221,7 +225,7 @@ class Featurizer:
                 rows[slot] = field.row_of(value)
         ids, weights = np.array(rows, np.int64), self._weights.copy() if self.bags else self._weights
         for field in self.bags:
-            self._fill(field, lookup(payload, field.path), ids, weights)
+            self._fill(field, payload, ids, weights)
         return Encoded(ids, weights, numbers)
 
     def _rows_at_hand(self, payload: Mapping[str, Any]) -> list[int] | None:
@@ -239,16 +243,96 @@ class Featurizer:
                     rows[i] = field.row_of(values[i])
         return rows
 
-    @staticmethod
-    def _fill(field: Field, value: Any, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+    def _fill(
+        self, field: Field, payload: Mapping[str, Any], ids: NDArray[np.int64], weights: NDArray[np.float32]
+    ) -> None:
+        value = lookup(payload, field.path)
         if value is None or value is ABSENT:
             return
-        if not isinstance(value, list):
+        if isinstance(value, Mapping):
+            items = list(value)
+            given: list[float] | None = [number(field.name, weight) for weight in value.values()]
+        elif isinstance(value, list):
+            items, given = value, self._weights_beside(field, payload, len(value))
+        else:
             raise BadInput("schema", f"field {field.name!r}: expected a list, not {kind_of(value)}")
-        items = [field.row_of(item) for item in value[: field.slots]]
-        end = field.slot + len(items)
-        ids[field.slot : end] = items
-        weights[field.slot : end] = 1.0 / len(items) if field.mean and items else 1.0
+        rows = [field.row_of(item) for item in items[: field.slots]]
+        end = field.slot + len(rows)
+        ids[field.slot : end] = rows
+        weights[field.slot : end] = pooled(field.pooling, len(rows), given)
+
+    def _weights_beside(self, field: Field, payload: Mapping[str, Any], count: int) -> list[float] | None:
+        path = self._beside.get(field.name)
+        value = lookup(payload, path) if path else None
+        if path is None or value is None or value is ABSENT:
+            return None
+        name = ".".join(path)
+        if not isinstance(value, list) or len(value) != count:
+            raise BadInput("schema", f"field {name!r}: expected a list of a number for each of {field.name!r}")
+        return [number(name, weight) for weight in value]
+
+
+def pooled(pooling: str, count: int, given: list[float] | None = None) -> float | NDArray[np.float32]:
+    """What the rows of `count` items are multiplied by: (count,), or the same for all where none has a weight."""
+    if given is None:
+        return 1.0 if pooling == "sum" or not count else 1.0 / (count if pooling == "mean" else math.sqrt(count))
+    w = np.array(given[:count], np.float64)
+    size = np.abs(w).sum() if pooling == "mean" else np.sqrt((w * w).sum()) if pooling == "sqrtn" else 1.0
+    return (w / size if size > 0.0 else w).astype(np.float32)
+
+
+def _fields(features: Mapping[str, Feature]) -> tuple[dict[str, Field], int]:
+    """By name, in the order of the names; and the rows of the table."""
+    base, bases = 0, {}
+    for name, feature in sorted(features.items()):
+        if (buckets := _buckets(feature, features)) and _owner(features, name) == name:
+            bases[name], base = base, base + 1 + (0 if _dynamic(feature) else buckets)
+    fields: dict[str, Field] = {}
+    slot = 0
+    for name, feature in sorted(features.items()):
+        if buckets := _buckets(feature, features):
+            slots = (
+                feature.max_items if isinstance(feature, Bag) else feature.last if isinstance(feature, History) else 1
+            )
+            owner, pooling = _owner(features, name), getattr(feature, "pooling", "sum")
+            salt = xxhash.xxh3_64_intdigest(owner.encode()) if _dynamic(features[owner]) else None
+            place = bases[owner], 0 if salt is not None else buckets
+            fields[name] = Field(name, tuple(name.split(".")), *place, slot, slots, pooling, {}, salt)
+            slot += slots
+    return fields, base
+
+
+def _owner(features: Mapping[str, Feature], name: str) -> str:
+    """The field whose rows it reads: its own, or those of the field that it lists."""
+    feature = features[name]
+    return feature.of if isinstance(feature, History) and feature.rows == "shared" else name
+
+
+def _dynamic(feature: Feature) -> bool:
+    return isinstance(feature, Categorical | Bag) and feature.table is not None
+
+
+def _buckets(feature: Feature, features: Mapping[str, Feature]) -> int:
+    """Rows that a feature reads, but for the missing value's; 0: it is a number alone."""
+    if isinstance(feature, Categorical | Bag | Cross):
+        return feature.buckets
+    if isinstance(feature, History):
+        listed = features[feature.of]
+        return listed.buckets if isinstance(listed, Categorical) else 0
+    if isinstance(feature, Time):
+        return 0 if feature.cyclic else feature.values
+    return bins_of(feature)
+
+
+def _numbers(name: str, feature: Feature) -> list[tuple[str, str]]:
+    """Names and scales of the numbers that a feature is."""
+    if isinstance(feature, Numeric):
+        return [(name, feature.scale)]
+    if isinstance(feature, Count | Rate | Elapsed):
+        return [(name, "standard")]
+    return (
+        [(f"{name}.{part}", "none") for part in ("sin", "cos")] if isinstance(feature, Time) and feature.cyclic else []
+    )
 
 
 class RunningNorm:

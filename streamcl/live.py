@@ -27,7 +27,10 @@ class LiveModel:
 
     def encode(self, payload: Any) -> Encoded:
         """Raises BadInput as the worker would for an event with these features."""
-        return encoded(self.decoder, payload)
+        if self.worker.past is None:
+            return encoded(self.decoder, payload, None)
+        with self.worker.gate:
+            return encoded(self.decoder, payload, self.worker.past)
 
     def answers(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         with self.worker.gate:

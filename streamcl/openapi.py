@@ -10,9 +10,10 @@ import orjson
 
 from streamcl import __version__
 from streamcl.config import Config
+from streamcl.derived import Feature, Read
 from streamcl.features import FLOAT32_MAX
 from streamcl.services import Serve
-from streamcl.stations import Bag, Feature, Numeric
+from streamcl.stations import Bag, Numeric
 
 Schema = dict[str, Any]
 
@@ -65,11 +66,16 @@ def instance(config: Config) -> Schema:
     """The JSON Schema of one event's payload: dotted names of features are nested objects."""
     root: Schema = {"type": "object", "properties": {}, "description": "One event, label not needed."}
     for name, feature in sorted(config.features.items()):
+        if not isinstance(feature, Read):  # made here, of other fields and of the past
+            continue
         *parents, last = name.split(".")
         place = root
         for parent in parents:
             place = place["properties"].setdefault(parent, {"properties": {}})
         place["properties"].setdefault(last, {}).update(_feature(feature))
+        if isinstance(feature, Bag) and feature.weights:
+            beside = {"type": ["array", "null"], "items": {"type": "number"}, "description": f"Weights of {name}."}
+            root["properties"].setdefault(feature.weights.partition(".")[0], beside)
     if config.events.unknown_fields == "dead_letter":
         events = config.events
         other = (events.id, events.key, events.time, events.label, events.segment)
@@ -85,7 +91,7 @@ def _feature(feature: Feature) -> Schema:
         return {"type": ["number", "null"], **bounds, "description": "A number, standardised by what was learned."}
     if isinstance(feature, Bag):
         text = f"A list of categories; items beyond {feature.max_items} are ignored."
-        return {"type": ["array", "null"], "items": {"type": CATEGORY}, "description": text}
+        return {"type": ["array", "object", "null"], "items": {"type": CATEGORY}, "description": text}
     return {"type": [*CATEGORY, "null"], "description": "A category."}
 
 

@@ -43,8 +43,9 @@ from streamcl.audit import Audit
 from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Store
 from streamcl.config import Config, ConfigError, changes
+from streamcl.evolve import MAY_CHANGE, evolve
 from streamcl.lease import Lease
-from streamcl.protocols import Gap, StreamclError
+from streamcl.protocols import Gap, State, StreamclError
 from streamcl.records import COMMANDS, EVENTS, Order, Position, Turn
 from streamcl.remote import Remote
 from streamcl.snapshot import CheckpointError, Loaded, Snapshot, difference, environment
@@ -127,7 +128,7 @@ class Keeper:
             return None
         self._still_a_shard(loaded)
         self._compatible(loaded)
-        worker.load_state_dict(loaded.state)
+        worker.load_state_dict(self._evolved(loaded))
         worker.control_offset = int(loaded.manifest["control_offset"])
         self.last = loaded.snapshot
         self._refuse_new_partitions()
@@ -214,13 +215,13 @@ class Keeper:
 
     def _compatible(self, loaded: Loaded) -> None:
         changed = changes(loaded.manifest["config"], self.worker.config)
-        new = [path for path, change in changed if change == "new"]
+        new = [path for path, change in changed if change == "new" and path not in MAY_CHANGE]
         if new:
             raise ConfigError(
                 f"{self.store.folder}: {', '.join(new)} changed since the snapshot was written, which means other "
                 "state; change back, or start in another checkpoint.folder under another name"
             )
-        differences = [path for path, change in changed if change == "stop"]
+        differences = [path for path, change in changed if change == "stop" or path in MAY_CHANGE]
         differences += difference(loaded.manifest["environment"], self._environment())
         if not differences:
             return
@@ -230,6 +231,20 @@ class Keeper:
                 "what followed the snapshot would not repeat exactly. Stop cleanly first, or pass --accept-changes"
             )
         log.warning("going on although these changed: %s", ", ".join(differences))
+
+    def _evolved(self, loaded: Loaded) -> State:
+        """The snapshot's state, carried over to other features or more classes."""
+        config = loaded.manifest["config"]
+        moved = sorted(MAY_CHANGE & {path for path, _ in changes(config, self.worker.config)})
+        if not moved:
+            return loaded.state
+        before = Config.parse(config, str(loaded.snapshot.path))
+        came, gone = (
+            self.worker.config.features.keys() - before.features.keys(),
+            before.features.keys() - self.worker.config.features.keys(),
+        )
+        log.warning("carried over to other %s; came: %s; gone: %s", ", ".join(moved), sorted(came), sorted(gone))
+        return evolve(loaded.state, before, self.worker.config)
 
     def run(self) -> Iterator[Turn]:
         """The worker's turns, with a snapshot every `checkpoint.every_events` records and one at a clean end.

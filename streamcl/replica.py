@@ -16,6 +16,7 @@ from streamcl.follow import Follower, Place
 from streamcl.learner import Learner
 from streamcl.messages import scores_to_json
 from streamcl.outcomes import Memory, Outcomes
+from streamcl.past import Past, past_of
 from streamcl.protocols import BadInput, Codec, StreamclError
 from streamcl.records import Encoded, Scores
 from streamcl.river_learner import RiverLearner
@@ -43,6 +44,8 @@ class Model:
     """Commands to forget that its snapshot has obeyed."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the error memory is read or written; see `outcomes.Memory`."""
+    past: Past | None = None
+    """As it stood when the snapshot was cut; deltas don't move it."""
 
     @classmethod
     def of(cls, loaded: Loaded, codec: Codec) -> Model:
@@ -52,12 +55,16 @@ class Model:
             config = Config.parse(loaded.manifest["config"], where)
             learner = RiverLearner(config) if config.river else Learner(config, serving=True)
             learner.load_state_dict(loaded.state["learner"])
+            decoder = Decoder(config, codec)
+            past = past_of(config, decoder.featurizer)
+            if past:
+                past.load_state_dict(loaded.state["past"])
             about = {name: loaded.manifest[name] for name in ("records", "position")}
             outcomes = int(loaded.state["progress"].get("outcomes", 0))
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise StreamclError(f"{where}: not a snapshot of such a worker: {error!r}") from error
         forgets = int(loaded.manifest.get("forgets", 0))
-        return cls(loaded.snapshot, Decoder(config, codec), learner, about, outcomes, forgets)
+        return cls(loaded.snapshot, decoder, learner, about, outcomes, forgets, past=past)
 
     def memory(self) -> Memory | None:
         """Of its errors, if it has one."""
@@ -67,7 +74,7 @@ class Model:
 
     def encode(self, payload: Any) -> Encoded:
         """Raises BadInput as the worker would for an event with these features."""
-        return encoded(self.decoder, payload)
+        return encoded(self.decoder, payload, self.past)
 
     def answers(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         """In one pass of the model, if it knows how to."""
@@ -103,13 +110,15 @@ class Model:
         }
 
 
-def encoded(decoder: Decoder, payload: Any) -> Encoded:
+def encoded(decoder: Decoder, payload: Any, past: Past | None) -> Encoded:
+    """What is kept of the past is read at the payload's event time; without one as if it came with the newest event."""
     if not isinstance(payload, dict):
         raise BadInput("schema", "an instance must be an object")
     if decoder.config.events.unknown_fields == "dead_letter":
         for name in sorted(decoder.unknown_fields(payload)):
             raise BadInput("unknown_feature", f"unknown field {name!r}")
-    return decoder.featurizer.encode(payload)
+    features = decoder.featurizer.encode(payload)
+    return past.complete(features, decoder.time_of(payload)) if past else features
 
 
 def scored(learner: Learner | RiverLearner, batch: Sequence[Encoded]) -> list[Scores]:

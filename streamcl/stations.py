@@ -186,11 +186,14 @@ class Categorical(Category):
 
 
 class Bag(Category):
-    """A list of categories; their rows are pooled."""
+    """A list of categories, or an object of them with their weights; their rows are pooled."""
 
     kind: Literal["bag"] = "bag"
     max_items: int = New(32, ge=1, le=4096, description="items beyond it are ignored")
-    pooling: Literal["mean", "sum"] = New("mean", description="of the rows of its items")
+    pooling: Literal["mean", "sum", "sqrtn"] = New(
+        "mean", description="of the rows of its items; weighted: sum(w x row) / sum(|w|), / 1, / sqrt(sum(w^2))"
+    )
+    weights: FieldPath | None = New(None, description="field that lists a number for each item; default: 1 for each")
 
     @model_validator(mode="after")
     def _room(self) -> Self:
@@ -203,13 +206,12 @@ class Numeric(Station):
     """A number, standardised by running mean and deviation. A missing one reads as the mean, or unscaled as 0."""
 
     kind: Literal["numeric"] = "numeric"
-    scale: Literal["standard", "none"] = New(
-        "standard", description="none: taken as it comes; for what has a scale of its own, such as pixels"
+    scale: Literal["standard", "none", "log"] = New(
+        "standard",
+        description="none: taken as it comes; for what has a scale of its own, such as pixels; log:"
+        " sign(x) ln(1 + |x|), then standardised",
     )
-
-
-KINDS: dict[str, type[Station]] = {"categorical": Categorical, "bag": Bag, "numeric": Numeric}
-Feature = Annotated[Categorical | Bag | Numeric, Field(discriminator="kind"), BeforeValidator(named_kind)]
+    bins: int = New(0, ge=0, le=256, description="also a row for each of so many quantiles; 0: none")
 
 
 class Recurrent(Station):

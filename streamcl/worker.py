@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import orjson
+from msgspec.structs import replace
 
 from streamcl import connect
 from streamcl.boundaries import Boundaries
@@ -25,6 +26,7 @@ from streamcl.join import Joiner
 from streamcl.learner import Learner
 from streamcl.metrics import Prequential
 from streamcl.outlets import Outlets
+from streamcl.past import past_of
 from streamcl.progress import Counts, Due, Progress, Work
 from streamcl.protocols import (
     BadInput,
@@ -96,6 +98,7 @@ class Worker:
         self.recent_faults: deque[bool] = deque(maxlen=1000)
 
         self.decoder = Decoder(config, codecs.events, codecs.labels)
+        self.past = past_of(config, self.decoder.featurizer)
         self.counts = Counts()
         self.progress = Progress()
         self.outlets.answers = self.progress.published
@@ -220,11 +223,15 @@ class Worker:
         self._settle(work)
         restated = self.learner.restated(command.who)
         rows = self.joiner.forget(command.who, restated) | self.learner.forget(command.who)
+        rows |= {"past": self.past.forget(command.who)} if self.past else {}
         self.counts["forget_requests"] += 1
         self.counts["forgotten_rows"] += sum(rows.values())
         work.forgotten.append(Forgotten(command.id, record.origin, command.time_s, rows))
 
     def _answer(self, event: Event, work: Work) -> Outcome | None:
+        if self.past:
+            event = replace(event, features=self.past.complete(event.features, event.time_s))
+            self.past.saw(event.features, event.time_s, event.key)
         features, scores = self.learner.answer(event)
         work.predictions.append(Prediction(event.id, event.key, event.time_s, scores, event.origin))
         self.counts["predicted"] += 1
@@ -239,6 +246,8 @@ class Worker:
 
     def _learn(self, outcome: Outcome, work: Work) -> None:
         due = Due(outcome, self.progress.records, work.history)
+        if self.past:
+            self.past.heard(outcome)
         if self.fused:
             self.fused.learn(outcome)
             work.due.append(due)
@@ -337,6 +346,7 @@ class Worker:
         state = {name: part for name, part in state.items() if name in parts or name not in ("base_metrics", "deltas")}
         state = {"deltas": {}} | state if self.deltas else state  # without: they begin here
         state = {"boundaries": {}} | state  # so do those that a snapshot doesn't know
+        state = {"past": {}} | state if self.past else state
         if parts.keys() != state.keys():
             raise StreamclError(f"the snapshot holds {sorted(state)}, this worker {sorted(parts)}")
         for name, part in parts.items():
@@ -344,7 +354,7 @@ class Worker:
 
     def readings(self) -> dict[str, float]:
         """What the parts say about themselves, for telemetry and people. Never part of the state."""
-        readers = (self.metrics, self.drift, self.boundaries, self.joiner, self.learner)
+        readers = (self.metrics, self.drift, self.boundaries, self.joiner, self.learner, *filter(None, [self.past]))
         merged = {name: value for part in readers for name, value in part.read().items()}
         out = self.outlets
         connectors = {"sink": out.predictions, "outcomes_sink": out.outcomes, "source": self.source}

@@ -35,7 +35,7 @@ class Fixed:
         return self
 
     def encode(self, payload: Any) -> Encoded:
-        return encoded(self.decoder, payload)
+        return encoded(self.decoder, payload, None)
 
     def answers(self, batch: Sequence[Encoded]) -> list[dict[str, Any]]:
         if self.bad is not None and any(np.array_equal(each.ids, self.bad) for each in batch):

@@ -1,3 +1,4 @@
+import math
 import tracemalloc
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_an_empty_a_missing_and_a_null_bag_weigh_nothing() -> None:
         assert (ids.tolist(), weights.tolist()) == ([0, 0], [0.0, 0.0])
 
 
-@pytest.mark.parametrize("value", ["text", {"x": 1}, 7, [None], [["x"]], [1.5]])
+@pytest.mark.parametrize("value", ["text", {"x": "y"}, 7, [None], [["x"]], [1.5]])
 def test_what_is_no_list_of_categories_is_no_bag(value: Any) -> None:
     reason, text = refusal("bag", value)
     assert reason == "schema"
@@ -243,3 +244,38 @@ def test_encoded_is_three_arrays() -> None:
     encoded = featurizer(**MIXED, n="numeric").encode({})
     assert isinstance(encoded, Encoded)
     assert [a.shape for a in encoded] == [(5,), (5,), (1,)]
+
+
+def bag(pooling: str, payload: dict[str, Any], **more: Any) -> list[float]:
+    f = featurizer(tags={"kind": "bag", "buckets": 50, "max_items": 3, "pooling": pooling, **more})
+    return [float(weight) for weight in f.encode(payload).weights]
+
+
+POOLED = [("sum", [3.0, 1.0]), ("mean", [0.75, 0.25]), ("sqrtn", [3 / 10**0.5, 1 / 10**0.5])]
+
+
+@pytest.mark.parametrize(("pooling", "weights"), POOLED)
+def test_the_items_of_a_bag_may_have_weights_beside_them_or_in_an_object(pooling: str, weights: list[float]) -> None:
+    expected = pytest.approx([*weights, 0.0])
+    assert bag(pooling, {"tags": ["x", "y"], "w": [3, 1.0]}, weights="w") == expected
+    assert bag(pooling, {"tags": {"x": 3, "y": 1.0}}) == expected
+    assert bag(pooling, {"tags": ["x", "y"]}, weights="w") == bag(pooling, {"tags": ["x", "y"]})
+
+
+def test_weights_of_a_bag_that_are_no_list_of_its_length_are_refused() -> None:
+    for wrong in ([1.0], "x", [1.0, "y"]):
+        with pytest.raises(BadInput, match="'w'"):
+            bag("sum", {"tags": ["x", "y"], "w": wrong}, weights="w")
+    with pytest.raises(BadInput, match="'tags'"):
+        bag("sum", {"tags": {"x": float("nan")}})
+
+
+def test_weights_that_add_up_to_nothing_are_no_division_by_zero() -> None:
+    assert bag("mean", {"tags": {"x": 0.0}}) == [0.0, 0.0, 0.0]
+
+
+def test_a_logarithm_keeps_the_sign_and_what_is_missing() -> None:
+    f = featurizer(n={"kind": "numeric", "scale": "log"})
+    found = [float(f.encode({"n": value}).dense[0]) for value in (math.e - 1, 0.0, 1 - math.e)]
+    assert found == pytest.approx([1.0, 0.0, -1.0])
+    assert math.isnan(f.encode({}).dense[0])
