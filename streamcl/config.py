@@ -17,6 +17,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, SerializeAsAny, ValidationError, model_validator
 
 from streamcl import plugin
+from streamcl.architectures import Model, faults
 from streamcl.methods import (
     MEMORIES,
     PLASTICITY,
@@ -49,7 +50,6 @@ from streamcl.stations import (
     Labels,
     Loss,
     Metrics,
-    Model,
     New,
     Optimizer,
     Replay,
@@ -205,7 +205,7 @@ class Config(Station):
     @model_validator(mode="after")
     def _memory_fits(self) -> Self:
         offered = {"ids", *(["embedding"] if self.model.kind != "logistic" else [])}
-        offered |= {"hidden"} if self.model.deep and self.model.hidden else set()
+        offered |= {"hidden"} if self.model.keyed else set()
         for index, memory in enumerate(self.error_memory):
             where = f"error_memory.{index}.key: {memory.key!r}"
             if self.river is not None:
@@ -249,6 +249,12 @@ class Config(Station):
         for rule in self.plasticity if self.optimizer.kind == "ftrl" else ():
             if isinstance(rule, WeightClipping) or (isinstance(rule, ShrinkAndPerturb) and not rule.scaled):
                 raise ValueError(f"optimizer.kind: ftrl makes weights of sums, whatever {rule.kind} has done to them")
+        return self
+
+    @model_validator(mode="after")
+    def _model_fits(self) -> Self:
+        if self.river is None and (found := list(faults(self.model, self.features, self.task))):
+            raise ValueError("; ".join(found))
         return self
 
     @model_validator(mode="after")
@@ -394,10 +400,16 @@ def _settings(station: BaseModel, prefix: str) -> Iterator[tuple[str, Change, An
         extra = info.json_schema_extra
         change: Any = extra.get("change", "new") if isinstance(extra, dict) else "new"
         if isinstance(value, tuple):
-            value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
+            value = [_plain(item) for item in value]
         if isinstance(value, dict):
-            value = {key: item.model_dump(mode="json") for key, item in value.items()}
+            value = {
+                k: item.model_dump(mode="json") if isinstance(item, BaseModel) else item for k, item in value.items()
+            }
         yield path, change, str(value) if isinstance(value, Path) else value
+
+
+def _plain(item: Any) -> Any:
+    return item.model_dump(mode="json") if isinstance(item, BaseModel) else item
 
 
 def _remade(old: Config, config: Config) -> Iterator[str]:

@@ -22,7 +22,7 @@ from streamcl.engine.weights import WeightSet
 from streamcl.features import Layout
 from streamcl.models import build_model
 from streamcl.models.key_state import KeyStateModel
-from streamcl.plasticity import build_rules, of_tower
+from streamcl.plasticity import build_rules, of_towers
 from streamcl.plasticity.layers import unheard
 from streamcl.plugin import Grads, Out, Plugin, PluginError, Rows, Rule, Shape, Step, Term
 from streamcl.protocols import State
@@ -65,7 +65,7 @@ class Eager:
         self.outputs = config.outputs
         self.fields = len(layout.fields)
         self.slot_field = torch.from_numpy(layout.slot_field)
-        self.numbers, self.dim = len(layout.numerics), config.model.embedding_dim
+        self.numbers = len(layout.numerics)
         self.one_slot_each = len(layout.slot_field) == self.fields
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
         weights = config.loss.class_weights
@@ -73,6 +73,7 @@ class Eager:
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
         self.model = build_model(config, layout).to(self.dtype)
+        self.dim = self.model.dim
         self._hidden: dict[int, Tensor] = {}  # by thread: a replica predicts for requests and for its memory
         if self.model.tower is not None:
             self.model.tower.head.register_forward_pre_hook(self._note_hidden)
@@ -84,7 +85,7 @@ class Eager:
         self.row_rate = config.optimizer.embedding_learning_rate or ROWS_FASTER * rate
         self.row_update = build_update(config.optimizer, self.row_rate)
         self.row_slots = self.row_update.slots(self.table)
-        self.layers = of_tower(self.model, self.model.tower)
+        self.layers = of_towers(self.model, self.model.towers)
         self.rules: dict[str, Rule] = {} if serving else build_rules(config, self.dense, self.model, self.layers)
         # Continual backpropagation and its like come last, so that nothing is done to units made anew.
         self.around = [plugin for plugin in plugins.values() if isinstance(plugin, Rule)] + list(self.rules.values())
@@ -105,7 +106,7 @@ class Eager:
         return own
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
-        dim = config.model.embedding_dim if self.model.embedding else 0
+        dim = self.dim if self.model.embedding else 0
         table = torch.zeros(rows, self.first + dim, dtype=self.dtype)
         self.draw = partial(_normal, key_of(config.seed, "table"), config.model.init_scale)
         block = BLOCK // max(dim, 1)
@@ -131,7 +132,7 @@ class Eager:
 
     def forward(self, rows: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
         """(B, O) of rows (B, S, W)."""
-        output: Tensor = self.model(*self._pooled(rows, weights), dense)
+        output: Tensor = self.model(*self._given(rows, weights, dense))
         return output
 
     def out(self, rows: Rows, weights: str = "live") -> Out:
@@ -146,8 +147,8 @@ class Eager:
             if weights == "live":
                 output = self.forward(self.table[rows.ids], rows.weights, rows.dense)
             else:
-                pooled = self._pooled(self._set(weights).rows(rows.ids), rows.weights)
-                output = functional_call(self.model, self._set(weights).params(), (*pooled, rows.dense))
+                given = self._given(self._set(weights).rows(rows.ids), rows.weights, rows.dense)
+                output = functional_call(self.model, self._set(weights).params(), given)
         if kept is not None:
             states[get_ident()] = kept
         hidden = self._take_hidden(output)
@@ -168,11 +169,11 @@ class Eager:
     def look(self, ids: Tensor, weights: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`predict`, and what may be a key: embeddings and numerics (B, E), and the last hidden layer (B, H)."""
         with torch.inference_mode():
-            first, vectors = self._pooled(self.table[ids], weights)
-            output = self.model(first, vectors, dense)
+            given = self._given(self.table[ids], weights, dense)
+            output = self.model(*given)
             if not self.model.embedding:
                 return output, output[:, :0], output[:, :0]
-            entered = torch.cat((vectors.flatten(1), dense[:, : self.numbers]), 1)
+            entered = torch.cat((given[1].flatten(1), dense[:, : self.numbers]), 1)
             return output, entered, self._take_hidden(output)
 
     def inputs(self, rows: Rows, weights: str = "live") -> list[Tensor]:
@@ -194,6 +195,11 @@ class Eager:
     def _take_hidden(self, output: Tensor) -> Tensor:
         """(B, H) of the forward pass that has just been made; it holds the graph of a step, so it is not left there."""
         return self._hidden.pop(get_ident(), output[:, :0])
+
+    def _given(self, rows: Tensor, weights: Tensor, dense: Tensor) -> tuple[Tensor, ...]:
+        """What the model's `forward` takes, of rows (B, S, W)."""
+        slots = (rows[:, :, self.first :], weights.to(rows)) if self.model.slots else ()
+        return (*self._pooled(rows, weights), dense, *slots)
 
     def _pooled(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """First-order weights (B, F, O) and embeddings (B, F, D)."""
@@ -241,7 +247,7 @@ class Eager:
         rows = self.table[read.ids].requires_grad_()
         output = self.forward(rows, read.weights, read.dense)
         hidden = self._take_hidden(output)
-        losses = self.losses(output, read.y, step.served)
+        losses = self.losses(self._corrected(output, read), read.y, step.served)
         step.losses = losses.detach()
         share = step.share if self.class_weights is None else step.share * self.class_weights.to(losses)[read.y.long()]
         loss = losses.dot(share) if self.task_weight else losses.new_zeros(())
@@ -252,6 +258,11 @@ class Eager:
         for term in self.terms:
             loss = loss + term.options.weight * term.loss(step)
         return loss, rows
+
+    def _corrected(self, output: Tensor, read: Rows) -> Tensor:
+        """As it is learned from; see `Network.correction`."""
+        correction = self.model.correction(read.dense)
+        return output if correction is None else output + correction
 
     def _grads(self, loss: Tensor, rows: Tensor, ids: Tensor, touched: Tensor) -> Grads:
         by_slot, *by_param = torch.autograd.grad(
@@ -268,7 +279,8 @@ class Eager:
             rows = self.table[read.ids].requires_grad_()
             output = self.forward(rows, read.weights, read.dense)
             self._take_hidden(output)
-            return self._grads(self.losses(output, read.y).mean(), rows, read.ids, torch.unique(read.ids))
+            losses = self.losses(self._corrected(output, read), read.y)
+            return self._grads(losses.mean(), rows, read.ids, torch.unique(read.ids))
 
     def _update(self, grads: Grads, step: Step) -> bool:
         for rule in self.around:

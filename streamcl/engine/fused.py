@@ -38,7 +38,6 @@ from streamcl.engine.views import (
 from streamcl.engine.weights import Average
 from streamcl.features import FLOAT32_MAX
 from streamcl.memory.owners import Owners
-from streamcl.models import MODELS
 from streamcl.plasticity.continual_backprop import ContinualBackprop
 from streamcl.records import Encoded, Outcome, Scores
 
@@ -49,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NOTHING = np.zeros((0, 0), np.float32)
+COMPILED = frozenset(("logistic", "fm", "mlp", "deepfm", "dcnv2"))
+"""Kinds of models."""
 UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
 
 _loaded: set[str] = set()
@@ -64,7 +65,7 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
         return "plugins: " + ", ".join(others)
     if len(config.plugins) > len({_kind(each) for each in config.plugins}):
         return "plugins: two of one kind"
-    if config.model.kind not in MODELS:
+    if config.model.kind not in COMPILED:
         return f"model.kind: {config.model.kind}"
     if config.model.layer_norm and config.model.deep:
         return "model.layer_norm"
