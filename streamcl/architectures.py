@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from streamcl.stations import FieldPath, New, Numeric, Station
+from streamcl.stations import FieldPath, New, Numeric, Station, Stop
 
 KINDS = (
     *("logistic", "fm", "ffm", "mlp", "deepfm", "dcnv2", "autoint", "din", "two_tower", "shared_bottom", "mmoe"),
@@ -89,6 +89,14 @@ class MultiTask(Station):
 
     experts: int = New(4, ge=1, le=256, description="mmoe only (count)")
     hidden: tuple[Width, ...] = New((16,), description="units per hidden layer of each task's own tower")
+
+
+class Task(Station):
+    """One more thing that is learned of an event, beside `events.label` or `labels.label`: 0 or 1, or not known."""
+
+    label: FieldPath = Stop(description="its field, in the payload that the first label comes in")
+    default: Literal[0, 1] | None = Stop(None, description="when the field is absent; none: not known, not learned")
+    weight: float = Stop(1.0, ge=0, description="of its loss; that of the first task is 1")
 
 
 class Model(Station):

@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from streamcl import plugin
 from streamcl.architectures import Model, faults
+from streamcl.architectures import Task as FurtherTask
 from streamcl.methods import (
     MEMORIES,
     PLASTICITY,
@@ -78,6 +79,11 @@ class Config(Station):
 
     name: str = New(pattern=r"^[A-Za-z0-9._-]{1,100}$", description="of the application; prefix of its control topic")
     task: Task = New("binary", description="what a label is: 0 or 1, a class, or a number")
+    tasks: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,31}$")], FurtherTask] = New(
+        {},
+        max_length=16,
+        description="further labels beside that of a binary task, by name",
+    )
     seed: int = New(0, ge=0, lt=1 << 63, description="of everything random")
     events: Events
     labels: Labels | None = None
@@ -255,6 +261,11 @@ class Config(Station):
     def _model_fits(self) -> Self:
         if self.river is None and (found := list(faults(self.model, self.features, self.task))):
             raise ValueError("; ".join(found))
+        if self.tasks and (self.task != "binary" or self.river is not None):
+            raise ValueError("tasks: they stand beside a binary task, and a River model has none")
+        for name, each in self.tasks.items():
+            if each.label in self.features and self.labels is None:
+                raise ValueError(f"features.{each.label}: is the label of tasks.{name}")
         return self
 
     @model_validator(mode="after")
@@ -350,6 +361,11 @@ class Config(Station):
     def outputs(self) -> int:
         """Width O of the model's raw output."""
         return self.model.classes if self.task == "multiclass" else 1
+
+    @property
+    def heads(self) -> int:
+        """Width of what the model says of all tasks, the first one's O in front."""
+        return self.outputs + len(self.tasks)
 
     @property
     def published(self) -> list[str]:

@@ -62,7 +62,8 @@ class Eager:
     ) -> None:
         torch.set_num_threads(config.worker.threads)  # of the process: two are 10 to 40 times slower on a busy box
         self.task = config.task
-        self.outputs = config.outputs
+        self.outputs, self.heads = config.outputs, config.heads
+        self.task_weights = torch.tensor([each.weight for _, each in sorted(config.tasks.items())])  # (T,)
         self.fields = len(layout.fields)
         self.slot_field = torch.from_numpy(layout.slot_field)
         self.numbers = len(layout.numerics)
@@ -78,7 +79,7 @@ class Eager:
         if self.model.tower is not None:
             self.model.tower.head.register_forward_pre_hook(self._note_hidden)
         self.own = self._modules_of(plugins)
-        self.first = self.outputs if self.model.first_order else 0
+        self.first = self.heads if self.model.first_order else 0
         self.table = self._fresh_table(config, layout.rows)  # (R, W)
         rate = config.optimizer.learning_rate
         self.dense = Dense(self.model, build_update(config.optimizer, rate))
@@ -124,14 +125,14 @@ class Eager:
         return rows
 
     def predict(self, ids: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
-        """(B, O)"""
+        """(B, O), and behind it the logits of T further tasks: (B, O + T)."""
         with torch.inference_mode():
             output = self.forward(self.table[ids], weights, dense)
         self._take_hidden(output)
         return output
 
     def forward(self, rows: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
-        """(B, O) of rows (B, S, W)."""
+        """(B, O + T) of rows (B, S, W)."""
         output: Tensor = self.model(*self._given(rows, weights, dense))
         return output
 
@@ -152,7 +153,9 @@ class Eager:
         if kept is not None:
             states[get_ident()] = kept
         hidden = self._take_hidden(output)
-        return Out(output.clone(), hidden.clone())  # a tensor of inference mode can't be learned from
+        return Out(
+            output[:, : self.outputs].clone(), hidden.clone()
+        )  # a tensor of inference mode can't be learned from
 
     def _set(self, name: str) -> WeightSet:
         if name not in self.sets:
@@ -223,6 +226,16 @@ class Eager:
             return functional.cross_entropy(output, y.long(), reduction="none")
         return 0.5 * (output[:, 0] - y) ** 2
 
+    def further(self, output: Tensor, also: Tensor) -> Tensor:
+        """(B,) in nats: weighted cross-entropies of the further tasks, of output (B, O + T) and labels (B, T).
+
+        One that is not known counts nothing, and moves nothing.
+        """
+        known = ~torch.isnan(also)
+        y = torch.where(known, also, 0.0).to(output)
+        losses = functional.binary_cross_entropy_with_logits(output[:, self.outputs :], y, reduction="none")
+        return (losses * known * self.task_weights).sum(1).to(output)
+
     def step(self, step: Step) -> bool:
         """One update on the plan's rows.
 
@@ -251,10 +264,12 @@ class Eager:
         step.losses = losses.detach()
         share = step.share if self.class_weights is None else step.share * self.class_weights.to(losses)[read.y.long()]
         loss = losses.dot(share) if self.task_weight else losses.new_zeros(())
+        loss = loss if read.also is None else loss + self.further(output, read.also).dot(step.share)
         if self.asked:
             live = 0 if step.live is None else 1
-            step.outs["live", "live"] = Out(output[:live], hidden[:live])
-            step.outs["replay", "live"] = Out(output[live:], hidden[live:])
+            of_first = output[:, : self.outputs]
+            step.outs["live", "live"] = Out(of_first[:live], hidden[:live])
+            step.outs["replay", "live"] = Out(of_first[live:], hidden[live:])
         for term in self.terms:
             loss = loss + term.options.weight * term.loss(step)
         return loss, rows
@@ -280,6 +295,7 @@ class Eager:
             output = self.forward(rows, read.weights, read.dense)
             self._take_hidden(output)
             losses = self.losses(self._corrected(output, read), read.y)
+            losses = losses if read.also is None else losses + self.further(output, read.also)
             return self._grads(losses.mean(), rows, read.ids, torch.unique(read.ids))
 
     def _update(self, grads: Grads, step: Step) -> bool:

@@ -60,6 +60,8 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
     """What of a configuration has no compiled form, by its path; None when all of it has."""
     if config.river is not None:
         return f"river: {config.river}"
+    if config.tasks:
+        return f"tasks: {', '.join(config.tasks)}"
     others = [_kind(each) for each in (*config.plugins, *plugins) if each in plugins or not _averages(each)]
     if others:
         return "plugins: " + ", ".join(others)

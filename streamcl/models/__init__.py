@@ -204,8 +204,9 @@ def build_model(config: Config, layout: Layout) -> Network:
     """
     model = config.model
     shape = Shape(
-        *(len(layout.fields), model.embedding_dim, len(layout.numerics), config.outputs, model.hidden),
+        *(len(layout.fields), model.embedding_dim, len(layout.numerics), config.heads, model.hidden),
         *(model.layer_norm, model.cross_layers, layout.fields, layout.numerics, tuple(layout.slot_field.tolist())),
+        1 + len(config.tasks),
     )
     if ":" in model.kind:
         return own.build(model.kind, shape, model.options, config.seed)
