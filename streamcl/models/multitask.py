@@ -15,7 +15,7 @@ class MultiTask(Network):
     g of a task is a softmax over experts of a linear map of x. With one expert there is no gate: the shared bottom.
 
     Source:
-        Ma et al. 2018 (KDD), doi 10.1145/3219819.3220007: equation 1 (shared bottom), 5 to 7 (multi-gate mixture of
+        Ma et al. 2018 (KDD), doi 10.1145/3219819.3220007: equation 1 (shared bottom), 6 to 8 (multi-gate mixture of
         experts).
 
     Differs from the source:

@@ -19,7 +19,7 @@ class TwoTower(Network):
     user, up to a constant, however often it has been drawn.
 
     Source:
-        Yi et al. 2019 (RecSys), doi 10.1145/3298689.3346996, equations 1 and 3 (the correction), temperature in 3.
+        Yi et al. 2019 (RecSys), doi 10.1145/3298689.3346996, section 3: the product, the correction, the temperature.
 
     Differs from the source:
         One example at a time, so the loss is logistic and negatives are events, not the rest of a batch; q is the
