@@ -11,8 +11,8 @@ from pydantic import AfterValidator, Field, model_validator
 from streamcl.stations import FieldPath, New, Numeric, Station, Stop
 
 KINDS = (
-    *("logistic", "fm", "ffm", "mlp", "deepfm", "dcnv2", "autoint", "din", "two_tower", "shared_bottom", "mmoe"),
-    "recurrent",
+    *("logistic", "fm", "ffm", "mlp", "deepfm", "xdeepfm", "dcnv2", "autoint", "din", "two_tower", "shared_bottom"),
+    *("mmoe", "recurrent"),
 )
 SHALLOW = ("logistic", "fm", "ffm")
 """Without hidden layers."""
@@ -52,6 +52,12 @@ class Recurrent(Station):
         if self.cell in ("retnet", "legs") and self.credit != "detached":
             raise ValueError(f"credit: {self.cell} is no element-wise recurrence; set detached")
         return self
+
+
+class XDeepFM(Station):
+    """Its compressed interaction network; see `streamcl.models.XDeepFM`."""
+
+    maps: tuple[Width, ...] = New((16, 16), min_length=1, description="feature maps of each layer (count)")
 
 
 class AutoInt(Station):
@@ -104,6 +110,7 @@ class Model(Station):
         "deepfm", description=f"what learns, unless river is set: {', '.join(KINDS)}, or module:Class"
     )
     recurrent: Recurrent = Recurrent()
+    xdeepfm: XDeepFM = XDeepFM()
     autoint: AutoInt = AutoInt()
     din: DIN = DIN()
     two_tower: TwoTower = TwoTower()

@@ -8,7 +8,7 @@ import torch
 from streamcl.config import Config
 from streamcl.engine.eager import Eager
 from streamcl.features import Featurizer
-from streamcl.models import FFM, FM, MODELS, DCNv2, DeepFM, Logistic, build_model
+from streamcl.models import FFM, FM, MODELS, DCNv2, DeepFM, Logistic, XDeepFM, build_model
 from streamcl.models.tower import Shape
 from streamcl.state import digest
 from tests.steps import take
@@ -125,6 +125,23 @@ def test_a_cross_layer_multiplies_by_what_came_in() -> None:
     h = np.maximum(p["deep.hidden.0.weight"] @ x + p["deep.hidden.0.bias"], 0.0)
     expected = p["deep.head.weight"] @ h + p["deep.head.bias"]
     np.testing.assert_allclose(model(first, vectors, dense)[0].detach(), expected)
+
+
+def test_a_compressed_interaction_layer_weighs_the_products_of_maps_and_fields() -> None:
+    shape = Shape(fields=3, dim=4, numerics=1, outputs=2, hidden=(4,))
+    model, (first, vectors, dense) = XDeepFM(shape, (3, 2)).double(), inputs(shape)
+    randomised(model)
+    p = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    rest = model.linear(first, vectors, dense) + model.deep(first, vectors, dense)
+    found = (model(first, vectors, dense) - rest).detach()
+    for b in range(2):
+        e = vectors[b].numpy()
+        x, sums = e, []
+        for layer in range(2):
+            weight = p[f"project.{layer}.weight"].reshape(-1, len(x), 3)
+            x = np.array([sum(w[i, j] * x[i] * e[j] for i in range(len(x)) for j in range(3)) for w in weight])
+            sums += [row.sum() for row in x]
+        np.testing.assert_allclose(found[b], p["sums.weight"] @ np.array(sums))
 
 
 def test_deepfm_projects_its_pairwise_products_to_several_outputs() -> None:

@@ -20,8 +20,8 @@ READS = {"data", "stream", "preset", "method", "seeds", "via"}
 VW, VW_FTRL, NO_CHANGE = "vw default", "vw --ftrl", "no-change"
 
 METHODS = (
-    *("deepfm", "logistic", "mlp", "fm", "ffm", "dcnv2", "autoint", "two_tower", "shared_bottom", "mmoe"),
-    "recurrent",
+    *("deepfm", "logistic", "mlp", "fm", "ffm", "xdeepfm", "dcnv2", "autoint", "two_tower"),
+    *("shared_bottom", "mmoe", "recurrent"),
 )
 PARTS: dict[str, dict[str, Any]] = {"two_tower": {"two_tower": {"user": ["user"], "item": ["item"]}}}
 """What a model can't do without."""

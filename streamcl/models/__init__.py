@@ -1,7 +1,7 @@
 """Built-in models: from pooled rows of the table to raw outputs. `Network` says what the engine asks of each.
 
 - `tower`: START HERE: `Network` and `Shape`, and `MLP`, the hidden layers that most have
-- here: `Logistic`, `FM`, `FFM`, `DeepFM`, `DCNv2`
+- here: `Logistic`, `FM`, `FFM`, `DeepFM`, `XDeepFM`, `DCNv2`
 - `attention`: `AutoInt`, fields that attend to fields; `DIN`, a target that attends to a user's history
 - `two_tower`: a user's vector times an item's
 - `multitask`: a shared bottom or a mixture of experts, and a tower for each task
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ __all__ = [
     "Network",
     "Shape",
     "TwoTower",
+    "XDeepFM",
     "build_model",
 ]
 
@@ -138,7 +140,7 @@ class DeepFM(Network):
         As `FM` does.
     """
 
-    first_order = True
+    first_order = beside = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -153,6 +155,46 @@ class DeepFM(Network):
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         pairs = pairwise(vectors, self.pairs)
         out: Tensor = self.linear(first, vectors, dense) + pairs + self.deep(first, vectors, dense)
+        return out
+
+
+class XDeepFM(Network):
+    """Products of ever more fields, each number of the embeddings for itself, beside a linear and a deep part.
+
+    A layer's map h is sum_ij W^h_ij (x_i * e_j): x_i the maps of the layer before, e_j the fields, which are also the
+    maps of layer 0. What a map holds is summed up, and the sums of all layers' maps have a weight each.
+
+    Source:
+        Lian et al. 2018 (KDD), arXiv 1803.05170, equations 6 (the layers), 7 and 8 (the sums), 10 (the three parts).
+
+    Differs from the source:
+        Numerics enter the linear and the deep part alone.
+    """
+
+    first_order = beside = True
+
+    def __init__(self, shape: Shape, maps: Sequence[int]) -> None:
+        super().__init__(shape)
+        self.linear = Logistic(shape)
+        self.deep = MLP(shape)
+        widths = (shape.fields, *maps)
+        self.project = nn.ModuleList(
+            nn.Linear(before * shape.fields, width, bias=False) for before, width in itertools.pairwise(widths)
+        )
+        self.sums = nn.Linear(sum(maps), shape.outputs, bias=False)
+
+    @property
+    def tower(self) -> MLP:
+        return self.deep
+
+    def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
+        fields = x = vectors.transpose(1, 2)  # (B, D, F)
+        sums = []
+        for layer in self.project:
+            x = layer((x.unsqueeze(3) * fields.unsqueeze(2)).flatten(2))  # (B, D, maps)
+            sums.append(x.sum(1))
+        compressed = self.sums(torch.cat(sums, 1))
+        out: Tensor = self.linear(first, vectors, dense) + compressed + self.deep(first, vectors, dense)
         return out
 
 
@@ -226,6 +268,8 @@ def build_model(config: Config, layout: Layout) -> Network:
 
 def _built(model: Model, shape: Shape) -> Network:
     match model.kind:
+        case "xdeepfm":
+            return XDeepFM(shape, model.xdeepfm.maps)
         case "autoint":
             return AutoInt(shape, model.autoint)
         case "din":

@@ -24,6 +24,8 @@ class AutoInt(Network):
         Nothing known; heads aren't divided by a root of their width, as in the equations.
     """
 
+    beside = True
+
     def __init__(self, shape: Shape, config: AutoIntConfig) -> None:
         super().__init__(shape)
         self.heads = config.heads

@@ -40,12 +40,14 @@ class Network(nn.Module):
     Attributes:
         first_order, embedding: Which of the two it reads, and so what a row of the table holds.
         slots: Whether it reads slots that are not pooled.
+        beside: Whether its output is more than what its `tower` says.
         dim: D, numbers of a row's embedding.
     """
 
     first_order = False
     embedding = True
     slots = False
+    beside = False
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from streamcl.testing import PluginCheck, model_checks
 CELLS = get_args(Recurrent.model_fields["cell"].annotation)
 UNCREDITED = {"retnet", "legs"}
 SETTINGS: dict[str, dict[str, Any]] = {
+    "xdeepfm": {"xdeepfm": {"maps": [3, 2]}},
     "autoint": {"autoint": {"heads": 2, "units": 3}},
     "din": {"din": {"attends": {"c1": "c0"}, "hidden": [4]}},
     "two_tower": {"two_tower": {"user": ["c0", "n0"], "item": ["n2", "c1"], "width": 5, "sampled": "n1"}},
