@@ -261,7 +261,7 @@ class Worker:
         work.outcomes.append(outcome)
         loss = self.metrics.update(outcome)
         if self.task_metrics:
-            self.task_metrics.update(outcome)
+            self.task_metrics.update([outcome])
         if self.base_metrics:
             self.base_metrics.add(outcome.label, outcome.ticket.scores.base)
         signals = (*self.drift.update(loss, outcome.ticket.origin), *self.boundaries.update(outcome))

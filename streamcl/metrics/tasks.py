@@ -16,12 +16,13 @@ class TaskMetrics:
     def __init__(self, names: Iterable[str], window: int) -> None:
         self.by_name = {name: Prequential("binary", window, 2) for name in sorted(names)}
 
-    def update(self, outcome: Outcome) -> None:
-        labels = outcome.beside(len(self.by_name))
-        for (name, metrics), label in zip(self.by_name.items(), labels, strict=True):
-            served = outcome.ticket.scores.notes.get(f"{TASK}{name}")
-            if served is not None and not math.isnan(label):
-                metrics.add(label, served)
+    def update(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            labels = outcome.beside(len(self.by_name))
+            for (name, metrics), label in zip(self.by_name.items(), labels, strict=True):
+                served = outcome.ticket.scores.notes.get(f"{TASK}{name}")
+                if served is not None and not math.isnan(label):
+                    metrics.add(label, served)
 
     def read(self) -> dict[str, float]:
         """Under `task_NAME.`"""

@@ -37,10 +37,9 @@ def outcome(label: float, also: tuple[float, ...] = (), fate: Fate = Fate.JOINED
 
 def test_each_task_is_measured_over_the_events_whose_label_is_known() -> None:
     metrics, alone = TaskMetrics(["like", "buy"], 8), Prequential("binary", 8, 2)
-    metrics.update(outcome(1.0, (0.0, 1.0), buy=0.25, like=0.75))
-    metrics.update(outcome(1.0, (math.nan, 0.0), buy=0.25, like=0.75))
-    metrics.update(outcome(1.0, (1.0, 1.0)))  # of a ticket without their scores
-    metrics.update(outcome(0.0, fate=Fate.EXPIRED, buy=0.5, like=0.5))
+    metrics.update([outcome(1.0, (0.0, 1.0), buy=0.25, like=0.75), outcome(1.0, (math.nan, 0.0), buy=0.25, like=0.75)])
+    metrics.update([outcome(1.0, (1.0, 1.0))])  # of a ticket without their scores
+    metrics.update([outcome(0.0, fate=Fate.EXPIRED, buy=0.5, like=0.5)])
     for label, served in ((1.0, 0.75), (0.0, 0.75), (0.0, 0.5)):
         alone.add(label, np.array([served], np.float32))
     told = metrics.read()
@@ -50,7 +49,7 @@ def test_each_task_is_measured_over_the_events_whose_label_is_known() -> None:
 
 def test_they_resume_to_the_bit() -> None:
     def exercise(metrics: TaskMetrics, step: int) -> Any:
-        metrics.update(outcome(1.0, (float(step % 2), math.nan), buy=0.1 * step, like=0.5))
+        metrics.update([outcome(1.0, (float(step % 2), math.nan), buy=0.1 * step, like=0.5)])
         return metrics.read()
 
     check_stateful(lambda: TaskMetrics(["like", "buy"], 3), exercise, steps=6)
