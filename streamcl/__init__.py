@@ -11,6 +11,7 @@ Table of contents, in the order of the journey (start with `worker`):
     records        what travels: Record, Event, Ticket, Outcome, Prediction, Turn, Position
     protocols      the seams: Source, Sink, ControlLog, Stateful, Codec
     stations       one pydantic model per station of the journey
+    architectures  the stations of the model, and of further tasks
     methods        the stations of what learns or mends beside the optimiser
     plugin         the points where a method of continual learning takes part, and what it is told
     signalling     the stations of what sends signals
@@ -27,7 +28,7 @@ Table of contents, in the order of the journey (start with `worker`):
     river_learner  a River model in the learner's place
     river_api      the learner as a River classifier or regressor: StreamClassifier, StreamRegressor
     engine         how the arithmetic is done: eager, fused
-    models         logistic to DCNv2; recurrent backbones with a state per key, and exact online credit for them
+    models         logistic to mixtures of experts, and a user's own; recurrent backbones with a state per key
     memory         replay and its retention policies; the error memory
     plasticity     what keeps a net able to learn: continual backpropagation and relatives; figures of how it fares
     metrics        prequential metrics

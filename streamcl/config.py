@@ -14,9 +14,11 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from streamcl import derived, plugin
+from streamcl.architectures import Model, faults
+from streamcl.architectures import Task as FurtherTask
 from streamcl.derived import KINDS, Feature
 from streamcl.methods import (
     MEMORIES,
@@ -48,7 +50,6 @@ from streamcl.stations import (
     Labels,
     Loss,
     Metrics,
-    Model,
     New,
     Optimizer,
     Replay,
@@ -77,6 +78,11 @@ class Config(Station):
 
     name: str = New(pattern=r"^[A-Za-z0-9._-]{1,100}$", description="of the application; prefix of its control topic")
     task: Task = New("binary", description="what a label is: 0 or 1, a class, or a number")
+    tasks: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,31}$")], FurtherTask] = New(
+        {},
+        max_length=16,
+        description="further labels beside that of a binary task, by name",
+    )
     seed: int = New(0, ge=0, lt=1 << 63, description="of everything random")
     events: Events
     labels: Labels | None = None
@@ -210,7 +216,7 @@ class Config(Station):
     @model_validator(mode="after")
     def _memory_fits(self) -> Self:
         offered = {"ids", *(["embedding"] if self.model.kind != "logistic" else [])}
-        offered |= {"hidden"} if self.model.deep and self.model.hidden else set()
+        offered |= {"hidden"} if self.model.keyed else set()
         for index, memory in enumerate(self.error_memory):
             where = f"error_memory.{index}.key: {memory.key!r}"
             if self.river is not None:
@@ -254,6 +260,17 @@ class Config(Station):
         for rule in self.plasticity if self.optimizer.kind == "ftrl" else ():
             if isinstance(rule, WeightClipping) or (isinstance(rule, ShrinkAndPerturb) and not rule.scaled):
                 raise ValueError(f"optimizer.kind: ftrl makes weights of sums, whatever {rule.kind} has done to them")
+        return self
+
+    @model_validator(mode="after")
+    def _model_fits(self) -> Self:
+        if self.river is None and (found := list(faults(self.model, self.features, self.task))):
+            raise ValueError("; ".join(found))
+        if self.tasks and (self.task != "binary" or self.river is not None):
+            raise ValueError("tasks: they stand beside a binary task, and a River model has none")
+        for name, each in self.tasks.items():
+            if each.label in self.features and self.labels is None:
+                raise ValueError(f"features.{each.label}: is the label of tasks.{name}")
         return self
 
     @model_validator(mode="after")
@@ -358,6 +375,11 @@ class Config(Station):
         return self.model.classes if self.task == "multiclass" else 1
 
     @property
+    def heads(self) -> int:
+        """Width of what the model says of all tasks, the first one's O in front."""
+        return self.outputs + len(self.tasks)
+
+    @property
     def published(self) -> list[str]:
         """URLs that a turn's results go to; in exactly-once delivery together with its order."""
         return [url for url in (self.predictions, self.outcomes_url) if url]
@@ -406,10 +428,16 @@ def _settings(station: BaseModel, prefix: str) -> Iterator[tuple[str, Change, An
         extra = info.json_schema_extra
         change: Any = extra.get("change", "new") if isinstance(extra, dict) else "new"
         if isinstance(value, tuple):
-            value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
+            value = [_plain(item) for item in value]
         if isinstance(value, dict):
-            value = {key: item.model_dump(mode="json") for key, item in value.items()}
+            value = {
+                k: item.model_dump(mode="json") if isinstance(item, BaseModel) else item for k, item in value.items()
+            }
         yield path, change, str(value) if isinstance(value, Path) else value
+
+
+def _plain(item: Any) -> Any:
+    return item.model_dump(mode="json") if isinstance(item, BaseModel) else item
 
 
 def _remade(old: Config, config: Config) -> Iterator[str]:

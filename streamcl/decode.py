@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,9 +39,11 @@ class Decoder:
         events, labels = config.events, config.labels
         self.event_paths = {name: _path(getattr(events, name)) for name in ("id", "key", "time", "label", "segment")}
         self.label_paths = {name: _path(getattr(labels, name)) for name in ("id", "time", "label")} if labels else {}
+        self.tasks = [(_path(task.label), task.default) for _, task in sorted(config.tasks.items())]
         read = [name for name, feature in config.features.items() if isinstance(feature, Read)]
         read += [f.weights for f in config.features.values() if isinstance(f, Bag) and f.weights]
         named = [p for p in self.event_paths.values() if p] + [tuple(name.split(".")) for name in read]
+        named += [path for path, _ in self.tasks if path and labels is None]
         self.known = frozenset(path[0] for path in named)
         # Names of what isn't nested: nearly every event has a short text or a plain number there, which takes no
         # function to see. Whatever is otherwise goes the long way.
@@ -93,7 +96,8 @@ class Decoder:
         else:
             label = self._value(payload, paths["label"], None) if paths["label"] else None
         segment = (_text(payload, paths["segment"], "the segment") or "") if paths["segment"] else ""
-        return Event(identity, key, time_s, self.featurizer.encode(payload), record.origin, label, segment)
+        also = self._also(payload) if self.tasks and label is not None else ()
+        return Event(identity, key, time_s, self.featurizer.encode(payload), record.origin, label, segment, also)
 
     def _label(self, record: Record, payload: Mapping[str, Any]) -> Label:
         labels, paths = self.config.labels, self.label_paths
@@ -106,6 +110,7 @@ class Decoder:
             value=value,
             time_s=self._time(payload, paths["time"], labels.time_unit, record),
             origin=record.origin,
+            also=self._also(payload) if self.tasks else (),
         )
 
     def _time(self, payload: Mapping[str, Any], path: Path, unit: str, record: Record) -> float:
@@ -129,6 +134,10 @@ class Decoder:
         if isinstance(value, bool) and self.config.task == "binary":
             return float(value)
         return self._in_range(name, number(name, value))
+
+    def _also(self, payload: Mapping[str, Any]) -> tuple[float, ...]:
+        found = (self._value(payload, path, default) for path, default in self.tasks)
+        return tuple(math.nan if value is None else value for value in found)
 
     def _in_range(self, name: str, value: float) -> float:
         if not self.config.allows(value):

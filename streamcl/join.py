@@ -174,7 +174,7 @@ class Joiner:
         del self.tickets[label.id]
         self._close(ticket, joined=True)
         self.counts["joined"] += 1
-        return Outcome(ticket, label.value, Fate.JOINED, max(0.0, label.time_s - ticket.time_s))
+        return Outcome(ticket, label.value, Fate.JOINED, max(0.0, label.time_s - ticket.time_s), label.also)
 
     def _adopt(self, label: Label) -> None:
         self.orphans[label.id] = label
@@ -244,7 +244,7 @@ class Joiner:
             "watermark": self.watermark.value,
             "newest": [[s.input, s.partition, t] for s, t in sorted(self.watermark.newest.items())],
             "tickets": tickets_to_state(list(self.tickets.values())),
-            "orphans": [[o.id, o.value, o.time_s, *o.origin] for o in self.orphans.values()],
+            "orphans": [[o.id, o.value, o.time_s, *o.origin, *o.also] for o in self.orphans.values()],
             "closed": _closed_to_state(self.closed),
             "alarms": _alarms_to_state(sorted(self.alarms)),
         }
@@ -253,7 +253,7 @@ class Joiner:
         self.watermark.value = state["watermark"]
         self.watermark.newest = {Stream(i, p): t for i, p, t in state["newest"]}
         self.tickets = {ticket.id: ticket for ticket in tickets_from_state(state["tickets"])}
-        self.orphans = {o[0]: Label(o[0], o[1], o[2], Origin(*o[3:])) for o in state["orphans"]}
+        self.orphans = {o[0]: Label(o[0], o[1], o[2], Origin(*o[3:6]), tuple(o[6:])) for o in state["orphans"]}
         self.closed = _closed_from_state(state["closed"])
         self.alarms = _alarms_from_state(state["alarms"])
 

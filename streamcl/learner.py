@@ -28,7 +28,7 @@ from streamcl.models.key_state import KeyStateModel
 from streamcl.plasticity import build_diagnostics
 from streamcl.plugin import Context, Out, Plan, Planner, Plugin, Query, Recall, Rows, Shape, Step, build
 from streamcl.protocols import State
-from streamcl.records import Encoded, Event, Notes, Outcome, Scores, Selector, Signal, Ticket
+from streamcl.records import TASK, Encoded, Event, Notes, Outcome, Scores, Selector, Signal, Ticket
 from streamcl.stations import Categorical
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Learner:
         self.states = self._key_states(config)
         self.numbers = len(layout.numerics)  # N; behind them in `dense` stands the key's state
         columns = held_columns(self.plugins.values(), Shape(config.outputs, self.engine.widths[1]))
+        self.tasks = sorted(config.tasks)
+        columns = {**columns, **({"tasks": ((len(self.tasks),), np.float32)} if self.tasks else {})}
         self.memory = Replay(config.replay, config.seed, len(layout.slot_field), self.width, columns)
         self.notes_hidden = "hidden" in columns
         self.recall = ErrorMemory(config, layout, self.engine.widths)
@@ -166,13 +168,25 @@ class Learner:
         if self.tables is not None:
             ids, weights = self.tables.resolve(ids, weights)
         if not (self.recall.stages or self.recalls or self.notes_hidden):
-            output = self.engine.predict(ids, weights, dense).numpy()
-            return [Scores(*each, self.version) for each in zip(output, self._served(output), strict=True)]
+            first, tasks = self._parted(self.engine.predict(ids, weights, dense))
+            output = first.numpy()
+            said = zip(output, self._served(output), tasks, strict=True)
+            return [Scores(raw, served, self.version, (), noted) for raw, served, noted in said]
         looked = self.engine.look(ids, weights, dense)
-        output, notes = self._recalled(Query(self.engine, (ids, weights, dense), Out(looked[0], looked[2])))
+        first, tasks = self._parted(looked[0])
+        output, notes = self._recalled(Query(self.engine, (ids, weights, dense), Out(first, looked[2])))
         served = self._served(output)
         served, recalled = self.recall.recall(batch, served, Vectors(*(each.numpy() for each in looked[1:])))
-        return [Scores(output[b], served[b], self.version, recalled[b], notes[b]) for b in range(len(batch))]
+        noted = [{**notes[b], **tasks[b]} for b in range(len(batch))]
+        return [Scores(output[b], served[b], self.version, recalled[b], noted[b]) for b in range(len(batch))]
+
+    def _parted(self, output: Tensor) -> tuple[Tensor, list[Notes]]:
+        """(B, O) of the first task, and what tickets carry of the others."""
+        if not self.tasks:
+            return output, [{} for _ in output]
+        chances = torch.sigmoid(output[:, self.engine.outputs :]).float().numpy()[:, :, None]  # (B, T, 1)
+        names = [f"{TASK}{name}" for name in self.tasks]
+        return output[:, : self.engine.outputs], [dict(zip(names, each, strict=True)) for each in chances]
 
     def _said(self, batch: Sequence[Encoded], found: Found) -> list[Scores]:
         """What the fused engine has found, put right by the error memory."""
@@ -248,7 +262,10 @@ class Learner:
             self.diagnostics.observe(self.engine.gradient_norm, owner)
         for plugin in self.recalls:
             plugin.observe(outcome)
-        self.memory.write(self._noted(outcome.ticket), outcome.label, self.steps, self._loss_of(outcome))
+        self.memory.write(
+            *(self._noted(outcome.ticket), outcome.label, self.steps, self._loss_of(outcome)),
+            outcome.beside(len(self.tasks)),
+        )
         if self.recall.stages:
             self.recall.observe(outcome.ticket.scores, outcome.label, owner=owner)
         return True
@@ -335,12 +352,15 @@ class Learner:
         if plan.live:
             ids, weights, dense = as_tensors(*outcome.ticket.features)
             live = self._rows(ids, weights, dense, torch.tensor([outcome.label]))
+            if self.tasks:
+                live = live._replace(also=torch.tensor([outcome.beside(len(self.tasks))]))
             served = float(outcome.ticket.scores.served[0])
         if not replayed:
             return Step(self.steps, plan, live, None, share, served=served, outcome=outcome) if live else None
         index, weight = self.memory.pick(replayed, self.steps)
         share = torch.cat((share, weight.to(share) * (self.replay_weight / replayed)))
         replay, columns = self._rows(*self.memory.examples(index)), self.memory.columns_of(index)
+        replay = replay._replace(also=columns["tasks"]) if self.tasks else replay
         return Step(self.steps, plan, live, replay, share, index=index, columns=columns, served=served, outcome=outcome)
 
     def _rows(self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor) -> Rows:

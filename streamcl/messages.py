@@ -14,14 +14,31 @@ from msgspec.structs import replace
 from streamcl import __version__
 from streamcl.features import Layout
 from streamcl.protocols import BadInput, Codec
-from streamcl.records import DeadLetter, Encoded, Fate, Headers, Learned, Message, Origin, Prediction, Record, Scores
+from streamcl.records import (
+    TASK,
+    DeadLetter,
+    Encoded,
+    Fate,
+    Headers,
+    Learned,
+    Message,
+    Origin,
+    Prediction,
+    Record,
+    Scores,
+)
 
 
 def scores_to_json(scores: Scores) -> dict[str, Any]:
-    """`{"score": p}`; for multiclass the list of probabilities and the class that leads."""
+    """`{"score": p}`; for multiclass the list of probabilities and the class that leads.
+
+    Where there are further tasks `{"tasks": {NAME: p}}` stands beside it.
+    """
     served = scores.served.tolist()
     if len(served) == 1:
-        return {"score": served[0]}
+        noted = scores.notes.items()
+        tasks = {name.removeprefix(TASK): float(value[0]) for name, value in noted if name.startswith(TASK)}
+        return {"score": served[0], **({"tasks": tasks} if tasks else {})}
     return {"score": served, "class": int(scores.served.argmax())}
 
 

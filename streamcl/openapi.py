@@ -106,7 +106,10 @@ def _instances(limits: Serve) -> Schema:
 def _prediction(config: Config) -> Schema:
     if config.task != "multiclass":
         score: Schema = {"type": "number"} | ({"minimum": 0, "maximum": 1} if config.task == "binary" else {})
-        return {"type": "object", "properties": {"score": score}, "required": ["score"]}
+        chance = {"type": "number", "minimum": 0, "maximum": 1}
+        tasks = {"type": "object", "properties": dict.fromkeys(sorted(config.tasks), chance)}
+        properties = {"score": score, **({"tasks": tasks} if config.tasks else {})}
+        return {"type": "object", "properties": properties, "required": list(properties)}
     chances = {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}}
     leading = {"type": "integer", "description": "The class of the largest probability."}
     return {"type": "object", "properties": {"score": chances, "class": leading}, "required": ["score", "class"]}

@@ -159,12 +159,16 @@ class Plugin:
 
 
 class Rows(NamedTuple):
-    """Examples as the model reads them: ids and weights (B, S), standardised numbers (B, N), targets (B,)."""
+    """Examples as the model reads them: ids and weights (B, S), standardised numbers (B, N), targets (B,).
+
+    `also` (B, T) are the labels of T further tasks, NaN where one is not known; None where nobody asks for them.
+    """
 
     ids: Tensor
     weights: Tensor
     dense: Tensor
     y: Tensor
+    also: Tensor | None = None
 
 
 class Out(NamedTuple):
@@ -286,7 +290,11 @@ class Step:
     def rows(self) -> Rows:
         """The live row, then the replayed ones."""
         parts = [rows for rows in (self.live, self.replay) if rows is not None]
-        return parts[0] if len(parts) == 1 else Rows(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
+        if len(parts) == 1:
+            return parts[0]
+        joined = Rows(*(torch.cat(pair) for pair in zip(*(rows[:4] for rows in parts), strict=True)))
+        also = [rows.also for rows in parts if rows.also is not None]
+        return joined._replace(also=torch.cat(also)) if also else joined
 
     @cached_property
     def touched(self) -> Tensor:

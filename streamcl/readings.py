@@ -112,8 +112,11 @@ PERCENTILES = {
     "unit_utility": "Utility of a unit of the layer; comparable within a layer only.",
 }
 """Readings of a hidden layer that come once for each percentile NN of its units, under a name that ends in `_pNN`."""
+TASKS = {name: f"{text} Of a further task." for name, text in QUALITY.items()}
+"""Readings of a further task, under `task_NAME.`; a name that ends in `_window` is of the recent window."""
 _NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
+    (re.compile(r"task_(?P<task>\w+)\.(?P<name>\w+)"), "task_", TASKS),
     (re.compile(r"boundary_(?P<boundary>\d+)_(?P<name>\w+)"), "boundary_", BOUNDARIES),
     (re.compile(r"table:(?P<field>.+):(?P<name>evicted):(?P<reason>\w+)"), "table_", TABLES),
     (re.compile(r"table:(?P<field>.+):(?P<name>\w+)"), "table_", TABLES),

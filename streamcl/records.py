@@ -7,6 +7,7 @@ cycles, so the garbage collector need not look at them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -100,6 +101,8 @@ class Event(Struct, frozen=True, gc=False):
     origin: Origin
     label: float | None = None
     segment: str = ""
+    also: tuple[float, ...] = ()
+    """Labels of the further tasks, in the order of their names, NaN where one is not known."""
 
 
 class Label(Struct, frozen=True, gc=False):
@@ -109,6 +112,7 @@ class Label(Struct, frozen=True, gc=False):
     value: float
     time_s: float
     origin: Origin
+    also: tuple[float, ...] = ()  # see `Event`
 
 
 class Recalled(NamedTuple):
@@ -124,6 +128,10 @@ class Recalled(NamedTuple):
 
 Notes = Mapping[str, NDArray[Any]]
 """What a plug-in wants to hear of again when the label comes, by name."""
+
+
+TASK = "task."
+"""How a score of a further task is noted: `task.NAME`, (1,)."""
 
 
 class Scores(Struct, frozen=True, gc=False):
@@ -242,6 +250,11 @@ class Outcome(Struct, frozen=True, gc=False):
     label: float
     fate: Fate
     delay_s: float
+    also: tuple[float, ...] = ()  # see `Event`
+
+    def beside(self, count: int) -> tuple[float, ...]:
+        """Labels of so many further tasks. A window that has closed without any label says 0 of all of them."""
+        return self.also or (0.0 if self.fate is Fate.EXPIRED else math.nan,) * count
 
 
 class Learned(NamedTuple):

@@ -214,51 +214,6 @@ class Numeric(Station):
     bins: int = New(0, ge=0, le=256, description="also a row for each of so many quantiles; 0: none")
 
 
-class Recurrent(Station):
-    """What model `recurrent` carries from one event of a key to the next; see `streamcl.models.linear_state`.
-
-    With credit every key, waiting ticket and replayed row holds traces: about 8 x units x inputs bytes for min_gru,
-    25 kB for 16 units and 192 inputs. Set `keys`, `join.max_tickets`, `replay.capacity` to suit, or credit detached.
-    """
-
-    cell: Literal["min_gru", "min_lstm", "lssl", "retnet", "legs"] = New("min_gru", description="the recurrence")
-    units: int = New(16, ge=1, le=4096, description="of the recurrence (count); legs: coefficients per input")
-    credit: Literal["exact", "fixed", "detached"] = New(
-        "exact",
-        description="for what older events did to the state: exact traces (element-wise cells), fixed feedback, none",
-    )
-    feedback: float = New(0.9, ge=0, lt=1, description="credit fixed: what a trace keeps from event to event")
-    horizon: float = New(64.0, gt=1, description="gated cells: longest memory at first (events)")
-    timed: bool = New(False, description="the time between a key's events counts, not their number alone")
-    unit_s: float = New(1.0, gt=0, description="timed: of event time (seconds)")
-    keys: int = New(100_000, ge=1, description="keys whose state is held; the one seen longest ago gives way (count)")
-
-    @model_validator(mode="after")
-    def _credited(self) -> Self:
-        if self.cell in ("retnet", "legs") and self.credit != "detached":
-            raise ValueError(f"credit: {self.cell} is no element-wise recurrence; set detached")
-        return self
-
-
-class Model(Station):
-    kind: Literal["logistic", "fm", "mlp", "deepfm", "dcnv2", "recurrent"] = New(
-        "deepfm", description="what learns, unless river is set"
-    )
-    recurrent: Recurrent = Recurrent()
-    embedding_dim: int = New(16, ge=1, le=1024, description="width of a row (count)")
-    hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = New((64, 32), description="units per hidden layer")
-    cross_layers: int = New(2, ge=1, le=64, description="dcnv2 only (count)")
-    classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")
-    init_scale: float = New(0.01, gt=0, description="standard deviation of a fresh embedding")
-    dtype: Literal["float32", "float64"] = New("float32", description="of weights and of what the optimiser holds")
-    layer_norm: bool = New(False, description="each hidden layer's sums at mean 0 and deviation 1, before its ReLU")
-
-    @property
-    def deep(self) -> bool:
-        """Whether there may be hidden layers."""
-        return self.kind not in ("logistic", "fm")
-
-
 class Optimizer(Station):
     kind: Literal["sgd", "adagrad", "adam", "ftrl"] = New("adagrad", description="its state is part of a checkpoint")
     learning_rate: float = Stop(0.05, gt=0, description="step size; FTRL: alpha")

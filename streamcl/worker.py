@@ -24,7 +24,7 @@ from streamcl.drift import DriftDetector
 from streamcl.gate import Gate
 from streamcl.join import Joiner
 from streamcl.learner import Learner
-from streamcl.metrics import Prequential
+from streamcl.metrics import Prequential, TaskMetrics
 from streamcl.outlets import Outlets
 from streamcl.past import past_of
 from streamcl.progress import Counts, Due, Progress, Work
@@ -106,6 +106,7 @@ class Worker:
         self.learner = RiverLearner(config) if config.river else Learner(config)
         self.metrics = Prequential(config.task, config.metrics.window, config.model.classes)
         # Of what would have been served without the error memory.
+        self.task_metrics = TaskMetrics(config.tasks, config.metrics.window) if config.tasks else None
         self.base_metrics = (
             Prequential(config.task, config.metrics.window, config.model.classes) if config.error_memory else None
         )
@@ -238,7 +239,7 @@ class Worker:
         ticket = Ticket(event.id, event.time_s, features, scores, event.origin, event.segment, event.key)
         if event.label is not None:
             self.counts["inline"] += 1
-            return Outcome(ticket, event.label, Fate.INLINE, 0.0)
+            return Outcome(ticket, event.label, Fate.INLINE, 0.0, event.also)
         if self.config.labels is None:
             self.counts["unlabelled"] += 1
             return None
@@ -269,6 +270,8 @@ class Worker:
         work.outcomes += outcomes
         labels = [outcome.label for outcome in outcomes]
         losses = self.metrics.add(labels, [outcome.ticket.scores.served for outcome in outcomes])
+        if self.task_metrics:
+            self.task_metrics.update(outcomes)
         if self.base_metrics:
             self.base_metrics.add(labels, [outcome.ticket.scores.base for outcome in outcomes])
         risen, signals = self.drift.watch(losses), []
@@ -367,6 +370,7 @@ class Worker:
         told |= out.deltas.read() if out.deltas else {}
         base = self.base_metrics.read() if self.base_metrics else {}
         merged |= {f"base_{name}": value for name, value in base.items()}
+        merged |= self.task_metrics.read() if self.task_metrics else {}
         return merged | told | {"lag_records": float(sum(self.source.lag().values()))}
 
 

@@ -280,6 +280,8 @@ def test_rows_and_diagnostics_know_whose_they_are() -> None:
         ({"plasticity": [{"kind": "l2_init"}]}, "plasticity.0: l2_init"),
         ({"plasticity": [{**LIVELY, "exact": True}]}, "plasticity.0: continual_backprop, exact"),
         ({"model": {"kind": "recurrent"}}, "model.kind: recurrent"),
+        ({"model": {"kind": "ffm"}}, "model.kind: ffm"),
+        ({"tasks": {"like": {"label": "liked"}}}, "tasks: like"),
         ({"model": {"layer_norm": True}}, "model.layer_norm"),
         ({"loss": {"kind": "reloop"}, "error_memory": [KNN]}, "loss.kind: reloop"),
     ],

@@ -8,7 +8,7 @@ import torch
 from streamcl.config import Config
 from streamcl.engine.eager import Eager
 from streamcl.features import Featurizer
-from streamcl.models import FM, MODELS, DCNv2, DeepFM, Logistic, build_model
+from streamcl.models import FFM, FM, MODELS, DCNv2, DeepFM, Logistic, XDeepFM, build_model
 from streamcl.models.tower import Shape
 from streamcl.state import digest
 from tests.steps import take
@@ -90,6 +90,30 @@ def test_a_factorisation_machine_is_first_order_weights_and_the_sum_over_all_pai
         assert out[b, 0].item() == pytest.approx(linear[b, 0].item() + slow)
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_field_aware_machine_pairs_the_vectors_that_two_fields_have_towards_each_other(outputs: int) -> None:
+    shape = Shape(fields=4, dim=3, numerics=2, outputs=outputs, hidden=())
+    model = FFM(shape).double()
+    assert model.dim == 9
+    first, vectors, dense = inputs(shape._replace(dim=model.dim))
+    randomised(model)
+    out, linear = model(first, vectors, dense).detach(), model.linear(first, vectors, dense).detach()
+
+    def towards(b: int, i: int, j: int) -> torch.Tensor:
+        place = [other for other in range(4) if other != i].index(j)
+        return vectors[b, i, 3 * place : 3 * place + 3]
+
+    for b in range(2):
+        products = torch.stack([towards(b, i, j) * towards(b, j, i) for i, j in combinations(range(4), 2)]).sum(0)
+        slow = products.sum()[None] if model.pairs is None else model.pairs.weight.detach() @ products
+        np.testing.assert_allclose(out[b], linear[b] + slow)
+
+
+def test_a_field_aware_row_holds_a_vector_for_each_other_field() -> None:
+    made = config("ffm", features={name: {"kind": "categorical", "buckets": 5} for name in "abc"})
+    assert Eager(made, layout_of(made)).table.shape == (18, 1 + 2 * 3)
+
+
 def test_a_cross_layer_multiplies_by_what_came_in() -> None:
     shape = Shape(fields=2, dim=2, numerics=1, outputs=2, hidden=(4,), cross=2)
     model, (first, vectors, dense) = DCNv2(shape).double(), inputs(shape)
@@ -103,6 +127,23 @@ def test_a_cross_layer_multiplies_by_what_came_in() -> None:
     np.testing.assert_allclose(model(first, vectors, dense)[0].detach(), expected)
 
 
+def test_a_compressed_interaction_layer_weighs_the_products_of_maps_and_fields() -> None:
+    shape = Shape(fields=3, dim=4, numerics=1, outputs=2, hidden=(4,))
+    model, (first, vectors, dense) = XDeepFM(shape, (3, 2)).double(), inputs(shape)
+    randomised(model)
+    p = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    rest = model.linear(first, vectors, dense) + model.deep(first, vectors, dense)
+    found = (model(first, vectors, dense) - rest).detach()
+    for b in range(2):
+        e = vectors[b].numpy()
+        x, sums = e, []
+        for layer in range(2):
+            weight = p[f"project.{layer}.weight"].reshape(-1, len(x), 3)
+            x = np.array([sum(w[i, j] * x[i] * e[j] for i in range(len(x)) for j in range(3)) for w in weight])
+            sums += [row.sum() for row in x]
+        np.testing.assert_allclose(found[b], p["sums.weight"] @ np.array(sums))
+
+
 def test_deepfm_projects_its_pairwise_products_to_several_outputs() -> None:
     shape = Shape(fields=4, dim=3, numerics=0, outputs=2, hidden=(4,))
     model, (first, vectors, dense) = DeepFM(shape).double(), inputs(shape)
@@ -114,16 +155,17 @@ def test_deepfm_projects_its_pairwise_products_to_several_outputs() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_are_a_function_of_the_seed_alone(kind: str) -> None:
+    two_fields = {"a": SMALL, "b": SMALL}
+    made, other = config(kind, features=two_fields), config(kind, features=two_fields, seed=4)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one = Eager(config(kind), layout_of(config(kind)))
+    one = Eager(made, layout_of(made))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    two = Eager(config(kind), layout_of(config(kind)))
+    two = Eager(made, layout_of(made))
     assert digest(one.state_dict()) == digest(two.state_dict())
     if kind != "logistic":  # which starts at zero
-        other = Eager(config(kind, seed=4), layout_of(config(kind)))
-        assert digest(one.state_dict()) != digest(other.state_dict())
+        assert digest(one.state_dict()) != digest(Eager(other, layout_of(other)).state_dict())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,12 @@ READS = {"data", "stream", "preset", "method", "seeds", "via", "task", "events"}
 
 VW, VW_FTRL, NO_CHANGE = "vw default", "vw --ftrl", "no-change"
 
-METHODS = ("deepfm", "logistic", "mlp")
+METHODS = (
+    *("deepfm", "logistic", "mlp", "fm", "ffm", "xdeepfm", "dcnv2", "autoint", "two_tower"),
+    *("shared_bottom", "mmoe", "recurrent"),
+)
+PARTS: dict[str, dict[str, Any]] = {"two_tower": {"two_tower": {"user": ["user"], "item": ["item"]}}}
+"""What a model can't do without."""
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
@@ -109,7 +114,7 @@ def run(options: Options) -> Report:
 
 def settings(method: str, preset: str) -> dict[str, Any]:
     """What a preset says of a model; the rest is the product's default."""
-    return {**PRESETS[preset].get(method, {}), "model": {"kind": method}}
+    return {**PRESETS[preset].get(method, {}), "model": {"kind": method, **PARTS.get(method, {})}}
 
 
 def _ours(topic: Topic, method: str, preset: str, seed: int) -> Trace:

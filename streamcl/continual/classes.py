@@ -154,7 +154,7 @@ def needs_head(context: Context, kind: str) -> nn.Linear:
     needs_hidden(context, kind)
     needs_classes(context, kind)
     tower = context.engine.model.tower
-    if tower is None or context.config.model.kind == "deepfm":
+    if tower is None or context.engine.model.beside:
         raise PluginError(f"plugins: {kind}: the last layer of {context.config.model.kind} isn't all of its output")
     return tower.head
 

@@ -24,7 +24,7 @@ from streamcl.engine.weights import WeightSet
 from streamcl.features import Layout
 from streamcl.models import build_model
 from streamcl.models.key_state import KeyStateModel
-from streamcl.plasticity import build_rules, of_tower
+from streamcl.plasticity import build_rules, of_towers
 from streamcl.plasticity.layers import unheard
 from streamcl.plugin import Grads, Out, Plugin, PluginError, Rows, Rule, Shape, Step, Term
 from streamcl.protocols import State
@@ -64,10 +64,11 @@ class Eager:
     ) -> None:
         torch.set_num_threads(config.worker.threads)  # of the process: two are 10 to 40 times slower on a busy box
         self.task = config.task
-        self.outputs = config.outputs
+        self.outputs, self.heads = config.outputs, config.heads
+        self.task_weights = torch.tensor([each.weight for _, each in sorted(config.tasks.items())])  # (T,)
         self.fields = len(layout.fields)
         self.slot_field = torch.from_numpy(layout.slot_field)
-        self.numbers, self.dim = len(layout.numerics), config.model.embedding_dim
+        self.numbers = len(layout.numerics)
         self.one_slot_each = len(layout.slot_field) == self.fields
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
         weights = config.loss.class_weights
@@ -75,11 +76,12 @@ class Eager:
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
         self.model = build_model(config, layout).to(self.dtype)
+        self.dim = self.model.dim
         self._hidden: dict[int, Tensor] = {}  # by thread: a replica predicts for requests and for its memory
         if self.model.tower is not None:
             self.model.tower.head.register_forward_pre_hook(self._note_hidden)
         self.own = self._modules_of(plugins)
-        self.first = self.outputs if self.model.first_order else 0
+        self.first = self.heads if self.model.first_order else 0
         self.table = self._fresh_table(config, layout.rows)  # (R, W)
         rate = config.optimizer.learning_rate
         self.dense = Dense(self.model, build_update(config.optimizer, rate))
@@ -87,7 +89,7 @@ class Eager:
         self.row_update = build_update(config.optimizer, self.row_rate)
         self.row_slots = self.row_update.slots(self.table)
         self.tables = self._dynamic(config, layout) if layout.dynamic else None
-        self.layers = of_tower(self.model, self.model.tower)
+        self.layers = of_towers(self.model, self.model.towers)
         self.rules: dict[str, Rule] = {} if serving else build_rules(config, self.dense, self.model, self.layers)
         # Continual backpropagation and its like come last, so that nothing is done to units made anew.
         self.around = [plugin for plugin in plugins.values() if isinstance(plugin, Rule)] + list(self.rules.values())
@@ -108,7 +110,7 @@ class Eager:
         return own
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
-        dim = config.model.embedding_dim if self.model.embedding else 0
+        dim = self.dim if self.model.embedding else 0
         table = torch.zeros(rows, self.first + dim, dtype=self.dtype)
         self.draw = partial(_normal, key_of(config.seed, "table"), config.model.init_scale)
         block = BLOCK // max(dim, 1)
@@ -142,15 +144,15 @@ class Eager:
         return rows
 
     def predict(self, ids: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
-        """(B, O)"""
+        """(B, O), and behind it the logits of T further tasks: (B, O + T)."""
         with torch.inference_mode():
             output = self.forward(self.table[ids], weights, dense)
         self._take_hidden(output)
         return output
 
     def forward(self, rows: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
-        """(B, O) of rows (B, S, W)."""
-        output: Tensor = self.model(*self._pooled(rows, weights), dense)
+        """(B, O + T) of rows (B, S, W)."""
+        output: Tensor = self.model(*self._given(rows, weights, dense))
         return output
 
     def out(self, rows: Rows, weights: str = "live") -> Out:
@@ -165,12 +167,14 @@ class Eager:
             if weights == "live":
                 output = self.forward(self.table[rows.ids], rows.weights, rows.dense)
             else:
-                pooled = self._pooled(self._set(weights).rows(rows.ids), rows.weights)
-                output = functional_call(self.model, self._set(weights).params(), (*pooled, rows.dense))
+                given = self._given(self._set(weights).rows(rows.ids), rows.weights, rows.dense)
+                output = functional_call(self.model, self._set(weights).params(), given)
         if kept is not None:
             states[get_ident()] = kept
         hidden = self._take_hidden(output)
-        return Out(output.clone(), hidden.clone())  # a tensor of inference mode can't be learned from
+        return Out(
+            output[:, : self.outputs].clone(), hidden.clone()
+        )  # a tensor of inference mode can't be learned from
 
     def _set(self, name: str) -> WeightSet:
         if name not in self.sets:
@@ -187,11 +191,11 @@ class Eager:
     def look(self, ids: Tensor, weights: Tensor, dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`predict`, and what may be a key: embeddings and numerics (B, E), and the last hidden layer (B, H)."""
         with torch.inference_mode():
-            first, vectors = self._pooled(self.table[ids], weights)
-            output = self.model(first, vectors, dense)
+            given = self._given(self.table[ids], weights, dense)
+            output = self.model(*given)
             if not self.model.embedding:
                 return output, output[:, :0], output[:, :0]
-            entered = torch.cat((vectors.flatten(1), dense[:, : self.numbers]), 1)
+            entered = torch.cat((given[1].flatten(1), dense[:, : self.numbers]), 1)
             return output, entered, self._take_hidden(output)
 
     def inputs(self, rows: Rows, weights: str = "live") -> list[Tensor]:
@@ -214,6 +218,11 @@ class Eager:
         """(B, H) of the forward pass that has just been made; it holds the graph of a step, so it is not left there."""
         return self._hidden.pop(get_ident(), output[:, :0])
 
+    def _given(self, rows: Tensor, weights: Tensor, dense: Tensor) -> tuple[Tensor, ...]:
+        """What the model's `forward` takes, of rows (B, S, W)."""
+        slots = (rows[:, :, self.first :], weights.to(rows)) if self.model.slots else ()
+        return (*self._pooled(rows, weights), dense, *slots)
+
     def _pooled(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """First-order weights (B, F, O) and embeddings (B, F, D)."""
         weighted = rows * weights.unsqueeze(2)  # (B, S, W)
@@ -235,6 +244,16 @@ class Eager:
         if self.task == "multiclass":
             return functional.cross_entropy(output, y.long(), reduction="none")
         return 0.5 * (output[:, 0] - y) ** 2
+
+    def further(self, output: Tensor, also: Tensor) -> Tensor:
+        """(B,) in nats: weighted cross-entropies of the further tasks, of output (B, O + T) and labels (B, T).
+
+        One that is not known counts nothing, and moves nothing.
+        """
+        known = ~torch.isnan(also)
+        y = torch.where(known, also, 0.0).to(output)
+        losses = functional.binary_cross_entropy_with_logits(output[:, self.outputs :], y, reduction="none")
+        return (losses * known * self.task_weights).sum(1).to(output)
 
     def step(self, step: Step) -> bool:
         """One update on the plan's rows.
@@ -260,17 +279,24 @@ class Eager:
         rows = self.table[read.ids].requires_grad_()
         output = self.forward(rows, read.weights, read.dense)
         hidden = self._take_hidden(output)
-        losses = self.losses(output, read.y, step.served)
+        losses = self.losses(self._corrected(output, read), read.y, step.served)
         step.losses = losses.detach()
         share = step.share if self.class_weights is None else step.share * self.class_weights.to(losses)[read.y.long()]
         loss = losses.dot(share) if self.task_weight else losses.new_zeros(())
+        loss = loss if read.also is None else loss + self.further(output, read.also).dot(step.share)
         if self.asked:
             live = 0 if step.live is None else 1
-            step.outs["live", "live"] = Out(output[:live], hidden[:live])
-            step.outs["replay", "live"] = Out(output[live:], hidden[live:])
+            of_first = output[:, : self.outputs]
+            step.outs["live", "live"] = Out(of_first[:live], hidden[:live])
+            step.outs["replay", "live"] = Out(of_first[live:], hidden[live:])
         for term in self.terms:
             loss = loss + term.options.weight * term.loss(step)
         return loss, rows
+
+    def _corrected(self, output: Tensor, read: Rows) -> Tensor:
+        """As it is learned from; see `Network.correction`."""
+        correction = self.model.correction(read.dense)
+        return output if correction is None else output + correction
 
     def _grads(self, loss: Tensor, rows: Tensor, ids: Tensor, touched: Tensor) -> Grads:
         by_slot, *by_param = torch.autograd.grad(
@@ -289,7 +315,9 @@ class Eager:
             rows = self.table[read.ids].requires_grad_()
             output = self.forward(rows, read.weights, read.dense)
             self._take_hidden(output)
-            return self._grads(self.losses(output, read.y).mean(), rows, read.ids, torch.unique(read.ids))
+            losses = self.losses(self._corrected(output, read), read.y)
+            losses = losses if read.also is None else losses + self.further(output, read.also)
+            return self._grads(losses.mean(), rows, read.ids, torch.unique(read.ids))
 
     def _update(self, grads: Grads, step: Step) -> bool:
         for rule in self.around:

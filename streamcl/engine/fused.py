@@ -39,7 +39,6 @@ from streamcl.engine.views import (
 from streamcl.engine.weights import Average
 from streamcl.features import FLOAT32_MAX, ID
 from streamcl.memory.owners import Owners
-from streamcl.models import MODELS
 from streamcl.plasticity.continual_backprop import ContinualBackprop
 from streamcl.records import Encoded, Outcome, Scores
 
@@ -50,6 +49,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NOTHING = np.zeros((0, 0), np.float32)
+COMPILED = frozenset(("logistic", "fm", "mlp", "deepfm", "dcnv2"))
+"""Kinds of models."""
 UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
 
 _loaded: set[str] = set()
@@ -60,12 +61,14 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
     """What of a configuration has no compiled form, by its path; None when all of it has."""
     if config.river is not None:
         return f"river: {config.river}"
+    if config.tasks:
+        return f"tasks: {', '.join(config.tasks)}"
     others = [_kind(each) for each in (*config.plugins, *plugins) if each in plugins or not _averages(each)]
     if others:
         return "plugins: " + ", ".join(others)
     if len(config.plugins) > len({_kind(each) for each in config.plugins}):
         return "plugins: two of one kind"
-    if config.model.kind not in MODELS:
+    if config.model.kind not in COMPILED:
         return f"model.kind: {config.model.kind}"
     if config.model.layer_norm and config.model.deep:
         return "model.layer_norm"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcl.config import Config
+from streamcl.config import Config, ConfigError
 from streamcl.features import Layout
 from streamcl.memory.compensation import GRID, Choice
 from streamcl.memory.forms import FORMS, Floats, Form
@@ -146,6 +146,8 @@ class ErrorMemory:
             keys = keys_of(each, config, layout, f"error_memory.{index}.key")
             empty = Encoded(layout.slot_base, np.zeros(len(layout.slot_base), np.float32), np.zeros(0, np.float32))
             dim = len(keys(empty._replace(dense=np.zeros(len(layout.numerics), np.float32)), *map(_zeros, vectors)))
+            if not dim:
+                raise ConfigError(f"error_memory.{index}.key: the model has no {each.key!r}")
             form = FORMS[each.kind](each, dim, 2 * self.width, key_of(config.seed, f"error_memory.{index}"))  # type: ignore[arg-type]
             self.stages.append(Stage(each, keys, form, self.task))
 

@@ -8,6 +8,7 @@ Beside the example and whose it is, a row holds the columns that plug-ins need, 
     hits        () how often it has been replayed
     written     () number of learning steps before it was written
     last_seen   () the same of the last step that it took part in
+    tasks       (T,) labels of the further tasks; there, whoever asks, where there are such
 
 and what plug-ins keep there of their own (`Plugin.columns`), 0 in a fresh row. `time_s`, of the event, and `key`, a
 64-bit mark of the event's key, are there for all.
@@ -15,7 +16,7 @@ and what plug-ins keep there of their own (`Plugin.columns`), 0 in a fresh row. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -127,7 +128,7 @@ class Replay:
     def draw(self, n: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.examples(self.pick(n, step)[0])
 
-    def write(self, ticket: Ticket, label: float, step: int = 0, loss: float = 0.0) -> None:
+    def write(self, ticket: Ticket, label: float, step: int = 0, loss: float = 0.0, also: Sequence[float] = ()) -> None:
         slot = self._place(label)
         if slot is None:
             return
@@ -142,6 +143,8 @@ class Replay:
                     column[slot] = ticket.scores.notes.get("hidden", 0.0)  # an old ticket has none
                 case "loss":
                     column[slot] = loss
+                case "tasks":
+                    column[slot] = also
                 case "written" | "last_seen":
                     column[slot] = step
         self.owners.write(slot, Owners.of(ticket))

@@ -2,6 +2,7 @@
 
 - `prequential`: START HERE: what the worker holds; one per stream of outcomes
 - `binary`, `multiclass`, `regression`: the metrics of each task, over the whole stream and over the last N
+- `tasks`: the same for each further task of a model of several
 - `losses`: log-loss, entropy, normalised entropy: the definitions, over arrays
 - `ranking`: AUC, exact over arrays and in constant memory over a whole stream
 - `window`: the last N rows
@@ -15,5 +16,6 @@ Every number is exported under the name of its definition; `_window` marks the l
 from streamcl.metrics.losses import log_loss, normalized_entropy
 from streamcl.metrics.prequential import Prequential
 from streamcl.metrics.ranking import exact_auc
+from streamcl.metrics.tasks import TaskMetrics
 
-__all__ = ["Prequential", "exact_auc", "log_loss", "normalized_entropy"]
+__all__ = ["Prequential", "TaskMetrics", "exact_auc", "log_loss", "normalized_entropy"]

@@ -1,33 +1,62 @@
-"""Built-in models: from pooled rows of the table to raw outputs.
+"""Built-in models: from pooled rows of the table to raw outputs. `Network` says what the engine asks of each.
 
-Shape of every model's `forward`: first (B, F, O) first-order weights, vectors (B, F, D) embeddings, dense (B, N)
-standardised numerics; returns (B, O) logits, or standardised values for regression. `first_order` and `embedding`
-say which of the two a model reads, and so what a row of the table holds. `tower` is its hidden layers, if it has any.
+- `tower`: START HERE: `Network` and `Shape`, and `MLP`, the hidden layers that most have
+- here: `Logistic`, `FM`, `FFM`, `DeepFM`, `XDeepFM`, `DCNv2`
+- `attention`: `AutoInt`, fields that attend to fields; `DIN`, a target that attends to a user's history
+- `two_tower`: a user's vector times an item's
+- `multitask`: a shared bottom or a mixture of experts, and a tower for each task
+- `key_state`: a minGRU, or another recurrence, for what each user has done
+- `own`: a user's module, by import path
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamcl.architectures import Model
 from streamcl.config import Config
 from streamcl.features import Layout
+from streamcl.models import own
+from streamcl.models.attention import DIN, AutoInt
 from streamcl.models.key_state import KeyStateModel, build_cell
-from streamcl.models.tower import MLP, Shape
+from streamcl.models.multitask import MultiTask
+from streamcl.models.tower import MLP, Network, Shape
+from streamcl.models.two_tower import TwoTower
 from streamcl.random import key_of, uniform_array
 
+__all__ = [
+    "DIN",
+    "FFM",
+    "FM",
+    "MLP",
+    "MODELS",
+    "AutoInt",
+    "DCNv2",
+    "DeepFM",
+    "KeyStateModel",
+    "Logistic",
+    "MultiTask",
+    "Network",
+    "Shape",
+    "TwoTower",
+    "XDeepFM",
+    "build_model",
+]
 
-class Logistic(nn.Module):
+
+class Logistic(Network):
     """A linear model on one weight per category and output: the baseline that is hard to beat on ids alone."""
 
     first_order, embedding = True, False
-    tower: MLP | None = None
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.weight = nn.Parameter(torch.zeros(shape.outputs, shape.numerics))
         self.bias = nn.Parameter(torch.zeros(shape.outputs))
 
@@ -36,7 +65,7 @@ class Logistic(nn.Module):
         return out
 
 
-class FM(nn.Module):
+class FM(Network):
     """A factorisation machine: first-order weights + interactions of all pairs of fields, on their embeddings.
 
     Source:
@@ -47,11 +76,10 @@ class FM(nn.Module):
         to the outputs, for their sum would be the same for every class.
     """
 
-    first_order, embedding = True, True
-    tower: MLP | None = None
+    first_order = True
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.linear = Logistic(shape)
         self.pairs = nn.Linear(shape.dim, shape.outputs, bias=False) if shape.outputs > 1 else None
 
@@ -67,7 +95,42 @@ def pairwise(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
     return products.sum(1, keepdim=True) if projection is None else projection(products)
 
 
-class DeepFM(nn.Module):
+class FFM(Network):
+    """A field-aware factorisation machine: a category has a vector for each field that it may meet.
+
+    Source:
+        Juan et al. 2016 (RecSys), equation 4: the sum over pairs of fields i < j of <v_i towards j, v_j towards i>.
+
+    Differs from the source:
+        As `FM` does; and with first-order weights, which the equation leaves out. A category has no vector towards its
+        own field, which has one value, or a bag that is pooled before it meets others.
+
+    Shape:
+        `dim` is (F - 1) x k: a row holds k = `model.embedding_dim` numbers towards each other field, in their order.
+    """
+
+    first_order = True
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.linear = Logistic(shape)
+        self.dim, self.k = (shape.fields - 1) * shape.dim if shape.fields else 0, shape.dim
+        self.pairs = nn.Linear(shape.dim, shape.outputs, bias=False) if shape.outputs > 1 else None
+        pairs = list(itertools.combinations(range(shape.fields), 2))
+        # Places in (F x (F - 1)): field i's vector towards j stands at j - 1 if j > i, at j if j < i.
+        others = shape.fields - 1
+        self.lower = torch.tensor([i * others + j - 1 for i, j in pairs], dtype=torch.int64, device="cpu")
+        self.upper = torch.tensor([j * others + i for i, j in pairs], dtype=torch.int64, device="cpu")
+
+    def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
+        towards = vectors.reshape(len(vectors), -1, self.k)  # (B, F x (F - 1), k)
+        products = (towards[:, self.lower] * towards[:, self.upper]).sum(1)  # (B, k)
+        pairs = products.sum(1, keepdim=True) if self.pairs is None else self.pairs(products)
+        out: Tensor = self.linear(first, vectors, dense) + pairs
+        return out
+
+
+class DeepFM(Network):
     """A factorisation machine + a deep part, on shared embeddings.
 
     Source:
@@ -77,10 +140,10 @@ class DeepFM(nn.Module):
         As `FM` does.
     """
 
-    first_order, embedding = True, True
+    first_order = beside = True
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.linear = Logistic(shape)
         self.deep = MLP(shape)
         self.pairs = nn.Linear(shape.dim, shape.outputs, bias=False) if shape.outputs > 1 else None
@@ -95,7 +158,47 @@ class DeepFM(nn.Module):
         return out
 
 
-class DCNv2(nn.Module):
+class XDeepFM(Network):
+    """Products of ever more fields, each number of the embeddings for itself, beside a linear and a deep part.
+
+    A layer's map h is sum_ij W^h_ij (x_i * e_j): x_i the maps of the layer before, e_j the fields, which are also the
+    maps of layer 0. What a map holds is summed up, and the sums of all layers' maps have a weight each.
+
+    Source:
+        Lian et al. 2018 (KDD), arXiv 1803.05170, equations 6 (the layers), 7 and 8 (the sums), 10 (the three parts).
+
+    Differs from the source:
+        Numerics enter the linear and the deep part alone.
+    """
+
+    first_order = beside = True
+
+    def __init__(self, shape: Shape, maps: Sequence[int]) -> None:
+        super().__init__(shape)
+        self.linear = Logistic(shape)
+        self.deep = MLP(shape)
+        widths = (shape.fields, *maps)
+        self.project = nn.ModuleList(
+            nn.Linear(before * shape.fields, width, bias=False) for before, width in itertools.pairwise(widths)
+        )
+        self.sums = nn.Linear(sum(maps), shape.outputs, bias=False)
+
+    @property
+    def tower(self) -> MLP:
+        return self.deep
+
+    def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
+        fields = x = vectors.transpose(1, 2)  # (B, D, F)
+        sums = []
+        for layer in self.project:
+            x = layer((x.unsqueeze(3) * fields.unsqueeze(2)).flatten(2))  # (B, D, maps)
+            sums.append(x.sum(1))
+        compressed = self.sums(torch.cat(sums, 1))
+        out: Tensor = self.linear(first, vectors, dense) + compressed + self.deep(first, vectors, dense)
+        return out
+
+
+class DCNv2(Network):
     """Cross layers, each multiplying by what came in once more, then hidden ReLU layers: the stacked form.
 
     x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, x_0 the embeddings and numerics.
@@ -107,10 +210,8 @@ class DCNv2(nn.Module):
         W_l is of full rank; neither low rank nor a mixture of experts.
     """
 
-    first_order, embedding = False, True
-
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
+        super().__init__(shape)
         width = shape.fields * shape.dim + shape.numerics
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(shape.cross))
         self.deep = MLP(shape)
@@ -126,44 +227,69 @@ class DCNv2(nn.Module):
         return self.deep.of(x)
 
 
-Built = Logistic | FM | MLP | DeepFM | DCNv2 | KeyStateModel
-
-MODELS: dict[str, type[Logistic] | type[FM] | type[MLP] | type[DeepFM] | type[DCNv2]] = {
+MODELS: dict[str, type[Network]] = {
     "logistic": Logistic,
     "fm": FM,
+    "ffm": FFM,
     "mlp": MLP,
     "deepfm": DeepFM,
     "dcnv2": DCNv2,
 }
+"""Those that a shape is enough for."""
 
 
-def build_model(config: Config, layout: Layout) -> Built:
-    """The configured model, freshly initialised from the seed alone."""
-    sizes = len(layout.fields), config.model.embedding_dim, len(layout.numerics), config.outputs
-    shape = Shape(*sizes, config.model.hidden, config.model.layer_norm, config.model.cross_layers)
+def build_model(config: Config, layout: Layout) -> Network:
+    """The configured model, freshly initialised from the seed alone.
+
+    Raises:
+        ConfigError: a model of the user's can't be had, or doesn't keep the contract; see `streamcl.models.own`.
+    """
+    model = config.model
+    shape = Shape(
+        *(len(layout.fields), model.embedding_dim, len(layout.numerics), config.heads, model.hidden),
+        *(model.layer_norm, model.cross_layers, layout.fields, layout.numerics, tuple(layout.slot_field.tolist())),
+        1 + len(config.tasks),
+    )
+    if ":" in model.kind:
+        return own.build(model.kind, shape, model.options, config.seed)
     cell = None
-    if config.model.kind == "recurrent":  # its cell draws its own weights
-        cell = build_cell(config.model.recurrent, shape.fields * shape.dim + shape.numerics, config.seed)
+    if model.kind == "recurrent":  # its cell draws its own weights
+        cell = build_cell(model.recurrent, shape.fields * shape.dim + shape.numerics, config.seed)
     with torch.device("meta"):  # no draw from the global generator
-        model: Built
-        if cell is None:
-            model = MODELS[config.model.kind](shape)
-        else:
-            model = KeyStateModel(shape, cell, config.model.recurrent.timed)
-    for name, param in list(model.named_parameters()):
+        built = _built(model, shape) if cell is None else KeyStateModel(shape, cell, model.recurrent.timed)
+    for name, param in list(built.named_parameters()):
         if param.is_meta:
             owner, _, attribute = name.rpartition(".")
             fresh = nn.Parameter(torch.empty_like(param, device="cpu"))
-            setattr(model.get_submodule(owner), attribute, fresh)
+            setattr(built.get_submodule(owner), attribute, fresh)
             _initialise(name, fresh, config.seed)
-    return model
+    return built
+
+
+def _built(model: Model, shape: Shape) -> Network:
+    match model.kind:
+        case "xdeepfm":
+            return XDeepFM(shape, model.xdeepfm.maps)
+        case "autoint":
+            return AutoInt(shape, model.autoint)
+        case "din":
+            return DIN(shape, model.din)
+        case "two_tower":
+            return TwoTower(shape, model.two_tower)
+        case "shared_bottom" | "mmoe":
+            return MultiTask(shape, model.multitask, model.multitask.experts if model.kind == "mmoe" else 1)
+        case _:
+            return MODELS[model.kind](shape)
+
+
+GAINS = {"hidden": 6.0, "expert": 6.0, "cross": 3.0, "project": 3.0}
 
 
 def _initialise(name: str, param: nn.Parameter, seed: int) -> None:
-    """He's uniform initialisation of hidden weights, LeCun's of cross layers'; all else zero, so that the first scores
-    are the prior.
+    """He's uniform initialisation of hidden weights, LeCun's of layers that cross or project; all else zero, so that
+    the first scores are the prior.
     """
-    gain = 6.0 if "hidden" in name else 3.0 if "cross" in name else 0.0
+    gain = next((gain for part, gain in GAINS.items() if part in name), 0.0)
     bound = math.sqrt(gain / param.shape[1]) if name.endswith("weight") and param.numel() else 0.0
     draw = (2.0 * uniform_array(key_of(seed, f"model.{name}"), param.numel()) - 1.0) * bound
     with torch.no_grad():

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from streamcl.architectures import Recurrent as Config
 from streamcl.models.legs import LegS
 from streamcl.models.linear_state import Gated, KeyState, MinGRU, MinLSTM, Recurrent
 from streamcl.models.lssl import DiagonalLSSL
 from streamcl.models.online_credit import OnlineCredit
 from streamcl.models.retnet import RetNet
-from streamcl.models.tower import MLP, Shape
-from streamcl.stations import Recurrent as Config
+from streamcl.models.tower import MLP, Network, Shape
 
 
 class Packed(NamedTuple):
@@ -25,7 +25,7 @@ class Packed(NamedTuple):
     shape: tuple[int, ...]
 
 
-class KeyStateModel(nn.Module):
+class KeyStateModel(Network):
     """Embeddings and numerics x, what the event's key has done before it, then hidden ReLU layers over both.
 
     h, state' = cell(x, state, dt); output = tower([x, h]). `forward` reads the state where the numerics end: `width`
@@ -37,10 +37,8 @@ class KeyStateModel(nn.Module):
         timed: The cell is told of the time between events; otherwise one event is one step.
     """
 
-    first_order, embedding = False, True
-
     def __init__(self, shape: Shape, cell: nn.Module, timed: bool) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.numbers, self.timed = shape.numerics, timed
         self.cell = cell
         self.deep = MLP(shape._replace(numerics=shape.numerics + self._recurrent.width))

@@ -14,7 +14,7 @@ from streamcl.plasticity.continual_backprop import ContinualBackprop
 from streamcl.plasticity.diagnostics import Diagnostics
 from streamcl.plasticity.l2 import L2
 from streamcl.plasticity.l2_init import L2Init
-from streamcl.plasticity.layers import Hidden, LayerError, Taps, among, find, named, of_tower
+from streamcl.plasticity.layers import Hidden, LayerError, Taps, among, find, named, of_tower, of_towers
 from streamcl.plasticity.redo import ReDo
 from streamcl.plasticity.self_normalized_resets import SelfNormalizedResets
 from streamcl.plasticity.shrink_and_perturb import ShrinkAndPerturb
@@ -45,6 +45,7 @@ __all__ = [
     "find",
     "named",
     "of_tower",
+    "of_towers",
 ]
 
 
@@ -54,7 +55,7 @@ def check(config: Config) -> None:
     for place, station in enumerate(config.plasticity):
         if isinstance(station, methods.Resetting):
             try:
-                among(of_tower(model, model.tower), station.layers or ())
+                among(of_towers(model, model.towers), station.layers or ())
             except LayerError as error:
                 raise LayerError(f"plasticity.{place}.{error}") from error
 
@@ -74,6 +75,8 @@ def build_rules(config: Config, dense: Dense, module: nn.Module, layers: Sequenc
 
 
 def _taps(station: methods.Resetting, module: nn.Module, layers: Sequence[Hidden]) -> Taps:
+    if not layers:
+        raise LayerError("plasticity: the model has no hidden units that could be made anew")
     places = among(layers, station.layers) if station.layers else list(range(len(layers)))
     return Taps(module, [layers[place] for place in places], places)
 

@@ -97,6 +97,11 @@ def of_tower(module: nn.Module, tower: MLP | None) -> list[Hidden]:
     return [named(module, incoming, [outgoing]) for incoming, outgoing in itertools.pairwise(stack)]
 
 
+def of_towers(module: nn.Module, towers: Sequence[MLP]) -> list[Hidden]:
+    """Of all of them, one tower after the other."""
+    return [layer for tower in towers for layer in of_tower(module, tower)]
+
+
 def among(layers: Sequence[Hidden], pairs: Sequence[tuple[str, str]]) -> list[int]:
     """The places of some of a model's layers, by the names of each and of one that reads it. LayerError: no such."""
     known = {(layer.incoming, reader): place for place, layer in enumerate(layers) for reader in layer.outgoing}

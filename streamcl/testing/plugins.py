@@ -2,7 +2,7 @@
 
 A check takes settings, `{"kind": ..., ...}` of a plug-in, `{"model": {"kind": ..., ...}}`, or both, and finds by itself
 a task, the retention that the plug-in needs and the plug-ins that provide the weight sets that it reads. Settings of
-the `optimizer`, an `engine` and a `device` may stand there too.
+the `optimizer`, `features`, an `engine` and a `device` may stand there too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from streamcl import plugin as points
-from streamcl.config import Config
+from streamcl.config import Config, ConfigError
+from streamcl.features import Featurizer
 from streamcl.learner import Learner
+from streamcl.models import build_model
 from streamcl.plugin import Plugin, PluginError
 from streamcl.records import Encoded, Selector, mark
 from streamcl.state import flatten, unflatten
@@ -60,10 +62,10 @@ def host(settings: Settings, beside: bool = False, *, off: bool = False, task: s
     """
     refused = ""
     for each in (task,) if task else TASKS:
-        config = _config(settings, each, beside, off)
         try:
+            config = _config(settings, each, beside, off)
             Learner(config)
-        except PluginError as error:
+        except (PluginError, ConfigError) as error:
             refused = str(error)
             continue
         return config
@@ -80,22 +82,26 @@ def _config(settings: Settings, task: str, beside: bool, off: bool) -> Config:
         "task": task,
         "events": {"url": "memory://contract/events", "label": "y"},
         "features": {f"c{i}": {"kind": "categorical", "buckets": 20} for i in range(FIELDS)}
-        | {f"n{i}": "numeric" for i in range(NUMBERS)},
+        | {f"n{i}": "numeric" for i in range(NUMBERS)}
+        | settings.get("features", {}),
         "model": model,
         "optimizer": {"kind": "sgd", "learning_rate": 0.05} | settings.get("optimizer", {}),
         "replay": {"retention": "plugin" if keeps else "recency", "capacity": ROWS, "per_event": 3},
         # Of the one without plug-ins too: they are compared to the bit.
         "worker": {"engine": settings.get("engine", "eager"), "device": settings.get("device", "cpu")},
-        **(_beside(model) if beside else {}),
     }
-    return Config.parse(data | ({} if off else {"plugins": plugins}))
+    data |= {} if off else {"plugins": plugins}
+    return Config.parse({**data, **(_beside(data) if beside else {})})
 
 
-def _beside(model: Settings) -> Settings:
+def _beside(data: Settings) -> Settings:
     """A model without hidden layers has no units to reset, and no hidden vector to be a key."""
-    if model["kind"] not in ("logistic", "fm"):
-        return BESIDE
-    return {"error_memory": [{"kind": "key", "key": "c0", "capacity": 16}]}
+    config = Config.parse(data)
+    model = build_model(config, Featurizer(config).layout)
+    by_key = {"error_memory": [{"kind": "key", "key": "c0", "capacity": 16}]}
+    if not any(tower.hidden for tower in model.towers):
+        return by_key
+    return BESIDE if model.tower is not None else {**BESIDE, **by_key}
 
 
 def _kind(settings: Settings) -> type[Plugin]:
@@ -104,7 +110,8 @@ def _kind(settings: Settings) -> type[Plugin]:
 
 def _own(settings: Settings) -> dict[str, Any]:
     """What the plug-in is told."""
-    return {name: value for name, value in settings.items() if name not in ("model", "optimizer", "engine", "device")}
+    others = ("model", "optimizer", "features", "engine", "device")
+    return {name: value for name, value in settings.items() if name not in others}
 
 
 def _providers(kind: type[Plugin]) -> list[dict[str, Any]]:

@@ -1,0 +1,37 @@
+"""Metrics of the tasks beside the first, each of what was served of it, over the events whose label is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from streamcl.metrics.prequential import Prequential
+from streamcl.protocols import State
+from streamcl.records import TASK, Outcome
+
+
+class TaskMetrics:
+    """By name; each is what `Prequential` is to the first. A ticket without a score of a task is left out."""
+
+    def __init__(self, names: Iterable[str], window: int) -> None:
+        self.by_name = {name: Prequential("binary", window, 2) for name in sorted(names)}
+
+    def update(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            labels = outcome.beside(len(self.by_name))
+            for (name, metrics), label in zip(self.by_name.items(), labels, strict=True):
+                served = outcome.ticket.scores.notes.get(f"{TASK}{name}")
+                if served is not None and not math.isnan(label):
+                    metrics.add([label], [served])
+
+    def read(self) -> dict[str, float]:
+        """Under `task_NAME.`"""
+        told = ((name, metrics.read()) for name, metrics in self.by_name.items())
+        return {f"task_{name}.{what}": value for name, values in told for what, value in values.items()}
+
+    def state_dict(self) -> State:
+        return {name: metrics.state_dict() for name, metrics in self.by_name.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        for name, metrics in self.by_name.items():
+            metrics.load_state_dict(state[name])
