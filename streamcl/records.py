@@ -228,11 +228,17 @@ def mark(text: str) -> int:
 
 
 class Fate(StrEnum):
-    """How a ticket became an outcome."""
+    """How a ticket became an outcome.
+
+    A ticket may become several: one that has been taken for a negative for now (PROVISIONAL) is LATE when its label
+    comes after all, or EXPIRED when none does; and one that had EXPIRED may be LATE.
+    """
 
     INLINE = "inline"
     JOINED = "joined"
     EXPIRED = "expired"
+    PROVISIONAL = "provisional"
+    LATE = "late"
 
 
 class Outcome(Struct, frozen=True, gc=False):
