@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from streamcl.chunks import Chunks
 from streamcl.places import Places
 from streamcl.protocols import State, StreamclError
 from streamcl.records import Origin, Selector, Ticket
-from streamcl.segments import Closed, Entry, Row, Segment, hash_of, sealed
+from streamcl.segments import Named, Row, Segment, hash_of, sealed
 
 WAITING, OPEN, EXPIRED, JOINED, GONE = range(5)
 """Nothing has been said of it; a provisional negative has; its window has closed; a label came; not known any more."""
@@ -99,6 +99,9 @@ class Archive:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._clear()
 
+    due: float
+    """When there is something to do next; never too late."""
+
     def _clear(self) -> None:
         self.places = Places()
         self.shelves: list[Shelf | None] = []  # by slot
@@ -108,6 +111,7 @@ class Archive:
         self._heads: list[Head] = []
         self._ends: list[tuple[float, int, Shelf]] = []  # when the last row of a shelf may be forgotten
         self._handles: dict[str, int] = {}
+        self.due = NEVER
 
     def keep_in(self, chunks: Chunks) -> None:
         """Where segments lie. Without it, in a folder that goes with the process."""
@@ -128,7 +132,7 @@ class Archive:
         """Oldest first."""
         return list(self._in_order.values())
 
-    def add(self, entries: Sequence[Entry], statuses: Sequence[int]) -> None:
+    def add(self, entries: Sequence[Named], statuses: Sequence[int]) -> None:
         """Take rows over; none of their ids is here."""
         chunks = self._folder()
         for order, file in sealed(entries):
@@ -156,6 +160,7 @@ class Archive:
         heapq.heappush(self._ends, (segment.last_s + self.known_s, shelf.number, shelf))
         for alarm in (EARLY, DEADLINE) if self.staged else (DEADLINE,):
             self._push(shelf, alarm)
+        self._note_due()
 
     def _push(self, shelf: Shelf, alarm: int) -> None:
         place = shelf.candidate(alarm, self.staged)
@@ -192,16 +197,18 @@ class Archive:
     def turn(self, found: Found, status: int) -> None:
         """What has become of a row that is known."""
         shelf, place = found.shelf, found.place
-        for step, value in ((-1, shelf.status[place]), (1, status)):
-            shelf.waiting += step * (value in (WAITING, OPEN))
-            self.waiting += step * (value in (WAITING, OPEN))
-            shelf.closed += step * (value in (EXPIRED, JOINED))
-            self.closed += step * (value in (EXPIRED, JOINED))
+        waited, waits = shelf.status[place] <= OPEN, status <= OPEN
+        shelf.waiting += waits - waited
+        self.waiting += waits - waited
+        more = (not waits and status != GONE) - (not waited)  # of the closed; nothing that is gone comes back
+        shelf.closed += more
+        self.closed += more
         shelf.status[place] = status
         if status == GONE:
             self.places.remove(np.array([hash_of(found.row.id)], np.uint64), _places(shelf.slot, np.array([place])))
             self._drop_if_done(shelf)
-        self._forget_too_many()
+        if self.closed > self.most:
+            self._forget_too_many()
 
     def head(self) -> Head | None:
         """The alarm that rings next."""
@@ -231,6 +238,7 @@ class Archive:
         """Let go of segments whose ids are all to be forgotten."""
         while self._ends and self._ends[0][0] < watermark and not self._ends[0][2].waiting:
             self._drop(heapq.heappop(self._ends)[2])
+        self._note_due()
 
     def _forget_too_many(self) -> None:
         for shelf in self.in_order() if self.closed > self.most else ():
@@ -276,7 +284,7 @@ class Archive:
         """Erase rows, by writing anew each segment that holds some; (tickets that waited, closed ids)."""
         tickets = closed = 0
         for shelf in self.in_order():
-            kept: list[tuple[int, Entry]] = []
+            kept: list[tuple[int, Named]] = []
             for status, row in self.rows(shelf):
                 if not _meant(who, row, shelf.segment.bare):
                     kept.append((status, row.entry()))
@@ -291,16 +299,15 @@ class Archive:
             self._replace(shelf, kept)
         return tickets, closed
 
-    def _replace(self, shelf: Shelf, kept: Sequence[tuple[int, Entry]]) -> None:
+    def _replace(self, shelf: Shelf, kept: Sequence[tuple[int, Named]]) -> None:
         """By segments that are the younger ones then; all others are looked at as well, so the order stays."""
         self._drop(shelf)
         if kept:
             self.add([entry for _, entry in kept], [status for status, _ in kept])
 
-    def due(self) -> float:
-        """When there is something to do next; never too late."""
+    def _note_due(self) -> None:
         ring = self._heads[0].due if self._heads else NEVER
-        return min(ring, self._ends[0][0] if self._ends else NEVER)
+        self.due = min(ring, self._ends[0][0] if self._ends else NEVER)
 
     def read(self) -> dict[str, float]:
         return {"tickets_on_disk": float(self.waiting), "tickets_bytes": float(self.bytes)}
@@ -312,7 +319,8 @@ class Archive:
 
     def load_state_dict(self, state: State) -> None:
         """Raises OSError: a segment is not there."""
-        self.close()
+        self.close_files()
+        self._clear()
         names, at = state.get("segment_files", []), 0
         chunks = self._folder() if names else self.chunks
         if chunks is not None:
@@ -323,10 +331,10 @@ class Archive:
             self._shelve(segment, bytearray(state["status"][at : at + len(segment)].tobytes()))
             at += len(segment)
 
-    def close(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._clear()
+    def close_files(self) -> None:
+        """They are opened again as they are needed."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
 
 
 def _places(slot: int, rows: NDArray[Any]) -> NDArray[np.uint32]:
@@ -344,10 +352,6 @@ def restate(ticket: Ticket, restated: Restated) -> Ticket:
     return replace(ticket, features=ticket.features._replace(dense=restated(ticket.features.dense)))
 
 
-def _restate(entry: Entry, restated: Restated) -> Entry:
-    return entry._replace(what=restate(entry.what, restated)) if isinstance(entry.what, Ticket) else entry
-
-
-def entries_of(items: Iterable[tuple[str, Ticket | Closed]]) -> list[Entry]:
-    """As they are to be sealed."""
-    return [Entry(what.time_s, what.origin or Origin("", 0, 0), id, what) for id, what in items]
+def _restate(entry: Named, restated: Restated) -> Named:
+    id, what = entry
+    return id, restate(what, restated) if isinstance(what, Ticket) else what

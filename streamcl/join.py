@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcl import archive
-from streamcl.archive import Archive, entries_of
+from streamcl.archive import Archive
 from streamcl.chunks import Chunks
 from streamcl.observations import Observation, aggregate
 from streamcl.protocols import State
@@ -74,6 +74,8 @@ class Alarm(IntEnum):
     FORGET = 2  # a closed id need not be told apart from an unknown one any more
     EARLY = archive.EARLY  # a ticket is a negative for now
 
+
+UNKNOWN = Origin("", 0, 0)
 
 Entry = tuple[float, Origin, int, str]  # (due time, position, alarm, id): the order of expiry
 
@@ -140,7 +142,7 @@ class Joiner:
         """
         self.watermark.advance(stream, time_s)
         mark = self.watermark.value
-        if (self.alarms and self.alarms[0][0] < mark) or self.archive.due() < mark:
+        if (self.alarms and self.alarms[0][0] < mark) or self.archive.due < mark:
             return self._expired()
         return ()
 
@@ -197,7 +199,9 @@ class Joiner:
         orphans = [id for id in self.orphans if who.of_id(id)]
         tickets = [t.id for t in self.tickets.values() if who.meets(t.key, t.id, t.time_s)]
         owners = who.owners
-        of_owner = [(id, closed.time_s) for id, closed in self.closed.items() if owners is None or closed.owner in owners]
+        of_owner = [
+            (id, closed.time_s) for id, closed in self.closed.items() if owners is None or closed.owner in owners
+        ]
         closed = [id for id, time_s in of_owner if who.of_id(id) and who.in_time(time_s)]
         for id in orphans:
             del self.orphans[id]
@@ -255,7 +259,9 @@ class Joiner:
         else:
             self.archive.turn(found, archive.JOINED)
             ticket = found.row.ticket()
-            return self._late(ticket, label) if status == archive.OPEN else self._joined(ticket, label.value, label.time_s)
+            return (
+                self._late(ticket, label) if status == archive.OPEN else self._joined(ticket, label.value, label.time_s)
+            )
         return None
 
     def _after(self, label: Label) -> Outcome | None:
@@ -364,18 +370,22 @@ class Joiner:
             return
         batch = self._batch(self.closed)
         joined = [self.closed.pop(id).joined for id, _ in batch]
-        entries = entries_of((id, self.kept.pop(id, closed)) for id, closed in batch)
-        self.archive.add(entries, [archive.JOINED if each else archive.EXPIRED for each in joined])
+        self._silence([id for id, _ in batch])
+        self.archive.add(
+            [(id, self.kept.pop(id, closed)) for id, closed in batch],
+            [archive.JOINED if each else archive.EXPIRED for each in joined],
+        )
 
     def _make_room(self) -> None:
         if len(self.tickets) > self.config.memory_tickets:
             batch = self._batch(self.tickets)
             for id, _ in batch:
                 del self.tickets[id]
+            self._silence([id for id, _ in batch])
             early = [archive.OPEN if id in self.early else archive.WAITING for id, _ in batch]
-            self.early.difference_update(id for id, _ in batch)
-            self.archive.add(entries_of(batch), early)
-        if self.waiting > self.config.max_tickets:
+            self.early.difference_update([id for id, _ in batch])
+            self.archive.add(batch, early)
+        if len(self.tickets) + self.archive.waiting > self.config.max_tickets:
             self._overflow()
 
     def _batch(self, held: Mapping[str, What]) -> list[tuple[str, What]]:
@@ -403,6 +413,12 @@ class Joiner:
         if len(self.alarms) > 2 * alive + 1024:
             # Event time that stands still rings no alarm: what is stale goes now, or the heap would grow for ever.
             self._sort_out()
+
+    def _silence(self, ids: Sequence[str]) -> None:
+        """The archive has alarms of its own."""
+        gone = set(ids)
+        self.alarms = [entry for entry in self.alarms if entry[3] not in gone]
+        heapq.heapify(self.alarms)
 
     def _sort_out(self) -> None:
         self.alarms = [entry for entry in self.alarms if self._alive(entry)]
@@ -466,7 +482,7 @@ def _closed_from_state(state: State, origins: Mapping[str, Origin]) -> dict[str,
     owners, times = state.get("owner_key", np.zeros(count, np.int64)), state.get("time_s", np.full(count, np.nan))
     columns = (column.tolist() for column in (state["joined"], owners, times))
     found = zip(state["ids"], *columns, strict=True)
-    return {id: Closed(joined, owner, time_s, origins.get(id)) for id, joined, owner, time_s in found}
+    return {id: Closed(joined, owner, time_s, origins.get(id, UNKNOWN)) for id, joined, owner, time_s in found}
 
 
 def _alarms_to_state(alarms: Sequence[Entry]) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,14 +36,15 @@ class Places:
     def nbytes(self) -> int:
         return self._hashes.nbytes + self._places.nbytes
 
-    def find(self, hash: int) -> Iterator[int]:
-        """Every place that was put under it. Nothing may be put or removed meanwhile."""
-        at, mask = hash & self._mask, self._mask
+    def find(self, hash: int) -> list[int]:
+        """Every place that was put under it."""
+        at, mask, found = hash & self._mask, self._mask, []
         hashes, places = self._hash_at, self._place_at
         while (place := places[at]) != _EMPTY:
             if hashes[at] == hash:
-                yield place
+                found.append(place)
             at = (at + 1) & mask
+        return found
 
     def put(self, hashes: NDArray[np.uint64], places: NDArray[np.uint32]) -> None:
         wanted = self.count + len(hashes)

@@ -105,7 +105,9 @@ class Join(Station):
     attribution_window_s: float = Stop(1800.0, gt=0, description="a label counts that comes this soon after its event")
     on_close: Literal["negative", "drop"] = Stop("negative", description="what a window without a label means")
     wait_s: float | None = Stop(
-        None, ge=0, description="an event is a negative for now once it has waited so long; none: when its window closes"
+        None,
+        ge=0,
+        description="an event is a negative for now once it has waited so long; none: when its window closes",
     )
     late: Literal["drop", "reemit"] = Stop(
         "drop",
@@ -123,14 +125,18 @@ class Join(Station):
     orphan_s: float = Stop(60.0, ge=0, description="how long a label waits for an event that it overtook")
     max_tickets: int = Stop(1_000_000, ge=1, description="beyond it the ticket that came first is dropped, counted")
     memory_tickets: int = Stop(
-        1_000_000, ge=2, description="tickets, and closed ids, held in memory; beyond it those that came first go to disk"
+        1_000_000,
+        ge=2,
+        description="tickets, and closed ids, held in memory; beyond it those that came first go to disk",
     )
     max_expiries_per_event: int = Stop(100, ge=1, description="bounds the work of one event after a gap in the stream")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.wait_s is not None and self.wait_s >= self.attribution_window_s:
-            raise ValueError(f"wait_s: {self.wait_s:g} must be below attribution_window_s {self.attribution_window_s:g}")
+            raise ValueError(
+                f"wait_s: {self.wait_s:g} must be below attribution_window_s {self.attribution_window_s:g}"
+            )
         if self.wait_s is not None and self.on_close == "drop":
             raise ValueError("wait_s: what means nothing when its window closes can't mean a negative before")
         for name, set_ in (("wait_s", self.wait_s is not None), ("late = 'reemit'", self.late == "reemit")):
