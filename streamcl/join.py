@@ -520,6 +520,7 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
         "version": np.array([t.scores.version for t in tickets], np.int64),
         **{name: np.stack(column) if column else np.zeros((0, 0)) for name, column in columns.items()},
         **({"segment": [t.segment for t in tickets]} if any(t.segment for t in tickets) else {}),
+        **({"weight": np.array([t.weight for t in tickets])} if any(t.weight != 1.0 for t in tickets) else {}),
         **({"recalled": recalled} if recalled else {}),
         **({"notes": notes} if notes else {}),
     }
@@ -559,6 +560,7 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
             recalled[i] += (Recalled(key, given, labels, scores, float(support), int(version)),)
     segments = state.get("segment") or [""] * len(state["id"])
     keys = state.get("key", [""] * len(state["id"]))
+    shares = state["weight"].tolist() if "weight" in state else [1.0] * len(state["id"])
     notes: list[dict[str, NDArray[Any]]] = [{} for _ in state["id"]]
     for column in state.get("notes", ()):
         for i, value in zip(column["ticket"].tolist(), column["values"], strict=True):
@@ -573,4 +575,5 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
             origin=Origin(state["input"][i], partition, offset),
             segment=segments[i],
             key=keys[i],
+            weight=shares[i],
         )

@@ -107,6 +107,7 @@ class Due(NamedTuple):
     outcome: Outcome
     records: int
     history: bool
+    teaches: bool = True  # False: it is measured alone
 
 
 class Work:

@@ -100,6 +100,7 @@ class Event(Struct, frozen=True, gc=False):
     origin: Origin
     label: float | None = None
     segment: str = ""
+    weight: float = 1.0
 
 
 class Label(Struct, frozen=True, gc=False):
@@ -168,6 +169,8 @@ class Ticket(Struct, frozen=True, gc=False):
     segment: str = ""  # see `Event`
     key: str = ""
     """Whose event it is; "" where that is not known, as in a ticket of an old snapshot."""
+    weight: float = 1.0
+    """How much it counts, in learning and in metrics."""
 
 
 class Selector(Struct, frozen=True, gc=False):
@@ -248,6 +251,13 @@ class Outcome(Struct, frozen=True, gc=False):
     label: float
     fate: Fate
     delay_s: float
+    drawn: float = 1.0
+    """The share of its kind that it was drawn from: it stands for 1 / drawn of them in metrics."""
+
+    @property
+    def weight(self) -> float:
+        """In metrics."""
+        return self.ticket.weight / self.drawn
 
 
 class Learned(NamedTuple):

@@ -162,6 +162,7 @@ def _block(entries: Sequence[Named], inputs: Sequence[str]) -> _Block:
     else:
         scores = [ticket.scores for ticket in whats]
         head["version"] = [each.version for each in scores]
+        head["weight"] = [ticket.weight for ticket in whats]
         head["key"] = _lengths([ticket.key for ticket in whats])
         head["segment"] = _lengths([ticket.segment for ticket in whats])
         arrays = _columns(whats, [ticket.features for ticket in whats], scores)
@@ -314,7 +315,7 @@ class Row:
         at = self._segment.text + head[7]
         end = at + head[8]
         key, segment = buffer[at:end].decode(), buffer[end : end + head[9]].decode() if head[9] else ""
-        return Ticket(self.id, self.time_s, Encoded(ids, weights, dense), scores, self.origin, segment, key)
+        return Ticket(self.id, self.time_s, Encoded(ids, weights, dense), scores, self.origin, segment, key, head[1])
 
     def entry(self) -> Named:
         """As it was given to be sealed."""

@@ -72,6 +72,9 @@ class Events(Station):
     time: FieldPath | None = Stop(None, description="field of the event time; without it the record's timestamp")
     time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field, unless the codec knows it")
     label: FieldPath | None = Stop(None, description="field of an inline label; may be absent in single events")
+    weight: FieldPath | None = Stop(
+        None, description="field of how much the event counts, in learning and in metrics; absent: 1"
+    )
     segment: FieldPath | None = Stop(
         None, description="field that names the part of the stream (task, season): for boundaries and evaluators alone"
     )
@@ -116,8 +119,8 @@ class Join(Station):
     )
     aggregate: Literal["first", "last", "sum", "mean", "max", "min", "count", "any"] = Stop(
         "first",
-        description="what several labels of an event come to, in order of (event time, place in the log): `first` counts"
-        " as it comes, the others when the window closes",
+        description="what several labels of an event come to, in order of (event time, place in the log): `first`"
+        " counts as it comes, the others when the window closes",
     )
     default: float = Stop(0.0, description="the label of an event whose window closes without one")
     allowed_lateness_s: float = Stop(0.0, ge=0, description="how far the watermark stays behind the newest event")
@@ -245,11 +248,32 @@ class Loss(Station):
     Source: ReLoop, Cai et al. 2022 (SIGIR), arXiv 2204.11165: alpha x self-correction + (1 - alpha) x cross-entropy.
     """
 
-    kind: Literal["task", "reloop"] = Stop("task", description="task: cross-entropy, or half the squared error")
+    kind: Literal["task", "reloop", "fnw", "fnc", "dfm", "es_dfm"] = Stop(
+        "task",
+        description="task: cross-entropy, or half the squared error; fnw, fnc (join.wait_s = 0), es_dfm (join.wait_s),"
+        " dfm: for labels that come late",
+    )
+    unit_s: float | None = Stop(
+        None, gt=0, description="dfm only: of delays (seconds); default: a tenth of join.attribution_window_s"
+    )
     alpha: float = Stop(0.5, gt=0, lt=1, description="reloop only: the share of the self-correction")
     class_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Stop(
         (), description="how much an example's loss counts, by its label 0, 1, ...; none: all alike"
     )
+
+
+class Sample(Station):
+    """Negatives that are not learned from, so that there is time for the rest.
+
+    Which, is drawn by their ids, after the join: no positive is lost with its negative. The loss is that of x - ln w,
+    so that x stays the logit of the whole stream (among what stays, the odds of a positive are 1/w times as high), and
+    metrics count each negative that stays 1/w times.
+
+    Source: He et al. 2014, *Practical lessons from predicting clicks on ads at Facebook*, section 6.3, where what is
+    served is corrected instead.
+    """
+
+    negatives: float = Stop(1.0, gt=0, le=1, description="share of the negatives that are learned from")
 
 
 class Metrics(Station):

@@ -55,6 +55,7 @@ from streamcl.records import (
     Turn,
 )
 from streamcl.river_learner import RiverLearner
+from streamcl.verdicts import Verdicts
 
 STRIDE, ASKED_STRIDE = 512, 32
 """Records that are taken at once where the learner's engine works on a chunk of them: some milliseconds, or a tenth."""
@@ -108,6 +109,7 @@ class Worker:
         )
         self.drift = DriftDetector(config.drift)
         self.boundaries = Boundaries(config)
+        self.verdicts = Verdicts(config)
         self.tells = config.outcomes_url is not None  # of what it has learned
         known = self.learner if config.deltas.url and isinstance(self.learner, Learner) else None
         self.deltas = Deltas(config, known) if known else None
@@ -228,7 +230,7 @@ class Worker:
         features, scores = self.learner.answer(event)
         work.predictions.append(Prediction(event.id, event.key, event.time_s, scores, event.origin))
         self.counts["predicted"] += 1
-        ticket = Ticket(event.id, event.time_s, features, scores, event.origin, event.segment, event.key)
+        ticket = Ticket(event.id, event.time_s, features, scores, event.origin, event.segment, event.key, event.weight)
         if event.label is not None:
             self.counts["inline"] += 1
             return Outcome(ticket, event.label, Fate.INLINE, 0.0)
@@ -238,29 +240,38 @@ class Worker:
         return self.joiner.add(ticket)
 
     def _learn(self, outcome: Outcome, work: Work) -> None:
-        due = Due(outcome, self.progress.records, work.history)
+        judged = self.verdicts.of(outcome)
+        if judged is None:
+            self.counts["not_drawn"] += 1
+            return
+        due = Due(judged, self.progress.records, work.history, self.verdicts.teaches(outcome))
         if self.fused:
-            self.fused.learn(outcome)
+            if due.teaches:
+                self.fused.learn(judged)
             work.due.append(due)
             return
-        signals = self._watch(outcome, work)
-        self._conclude(due, self.learner.learn(outcome, signals), work)
+        signals = self._watch(judged, work)
+        if due.teaches:
+            self._conclude(due, self.learner.learn(judged, signals), work)
 
     def _settle(self, work: Work) -> None:
         """Let the learner do what it has put off; then everything is as if it had been done record by record."""
         if not self.fused:
             return
-        learned = self.fused.settle()
+        learned = iter(self.fused.settle())
         due, work.due = work.due, []
-        for each, taken in zip(due, learned, strict=True):
+        for each in due:
             self._watch(each.outcome, work)
-            self._conclude(each, taken, work)
+            if each.teaches:
+                self._conclude(each, next(learned), work)
 
     def _watch(self, outcome: Outcome, work: Work) -> tuple[Signal, ...]:
         work.outcomes.append(outcome)
+        if not self.verdicts.counts(outcome):
+            return ()
         loss = self.metrics.update(outcome)
         if self.base_metrics:
-            self.base_metrics.add(outcome.label, outcome.ticket.scores.base)
+            self.base_metrics.add(outcome.label, outcome.ticket.scores.base, outcome.weight)
         signals = (*self.drift.update(loss, outcome.ticket.origin), *self.boundaries.update(outcome))
         work.signals += signals
         return signals

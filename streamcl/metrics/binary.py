@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcl.metrics.losses import clip, entropy, finite, log_losses, ratio
+from streamcl.metrics.losses import clip, entropy, finite, log_losses, ratio, weighted
 from streamcl.metrics.ranking import ScoreHistogram, exact_auc
 from streamcl.metrics.window import Window
 from streamcl.protocols import State
@@ -16,26 +16,27 @@ from streamcl.protocols import State
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over examples. `pairs` counts those with a predecessor, `repeats` those with its label."""
+    """How many examples, and weighted sums over them: `pairs` of those with a predecessor, `repeats` with its label."""
 
     examples: int = 0
     loss: float = 0.0
     scores: float = 0.0
     labels: float = 0.0
-    hits: int = 0
-    pairs: int = 0
-    repeats: int = 0
+    hits: float = 0.0
+    pairs: float = 0.0
+    repeats: float = 0.0
+    weight: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """By definition; NaN where undefined."""
-        log_loss = ratio(self.loss, self.examples)
+        log_loss = ratio(self.loss, self.weight)
         return {
             "log_loss": log_loss,
-            "ne": ratio(log_loss, entropy([self.labels, self.examples - self.labels])),
+            "ne": ratio(log_loss, entropy([self.labels, self.weight - self.labels])),
             "calibration": ratio(self.scores, self.labels),
-            "accuracy": ratio(self.hits, self.examples),
+            "accuracy": ratio(self.hits, self.weight),
             "no_change_accuracy": ratio(self.repeats, self.pairs),
-            "base_rate": ratio(self.labels, self.examples),
+            "base_rate": ratio(self.labels, self.weight),
         }
 
 
@@ -50,7 +51,7 @@ class Binary:
     def __init__(self, window: int) -> None:
         self._totals = Totals()
         self._histogram = ScoreHistogram()
-        self._window = Window(window, 3)  # label, score, 1 if the label repeats its predecessor
+        self._window = Window(window, 4)  # label, score, 1 if the label repeats its predecessor, weight
         self._previous: float | None = None
 
     def loss(self, label: float, served: NDArray[np.float32]) -> float:  # served (1,)
@@ -58,18 +59,19 @@ class Binary:
         p = clip(float(served[0]))
         return -(label * math.log(p) + (1.0 - label) * math.log(1.0 - p))
 
-    def add(self, label: float, served: NDArray[np.float32], loss: float) -> None:
+    def add(self, label: float, served: NDArray[np.float32], loss: float, weight: float = 1.0) -> None:
         score, totals = float(served[0]), self._totals
         repeats = label == self._previous
         totals.examples += 1
-        totals.loss += loss
-        totals.scores += score
-        totals.labels += label
-        totals.hits += (score >= 0.5) == (label >= 0.5)
-        totals.pairs += self._previous is not None
-        totals.repeats += repeats
-        self._histogram.add(label >= 0.5, score)
-        self._window.append((label, score, repeats))
+        totals.weight += weight
+        totals.loss += weight * loss
+        totals.scores += weight * score
+        totals.labels += weight * label
+        totals.hits += weight * ((score >= 0.5) == (label >= 0.5))
+        totals.pairs += weight * (self._previous is not None)
+        totals.repeats += weight * repeats
+        self._histogram.add(label >= 0.5, score, weight)
+        self._window.append((label, score, repeats, weight))
         self._previous = label
 
     def read(self) -> dict[str, float]:
@@ -81,17 +83,19 @@ class Binary:
         return finite(whole | {f"{name}_window": value for name, value in self._read_window().items()})
 
     def _read_window(self) -> dict[str, float]:
-        labels, scores, repeats = self._window.columns()
+        labels, scores, repeats, weights = self._window.columns()
+        first = self._totals.examples <= len(labels)  # the very first example has no predecessor
         totals = Totals(
             examples=len(labels),
-            loss=float(log_losses(labels, scores).sum()),
-            scores=float(scores.sum()),
-            labels=float(labels.sum()),
-            hits=int(((scores >= 0.5) == (labels >= 0.5)).sum()),
-            pairs=min(len(labels), self._totals.pairs),  # the very first example has no predecessor
-            repeats=int(repeats.sum()),
+            loss=float((weights * log_losses(labels, scores)).sum()),
+            scores=float((weights * scores).sum()),
+            labels=float((weights * labels).sum()),
+            hits=float((weights * ((scores >= 0.5) == (labels >= 0.5))).sum()),
+            pairs=float(weights[1 if first else 0 :].sum()),
+            repeats=float((weights * repeats).sum()),
+            weight=float(weights.sum()),
         )
-        return totals.metrics() | {"auc": exact_auc(labels, scores)}
+        return totals.metrics() | {"auc": exact_auc(labels, scores, weights)}
 
     def state_dict(self) -> State:
         return {
@@ -102,7 +106,7 @@ class Binary:
         }
 
     def load_state_dict(self, state: State) -> None:
-        self._totals = Totals(**state["totals"])
+        self._totals = Totals(**weighted(state["totals"]))
         self._histogram.load_state_dict(state["histogram"])
         self._window.load_state_dict(state["window"])
         self._previous = state["previous"]

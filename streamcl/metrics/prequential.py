@@ -46,20 +46,20 @@ class Prequential:
 
     def update(self, outcome: Outcome) -> float:
         """Take the score that was served in; see `add`."""
-        return self.add(outcome.label, outcome.ticket.scores.served)
+        return self.add(outcome.label, outcome.ticket.scores.served, outcome.weight)
 
     def loss(self, outcome: Outcome) -> float:
         """What `update` would return; changes nothing."""
         return self._metrics.loss(outcome.label, outcome.ticket.scores.served)
 
-    def add(self, label: float, served: NDArray[np.float32]) -> float:
-        """The example's loss: nats, or the squared error for regression.
+    def add(self, label: float, served: NDArray[np.float32], weight: float = 1.0) -> float:
+        """The example's loss: nats, or the squared error for regression. In the metrics it weighs `weight`.
 
         One that is not finite is counted as `unscored` and enters no sum, for a sum would never recover from it.
         """
         loss = self._metrics.loss(label, served)
         if math.isfinite(loss):
-            self._metrics.add(label, served, loss)
+            self._metrics.add(label, served, loss, weight)
         else:
             self._unscored += 1
         return loss

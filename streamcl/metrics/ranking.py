@@ -21,8 +21,10 @@ def _auc_of_counts(positives: NDArray[np.float64], negatives: NDArray[np.float64
     return float((positives * (below + negatives / 2)).sum()) / pairs if pairs else math.nan
 
 
-def exact_auc(labels: ArrayLike, scores: ArrayLike) -> float:
+def exact_auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
     """The share of (positive, negative) pairs that the scores put in the right order; a tie is half right.
+
+    With weights (N,) a pair counts as much as the product of its two.
 
     Shape:
         labels (N,) 0 or 1, scores (N,) finite, of any scale. NaN where a class is missing. O(N log N).
@@ -32,8 +34,9 @@ def exact_auc(labels: ArrayLike, scores: ArrayLike) -> float:
     """
     positive = np.asarray(labels) >= 0.5
     values, place = np.unique(np.asarray(scores), return_inverse=True)
-    positives = np.bincount(place[positive], minlength=len(values)).astype(np.float64)
-    negatives = np.bincount(place[~positive], minlength=len(values)).astype(np.float64)
+    w = np.ones(len(place)) if weights is None else np.asarray(weights, np.float64)
+    positives = np.bincount(place[positive], w[positive], len(values))
+    negatives = np.bincount(place[~positive], w[~positive], len(values))
     return _auc_of_counts(positives, negatives)
 
 
@@ -48,25 +51,25 @@ class ScoreHistogram:
     """
 
     def __init__(self) -> None:
-        self._counts = np.zeros((2, BINS), dtype=np.int64)  # [negatives, positives]
+        self._counts = np.zeros((2, BINS))  # [negatives, positives]
 
-    def add(self, positive: bool, score: float) -> None:
+    def add(self, positive: bool, score: float, weight: float = 1.0) -> None:
         """`score` is a probability; O(1)."""
         if score <= 0.0 or score >= 1.0:
             place = 0 if score <= 0.0 else BINS - 1
         else:
             logit = math.log(score) - math.log1p(-score)
             place = min(max(int((logit + LIMIT) * (BINS / (2 * LIMIT))), 0), BINS - 1)
-        self._counts[int(positive), place] += 1
+        self._counts[int(positive), place] += weight
 
     def auc(self) -> float:
         """NaN where a class is missing."""
-        negatives, positives = self._counts.astype(np.float64)
+        negatives, positives = self._counts
         return _auc_of_counts(positives, negatives)
 
     def auc_bound(self) -> float:
         """How far `auc` can be from the exact one at most: half the share of pairs that lie in one bin."""
-        negatives, positives = self._counts.astype(np.float64)
+        negatives, positives = self._counts
         pairs = float(positives.sum() * negatives.sum())
         return float((positives * negatives).sum()) / (2 * pairs) if pairs else math.nan
 

@@ -36,7 +36,9 @@ class Window:
         return {"ring": self._ring.copy(), "written": self._written}
 
     def load_state_dict(self, state: State) -> None:
-        if np.shape(state["ring"]) != self._ring.shape:
+        size, width = np.shape(state["ring"])
+        if size != self._size or width not in (self._ring.shape[1], self._ring.shape[1] - 1):
             raise ValueError(f"metrics.window: saved {np.shape(state['ring'])}, configured {self._ring.shape}")
-        self._ring[:] = state["ring"]
+        self._ring[:, :width] = state["ring"]
+        self._ring[:, width:] = 1.0  # the weights, of which an old snapshot knows nothing
         self._written = int(state["written"])
