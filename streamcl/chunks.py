@@ -26,6 +26,9 @@ class Chunks:
     A chunk that is there is not written again if this process wrote it or has read it and found it sound: what rotted
     on disk before must not become part of a new snapshot.
 
+    `held` are files that lie here beside the snapshots' chunks, by name too: somebody is using them, whether or not a
+    snapshot names them yet. They are durable once `settle` has seen them.
+
     Raises:
         OSError: can't be written or read.
         ValueError: from `read`: a chunk does not hold what its name says.
@@ -33,6 +36,7 @@ class Chunks:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.held: set[str] = set()
         self._sound: set[str] = set()
 
     def write(self, arrays: Arrays) -> tuple[dict[str, dict[str, Any]], int]:
@@ -55,16 +59,49 @@ class Chunks:
 
     def add(self, name: str, piece: bytes | memoryview) -> None:
         """Store a chunk, whole or not at all; its name is durable after `sync`."""
+        self._place(name, piece, durable=True)
+
+    def _place(self, name: str, piece: bytes | memoryview, durable: bool) -> None:
         self.folder.mkdir(exist_ok=True)
         partial = self.folder / f".{uuid.uuid4().hex}"
+        self.held.add(partial.name)  # another thread may be sweeping
         try:
             with partial.open("wb") as file:
                 file.write(piece)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             partial.rename(self.folder / name)
         finally:
             partial.unlink(missing_ok=True)
+            self.held.discard(partial.name)
+
+    def hold(self, data: bytes) -> str:
+        """Store a file that `keep` spares until it is let go; returns its name."""
+        name = hashlib.sha256(data).hexdigest()
+        self.held.add(name)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._place(name, data, durable=False)
+        return name
+
+    def let_go(self, name: str) -> None:
+        self.held.discard(name)
+
+    def settle(self, names: Collection[str]) -> tuple[int, int]:
+        """Make files durable that were stored by `hold`; how many bytes they are, and how many of them are new."""
+        sizes = {name: (self.folder / name).stat().st_size for name in names}
+        fresh = [name for name in names if name not in self._sound]
+        for name in fresh:
+            sync(self.folder / name)
+        if fresh:
+            self.sync()
+        self._sound.update(fresh)
+        return sum(sizes.values()), sum(sizes[name] for name in fresh)
+
+    def check(self, name: str) -> None:
+        """Raises ValueError, OSError: it does not hold what its name says, or is not there."""
+        with (self.folder / name).open("rb") as file:
+            self._compare(name, hashlib.file_digest(file, "sha256").hexdigest())
 
     def sync(self) -> None:
         if self.folder.is_dir():
@@ -83,10 +120,10 @@ class Chunks:
         return {path: self._array(entry) for path, entry in listing.items()}
 
     def keep(self, names: Collection[str]) -> None:
-        """Delete every chunk that is not named, and what a death left half written."""
+        """Delete every chunk that is neither named nor held, and what a death left half written."""
         if self.folder.is_dir():
             for path in list(self.folder.iterdir()):
-                if path.name not in names:
+                if path.name not in names and path.name not in self.held:
                     self._sound.discard(path.name)
                     path.unlink(missing_ok=True)
 
@@ -100,11 +137,14 @@ class Chunks:
 
     def _checked(self, name: str) -> bytes:
         data = (self.folder / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != name:
+        self._compare(name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _compare(self, name: str, found: str) -> None:
+        if found != name:
             self._sound.discard(name)
             raise ValueError(f"chunk {name} does not hold what its name says")
         self._sound.add(name)
-        return data
 
 
 def names_of(listing: Listing) -> set[str]:

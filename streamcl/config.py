@@ -53,6 +53,7 @@ from streamcl.stations import (
     New,
     Optimizer,
     Replay,
+    Sample,
     Shard,
     Station,
     Stop,
@@ -60,6 +61,9 @@ from streamcl.stations import (
     Telemetry,
     Worker,
 )
+
+HEADS = {"dfm": 1, "es_dfm": 2}
+"""Logits behind the first, by kind of loss; see `streamcl.engine.delayed`."""
 
 
 class ConfigError(StreamclError):
@@ -104,6 +108,7 @@ class Config(Station):
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
+    sample: Sample = Sample()
     replay: Replay = Replay()
     error_memory: tuple[Memory, ...] = Stop((), max_length=8, description="forms in a row: knn, sketch, key")
     plasticity: tuple[Plasticity, ...] = Stop(
@@ -227,12 +232,37 @@ class Config(Station):
             elif memory.key not in offered and ":" not in memory.key:
                 known = ", ".join(sorted(offered))
                 raise ValueError(f"{where}: model {self.model.kind} offers {known}, or module:function")
+        self._delays_fit()
         if self.loss.kind == "reloop" and (self.task != "binary" or self.river is not None):
             raise ValueError("loss.kind: reloop is for binary labels, and no River model")
         labels = {"binary": 2, "multiclass": self.model.classes, "regression": 0}[self.task]
         if (weights := len(self.loss.class_weights)) not in (0, labels) or (weights and self.river is not None):
             raise ValueError(f"loss.class_weights: {weights} are given; {self._weighable(labels)}")
         return self
+
+    def _delays_fit(self) -> None:
+        kind, wait_s = self.loss.kind, self.join.wait_s
+        if kind in ("fnw", "fnc", "dfm", "es_dfm"):
+            if self.task != "binary" or self.river is not None:
+                raise ValueError(f"loss.kind: {kind} is for binary labels, and no River model")
+            if self.labels is None:
+                raise ValueError(f"loss.kind: {kind} is for labels that come late; add a [labels] table")
+            if self.error_memory or self.plugins:
+                raise ValueError(f"loss.kind: {kind} goes with no error_memory and no plugins")
+            if kind in ("fnw", "fnc") and wait_s != 0.0:
+                raise ValueError(f"join.wait_s: {kind} wants every event as a negative at once; set 0")
+            if kind == "es_dfm" and wait_s is None:
+                raise ValueError("join.wait_s: es_dfm needs it: how long a positive is waited for at first")
+            if kind == "dfm" and self.replay.per_event:
+                raise ValueError("replay.per_event: dfm learns from elapsed times, which replayed rows haven't; set 0")
+        if wait_s is not None and self.error_memory:
+            raise ValueError("join.wait_s: an error memory would take negatives for now for errors; leave one out")
+        if not self.allows(self.join.default):
+            raise ValueError(f"join.default: {self.join.default:g} is no label of task {self.task}")
+        if self.task != "regression" and self.join.aggregate in ("sum", "mean", "count"):
+            raise ValueError(f"join.aggregate: {self.join.aggregate} is for regression; {self.task} has no such labels")
+        if self.sample.negatives < 1.0 and (self.task != "binary" or kind not in ("task", "reloop") or self.river):
+            raise ValueError("sample.negatives: for binary labels, loss.kind task or reloop, and no River model")
 
     def _weighable(self, labels: int) -> str:
         if self.river is not None:
@@ -372,7 +402,9 @@ class Config(Station):
     @property
     def outputs(self) -> int:
         """Width O of the model's raw output."""
-        return self.model.classes if self.task == "multiclass" else 1
+        if self.task == "multiclass":
+            return self.model.classes
+        return 1 + HEADS.get(self.loss.kind, 0)
 
     @property
     def heads(self) -> int:

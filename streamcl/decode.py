@@ -8,7 +8,7 @@ from typing import Any
 
 from streamcl.config import Config
 from streamcl.derived import Read
-from streamcl.features import ABSENT, Featurizer, category, kind_of, lookup, number
+from streamcl.features import ABSENT, FLOAT32_MAX, Featurizer, category, kind_of, lookup, number
 from streamcl.protocols import BadInput, Codec, Seconds
 from streamcl.records import EVENTS, LABELS, Event, Label, Origin, Record
 from streamcl.stations import Bag
@@ -37,7 +37,9 @@ class Decoder:
         self.codecs = {EVENTS: codec, LABELS: labels_codec or codec}
         self.featurizer = Featurizer(config)
         events, labels = config.events, config.labels
-        self.event_paths = {name: _path(getattr(events, name)) for name in ("id", "key", "time", "label", "segment")}
+        self.event_paths = {
+            name: _path(getattr(events, name)) for name in ("id", "key", "time", "label", "weight", "segment")
+        }
         self.label_paths = {name: _path(getattr(labels, name)) for name in ("id", "time", "label")} if labels else {}
         self.tasks = [(_path(task.label), task.default) for _, task in sorted(config.tasks.items())]
         read = [name for name, feature in config.features.items() if isinstance(feature, Read)]
@@ -97,7 +99,20 @@ class Decoder:
             label = self._value(payload, paths["label"], None) if paths["label"] else None
         segment = (_text(payload, paths["segment"], "the segment") or "") if paths["segment"] else ""
         also = self._also(payload) if self.tasks and label is not None else ()
-        return Event(identity, key, time_s, self.featurizer.encode(payload), record.origin, label, segment, also)
+        weight = self._weight(payload) if paths["weight"] else 1.0
+        features = self.featurizer.encode(payload)
+        return Event(identity, key, time_s, features, record.origin, label, segment, also, weight)
+
+    def _weight(self, payload: Mapping[str, Any]) -> float:
+        path = self.event_paths["weight"]
+        assert path is not None  # noqa: S101 - the caller has looked
+        name, value = ".".join(path), lookup(payload, path)
+        if value is ABSENT or value is None:
+            return 1.0
+        weight = number(name, value)
+        if not 0.0 <= weight <= FLOAT32_MAX:
+            raise BadInput("schema", f"field {name!r}: a weight is 0 or more")
+        return weight
 
     def _label(self, record: Record, payload: Mapping[str, Any]) -> Label:
         labels, paths = self.config.labels, self.label_paths

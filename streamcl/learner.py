@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcl.config import Config, ConfigError
+from streamcl.engine.delayed import odds
 from streamcl.engine.eager import Eager, as_tensors
 from streamcl.engine.fused import Fused, obstacle
 from streamcl.engine.layout import Found
@@ -28,7 +29,7 @@ from streamcl.models.key_state import KeyStateModel
 from streamcl.plasticity import build_diagnostics
 from streamcl.plugin import Context, Out, Plan, Planner, Plugin, Query, Recall, Rows, Shape, Step, build
 from streamcl.protocols import State
-from streamcl.records import TASK, Encoded, Event, Notes, Outcome, Scores, Selector, Signal, Ticket
+from streamcl.records import TASK, Encoded, Event, Fate, Notes, Outcome, Scores, Selector, Signal, Ticket
 from streamcl.stations import Categorical
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Learner:
     def __init__(self, config: Config, serving: bool = False, plugins: Sequence[Plugin] = ()) -> None:
         layout = Featurizer(config).layout
         self.task = config.task
+        self.said = odds if config.loss.kind == "fnc" else _sigmoid
+        self.staged = config.join.wait_s is not None
         # Weightless rows would still move Adam's moments and what l2 pulls at.
         self.per_event = config.replay.per_event if config.replay.weight else 0
         self.replay_weight = config.replay.weight
@@ -218,7 +221,7 @@ class Learner:
     def _served(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, P) of raw outputs (B, O)."""
         if self.task == "binary":
-            return np.array([[_sigmoid(logit)] for logit in output[:, 0].tolist()], np.float32)
+            return np.array([[self.said(logit)] for logit in output[:, 0].tolist()], np.float32)
         raw = output.astype(np.float64)
         if self.task == "multiclass":
             powers = np.exp(raw - raw.max(1, keepdims=True))
@@ -262,10 +265,11 @@ class Learner:
             self.diagnostics.observe(self.engine.gradient_norm, owner)
         for plugin in self.recalls:
             plugin.observe(outcome)
-        self.memory.write(
-            *(self._noted(outcome.ticket), outcome.label, self.steps, self._loss_of(outcome)),
-            outcome.beside(len(self.tasks)),
-        )
+        if not (self.staged and outcome.fate == Fate.EXPIRED):  # it was written as it was a negative for now
+            self.memory.write(
+                *(self._noted(outcome.ticket), outcome.label, self.steps, self._loss_of(outcome)),
+                outcome.beside(len(self.tasks)),
+            )
         if self.recall.stages:
             self.recall.observe(outcome.ticket.scores, outcome.label, owner=owner)
         return True
@@ -314,7 +318,11 @@ class Learner:
             return self.loss
         y = torch.from_numpy(self.target.apply(np.array([outcome.label], np.float32)))
         output = torch.from_numpy(outcome.ticket.scores.output)[None]
-        return float(self.engine.losses(output, y if self.task == "regression" else torch.tensor([outcome.label]))[0])
+        return float(
+            self.engine.losses(
+                output, y if self.task == "regression" else torch.tensor([outcome.label]), None, outcome
+            )[0]
+        )
 
     def _noted(self, ticket: Ticket) -> Ticket:
         """A ticket from before anybody asked for the hidden layer gets that of now."""
@@ -348,7 +356,8 @@ class Learner:
 
     def _step(self, outcome: Outcome, plan: Plan, replayed: int) -> Step | None:
         """None when it would have no row."""
-        live, served, share = None, None, torch.ones(1 if plan.live else 0, dtype=self.engine.dtype)
+        weight = outcome.ticket.weight
+        live, served, share = None, None, torch.full((1 if plan.live else 0,), weight, dtype=self.engine.dtype)
         if plan.live:
             ids, weights, dense = as_tensors(*outcome.ticket.features)
             live = self._rows(ids, weights, dense, torch.tensor([outcome.label]))
@@ -357,8 +366,8 @@ class Learner:
             served = float(outcome.ticket.scores.served[0])
         if not replayed:
             return Step(self.steps, plan, live, None, share, served=served, outcome=outcome) if live else None
-        index, weight = self.memory.pick(replayed, self.steps)
-        share = torch.cat((share, weight.to(share) * (self.replay_weight / replayed)))
+        index, drawn = self.memory.pick(replayed, self.steps)
+        share = torch.cat((share, drawn.to(share) * (self.replay_weight / replayed)))
         replay, columns = self._rows(*self.memory.examples(index)), self.memory.columns_of(index)
         replay = replay._replace(also=columns["tasks"]) if self.tasks else replay
         return Step(self.steps, plan, live, replay, share, index=index, columns=columns, served=served, outcome=outcome)

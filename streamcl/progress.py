@@ -109,6 +109,7 @@ class Due(Struct, frozen=True, gc=False):
     outcome: Outcome
     records: int
     history: bool
+    teaches: bool = True  # False: it is measured alone
 
 
 class Work:

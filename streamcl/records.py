@@ -103,6 +103,7 @@ class Event(Struct, frozen=True, gc=False):
     segment: str = ""
     also: tuple[float, ...] = ()
     """Labels of the further tasks, in the order of their names, NaN where one is not known."""
+    weight: float = 1.0
 
 
 class Label(Struct, frozen=True, gc=False):
@@ -176,6 +177,8 @@ class Ticket(Struct, frozen=True, gc=False):
     segment: str = ""  # see `Event`
     key: str = ""
     """Whose event it is; "" where that is not known, as in a ticket of an old snapshot."""
+    weight: float = 1.0
+    """How much it counts, in learning and in metrics."""
 
 
 class Selector(Struct, frozen=True, gc=False):
@@ -236,11 +239,17 @@ def mark(text: str) -> int:
 
 
 class Fate(StrEnum):
-    """How a ticket became an outcome."""
+    """How a ticket became an outcome.
+
+    A ticket may become several: one that has been taken for a negative for now (PROVISIONAL) is LATE when its label
+    comes after all, or EXPIRED when none does; and one that had EXPIRED may be LATE.
+    """
 
     INLINE = "inline"
     JOINED = "joined"
     EXPIRED = "expired"
+    PROVISIONAL = "provisional"
+    LATE = "late"
 
 
 class Outcome(Struct, frozen=True, gc=False):
@@ -251,10 +260,17 @@ class Outcome(Struct, frozen=True, gc=False):
     fate: Fate
     delay_s: float
     also: tuple[float, ...] = ()  # see `Event`
+    drawn: float = 1.0
+    """The share of its kind that it was drawn from: it stands for 1 / drawn of them in metrics."""
 
     def beside(self, count: int) -> tuple[float, ...]:
         """Labels of so many further tasks. A window that has closed without any label says 0 of all of them."""
         return self.also or (0.0 if self.fate is Fate.EXPIRED else math.nan,) * count
+
+    @property
+    def weight(self) -> float:
+        """In metrics."""
+        return self.ticket.weight / self.drawn
 
 
 class Learned(NamedTuple):

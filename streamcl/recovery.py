@@ -121,6 +121,7 @@ class Keeper:
         if worker.control:
             worker.control.open()
         self.store.probe()
+        worker.joiner.keep_in(self.store.chunks)
         loaded = self.store.newest()
         if loaded is None:
             self._start_afresh()

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,7 @@ from streamcl.progress import Counts, Progress
 from streamcl.protocols import State, StreamclError
 from streamcl.records import COMMANDS, Position, Stream, position_to_json
 from streamcl.recovery import Keeper, lease_on, store_of
+from streamcl.segments import Named
 from streamcl.snapshot import Loaded
 from streamcl.worker import build, keeps_order, logged
 
@@ -76,9 +77,10 @@ class New:
     state: State
     model_of: int
     fresh: Position
+    waiting: int
 
     def describe(self) -> dict[str, Any]:
-        progress, joiner = self.state["progress"], self.state["joiner"]
+        progress = self.state["progress"]
         return {
             "shard": self.config.shard.index,
             "model_of": self.model_of,
@@ -86,7 +88,7 @@ class New:
             "new_partitions": position_to_json(self.fresh),
             "records": progress["records"],
             "learned_hash": progress["learned"],
-            "tickets": len(joiner["tickets"]["id"]),
+            "tickets": self.waiting,
         }
 
 
@@ -155,8 +157,9 @@ def carry_out(plan: Plan) -> None:
 def _begin(new: New, control_offset: int, old_count: int) -> None:
     """Write a new shard's first snapshot, behind what its control log holds from `control_offset` on."""
     with closing(build(new.config)) as worker:
-        worker.load_state_dict(new.state)
         keeper = Keeper(worker, store_of(new.config))
+        worker.joiner.keep_in(keeper.store.chunks)
+        worker.load_state_dict(new.state)
         keeper.lease.claim()
         try:
             if worker.control:
@@ -244,7 +247,7 @@ def _news(config: Config, olds: Sequence[Old], positions: Sequence[dict[Stream, 
         state = {**olds[most].loaded.state, "joiner": joiners[index].state_dict(), **sums}
         state.pop("deltas", None)  # counted by an old shard's records: they begin anew
         fresh = {stream: offset for stream, offset in position.items() if stream not in holder}
-        yield New(config.of_shard(index, count), state, most, fresh)
+        yield New(config.of_shard(index, count), state, most, fresh, joiners[index].waiting)
 
 
 def _sums(heirs_of: Sequence[Old], position: dict[Stream, int], olds: Sequence[Old]) -> State:
@@ -260,11 +263,17 @@ def _sums(heirs_of: Sequence[Old], position: dict[Stream, int], olds: Sequence[O
 
 
 def _joiners(config: Config, olds: Sequence[Old], count: int) -> list[Joiner]:
-    """What waits, by the partition that it came from. A recording's streams (below 0) stay with their shard's heir."""
+    """What waits, by the partition that it came from. A recording's streams (below 0) stay with their shard's heir.
+
+    What waits on disk is written anew, among the chunks of the new shard.
+    """
     news = [Joiner(config.join, Counter()) for _ in range(count)]
     sources: list[list[Joiner]] = [[] for _ in range(count)]
+    for index, new in enumerate(news):
+        new.keep_in(store_of(config.of_shard(index, count)).chunks)
     for old in olds:
         joiner = Joiner(config.join, Counter())
+        joiner.keep_in(store_of(old.config).chunks)
         joiner.load_state_dict(old.loaded.state["joiner"])
         homes = _deal(joiner, news, old.index)
         homes |= {stream.partition % count for stream in old.progress.position}
@@ -275,8 +284,8 @@ def _joiners(config: Config, olds: Sequence[Old], count: int) -> list[Joiner]:
         heapq.heapify(new.alarms)
         if len(made_of) > 1:  # the order of coming decides who is dropped first when there are too many
             new.tickets = dict(sorted(new.tickets.items(), key=lambda item: (item[1].time_s, item[1].origin)))
-        if len(new.tickets) > config.join.max_tickets:
-            raise ReshardError(f"join.max_tickets: a new shard would begin with {len(new.tickets)}; raise it, or --to")
+        if new.waiting > config.join.max_tickets:
+            raise ReshardError(f"join.max_tickets: a new shard would begin with {new.waiting}; raise it, or --to")
     return news
 
 
@@ -289,16 +298,32 @@ def _deal(old: Joiner, news: Sequence[Joiner], index: int) -> set[int]:
         homes.add(found)
         return found
 
+    home_of: dict[str, Joiner] = {}
     for ticket in old.tickets.values():
-        news[home(ticket.origin.partition)].tickets[ticket.id] = ticket
+        home_of[ticket.id] = new = news[home(ticket.origin.partition)]
+        new.tickets[ticket.id] = ticket
+        if ticket.id in old.early:
+            new.early.add(ticket.id)
     for label in old.orphans.values():
-        news[home(label.origin.partition)].orphans[label.id] = label
-    # A closed id has no origin of its own, but an alarm that is to forget it.
-    partitions: Mapping[str, int] = {id: origin.partition for _, origin, _, id in old.alarms}
+        home_of[label.id] = new = news[home(label.origin.partition)]
+        new.orphans[label.id] = label
     for id, closed in old.closed.items():
-        news[home(partitions.get(id, index))].closed[id] = closed
+        new = news[home(closed.origin.partition)]
+        new.closed[id] = closed
+        if id in old.kept:
+            new.kept[id] = old.kept[id]
     for entry in old.alarms:
         news[home(entry[1].partition)].alarms.append(entry)
     for stream, time_s in old.watermark.newest.items():
         news[home(stream.partition)].watermark.newest[stream] = time_s
+    for shelf in old.archive.in_order():
+        rows: dict[int, list[tuple[Named, int]]] = {}
+        for status, row in old.archive.rows(shelf):
+            place = home(row.origin.partition)
+            rows.setdefault(place, []).append((row.entry(), status))
+            home_of.update({row.id: news[place]} if row.id in old.observed else {})
+        for place, found in rows.items():
+            news[place].archive.add([entry for entry, _ in found], [status for _, status in found])
+    for id, observed in old.observed.items():
+        home_of[id].observed[id] = observed
     return homes

@@ -3,7 +3,9 @@
 A snapshot is a folder `SEQUENCE-RECORDS` of three files: small arrays (`arrays.safetensors`), everything else that is
 no array (`state.json`), and a manifest, written last, with the checksum of the other two and of itself. Large arrays
 lie in `chunks` beside the snapshots (see `streamcl.chunks`), which share them: what has not changed is not written
-again. When it gets its name, which of many is kept, and where copies are, is up to `streamcl.checkpoint`.
+again. So do segments of waiting tickets (see `streamcl.archive`), which the state names: they are written as they fill,
+and synced with the first snapshot that names them. When it gets its name, which of many is kept, and where copies are,
+is up to `streamcl.checkpoint`.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from safetensors.torch import load
 from streamcl import __version__
 from streamcl.chunks import Chunks, names_of, sync
 from streamcl.protocols import State, StreamclError
-from streamcl.state import digest, digest_flat, flatten, pickles, to_json, unflatten
+from streamcl.state import digest, digest_flat, files_of, flatten, pickles, to_json, unflatten
 
-FORMAT = 2
+FORMAT = 3
 """Of what lies in a snapshot. Raise it with every change that an older reader would misread, and add a migration."""
 
 Migration = Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]]
 """(state, manifest) of format n to those of format n + 1."""
 
-MIGRATIONS: dict[int, Migration] = {1: lambda state, manifest: (state, manifest)}
-"""By the format that they start from. Format 1 knew no chunks."""
+MIGRATIONS: dict[int, Migration] = {n: lambda state, manifest: (state, manifest) for n in (1, 2)}
+"""By the format that they start from. Format 1 knew no chunks, format 2 no segments."""
 
 ARRAYS, REST, MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
 CHUNKS = "chunks"
@@ -98,6 +100,8 @@ def write(folder: Path, state: State, manifest: Mapping[str, Any], chunks: Chunk
     rest, arrays = flatten(state)
     _refuse_pickle(folder.parent, rest, trust_pickle)
     chunked, written = chunks.write({path: t for path, t in arrays.items() if t.nbytes >= CHUNKED_BYTES})
+    segments = sorted(set(files_of(rest)))
+    held, fresh = chunks.settle(segments) if segments else (0, 0)
     small = {path: tensor for path, tensor in arrays.items() if path not in chunked}
     serialize_file({path: spec(tensor) for path, tensor in small.items()}, folder / ARRAYS)
     (folder / REST).write_bytes(to_json(rest))
@@ -106,7 +110,8 @@ def write(folder: Path, state: State, manifest: Mapping[str, Any], chunks: Chunk
         "digest": digest_flat(rest, arrays),
         "files": {name: _checksum(folder / name) for name in (ARRAYS, REST)},
         "chunked": chunked,
-        "chunk_bytes": [sum(arrays[path].nbytes for path in chunked), written],
+        "segments": segments,
+        "chunk_bytes": [sum(arrays[path].nbytes for path in chunked) + held, written + fresh],
         "manifest": dict(manifest),
     }
     (folder / MANIFEST).write_bytes(_sealed(to_json(body)))
@@ -137,6 +142,8 @@ def read(snapshot: Snapshot, chunks: Chunks, trust_pickle: bool) -> State:
         rest = json.loads(content[REST])
         _refuse_pickle(path, rest, trust_pickle)
         state = unflatten(rest, load(content[ARRAYS]) | chunks.read(body.get("chunked", {})))
+        for segment in body.get("segments", ()):
+            chunks.check(segment)
     except OSError as error:  # of a chunk
         if not path.exists():
             raise Vanished(f"{path}: no such checkpoint") from error
@@ -170,7 +177,8 @@ def names_of_chunks(path: Path) -> set[str]:
     """None for a snapshot whose manifest is not sound: without it its chunks are nobody's. Raises as `describe`."""
     data = _bytes(path, MANIFEST)
     try:
-        return names_of(_unsealed(data).get("chunked", {}))
+        body = _unsealed(data)
+        return names_of(body.get("chunked", {})) | set(body.get("segments", ()))
     except (ValueError, LookupError, TypeError):
         return set()
 

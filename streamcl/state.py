@@ -122,6 +122,15 @@ def pickles(rest: Any, path: str = "") -> Iterator[str]:
             yield from pickles(item, f"{path}/{key}")
 
 
+def files_of(rest: Any) -> Iterator[str]:
+    """Files beside it that a flattened state is made of too: what it lists under a key `segment_files`."""
+    for key, item in rest.items() if type(rest) is dict else ():
+        if key == "segment_files":
+            yield from item
+        else:
+            yield from files_of(item)
+
+
 def _pack(value: Any, path: str, arrays: Arrays) -> Any:
     kind = type(value)
     if issubclass(kind, dict):  # torch's own state_dict is an OrderedDict

@@ -72,6 +72,9 @@ class Events(Station):
     time: FieldPath | None = Stop(None, description="field of the event time; without it the record's timestamp")
     time_unit: Literal["s", "ms"] = Stop("s", description="unit of the time field, unless the codec knows it")
     label: FieldPath | None = Stop(None, description="field of an inline label; may be absent in single events")
+    weight: FieldPath | None = Stop(
+        None, description="field of how much the event counts, in learning and in metrics; absent: 1"
+    )
     segment: FieldPath | None = Stop(
         None, description="field that names the part of the stream (task, season): for boundaries and evaluators alone"
     )
@@ -95,15 +98,54 @@ class Labels(Station):
 
 
 class Join(Station):
-    """What waiting for a label means. All times are event time, in seconds."""
+    """What waiting for a label means. All times are event time, in seconds.
+
+    With `wait_s` an event is taken for a negative as soon as that, for now: it is learned from, and goes on waiting. A
+    label within the attribution window is then a late positive, learned from as a second example; metrics hear of what
+    the window came to, and of nothing else.
+    """
 
     attribution_window_s: float = Stop(1800.0, gt=0, description="a label counts that comes this soon after its event")
     on_close: Literal["negative", "drop"] = Stop("negative", description="what a window without a label means")
+    wait_s: float | None = Stop(
+        None,
+        ge=0,
+        description="an event is a negative for now once it has waited so long; none: when its window closes",
+    )
+    late: Literal["drop", "reemit"] = Stop(
+        "drop",
+        description="a label other than `default` that comes up to one more window late; reemit: it is learned from,"
+        " as a second example",
+    )
+    aggregate: Literal["first", "last", "sum", "mean", "max", "min", "count", "any"] = Stop(
+        "first",
+        description="what several labels of an event come to, in order of (event time, place in the log): `first`"
+        " counts as it comes, the others when the window closes",
+    )
+    default: float = Stop(0.0, description="the label of an event whose window closes without one")
     allowed_lateness_s: float = Stop(0.0, ge=0, description="how far the watermark stays behind the newest event")
     idle_s: float = Stop(60.0, gt=0, description="a partition this far behind the others doesn't hold the watermark")
     orphan_s: float = Stop(60.0, ge=0, description="how long a label waits for an event that it overtook")
     max_tickets: int = Stop(1_000_000, ge=1, description="beyond it the ticket that came first is dropped, counted")
+    memory_tickets: int = Stop(
+        1_000_000,
+        ge=2,
+        description="tickets, and closed ids, held in memory; beyond it those that came first go to disk",
+    )
     max_expiries_per_event: int = Stop(100, ge=1, description="bounds the work of one event after a gap in the stream")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.wait_s is not None and self.wait_s >= self.attribution_window_s:
+            raise ValueError(
+                f"wait_s: {self.wait_s:g} must be below attribution_window_s {self.attribution_window_s:g}"
+            )
+        if self.wait_s is not None and self.on_close == "drop":
+            raise ValueError("wait_s: what means nothing when its window closes can't mean a negative before")
+        for name, set_ in (("wait_s", self.wait_s is not None), ("late = 'reemit'", self.late == "reemit")):
+            if set_ and self.aggregate != "first":
+                raise ValueError(f"aggregate: {self.aggregate} is known when the window closes, not beside {name}")
+        return self
 
 
 class Admission(Station):
@@ -240,11 +282,32 @@ class Loss(Station):
     Source: ReLoop, Cai et al. 2022 (SIGIR), arXiv 2204.11165: alpha x self-correction + (1 - alpha) x cross-entropy.
     """
 
-    kind: Literal["task", "reloop"] = Stop("task", description="task: cross-entropy, or half the squared error")
+    kind: Literal["task", "reloop", "fnw", "fnc", "dfm", "es_dfm"] = Stop(
+        "task",
+        description="task: cross-entropy, or half the squared error; fnw, fnc (join.wait_s = 0), es_dfm (join.wait_s),"
+        " dfm: for labels that come late",
+    )
+    unit_s: float | None = Stop(
+        None, gt=0, description="dfm only: of delays (seconds); default: a tenth of join.attribution_window_s"
+    )
     alpha: float = Stop(0.5, gt=0, lt=1, description="reloop only: the share of the self-correction")
     class_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Stop(
         (), description="how much an example's loss counts, by its label 0, 1, ...; none: all alike"
     )
+
+
+class Sample(Station):
+    """Negatives that are not learned from, so that there is time for the rest.
+
+    Which, is drawn by their ids, after the join: no positive is lost with its negative. The loss is that of x - ln w,
+    so that x stays the logit of the whole stream (among what stays, the odds of a positive are 1/w times as high), and
+    metrics count each negative that stays 1/w times.
+
+    Source: He et al. 2014, *Practical lessons from predicting clicks on ads at Facebook*, section 6.3, where what is
+    served is corrected instead.
+    """
+
+    negatives: float = Stop(1.0, gt=0, le=1, description="share of the negatives that are learned from")
 
 
 class Metrics(Station):

@@ -57,6 +57,7 @@ from streamcl.records import (
     Turn,
 )
 from streamcl.river_learner import RiverLearner
+from streamcl.verdicts import Verdicts
 
 STRIDE, ASKED_STRIDE = 512, 32
 """Records that are taken at once where the learner's engine works on a chunk of them: some milliseconds, or a tenth."""
@@ -112,6 +113,7 @@ class Worker:
         )
         self.drift = DriftDetector(config.drift)
         self.boundaries = Boundaries(config)
+        self.verdicts = Verdicts(config)
         self.tells = config.outcomes_url is not None  # of what it has learned
         known = self.learner if config.deltas.url and isinstance(self.learner, Learner) else None
         self.deltas = Deltas(config, known) if known else None
@@ -236,7 +238,7 @@ class Worker:
         features, scores = self.learner.answer(event)
         work.predictions.append(Prediction(event.id, event.key, event.time_s, scores, event.origin))
         self.counts["predicted"] += 1
-        ticket = Ticket(event.id, event.time_s, features, scores, event.origin, event.segment, event.key)
+        ticket = Ticket(event.id, event.time_s, features, scores, event.origin, event.segment, event.key, event.weight)
         if event.label is not None:
             self.counts["inline"] += 1
             return Outcome(ticket, event.label, Fate.INLINE, 0.0, event.also)
@@ -246,15 +248,21 @@ class Worker:
         return self.joiner.add(ticket)
 
     def _learn(self, outcome: Outcome, work: Work) -> None:
-        due = Due(outcome, self.progress.records, work.history)
-        if self.past:
-            self.past.heard(outcome)
+        judged = self.verdicts.of(outcome)
+        if judged is None:
+            self.counts["not_drawn"] += 1
+            return
+        due = Due(judged, self.progress.records, work.history, self.verdicts.teaches(outcome))
+        if self.past and self.verdicts.counts(judged):
+            self.past.heard(judged)
         if self.fused:
-            self.fused.learn(outcome)
+            if due.teaches:
+                self.fused.learn(judged)
             work.due.append(due)
             return
-        signals = self._watch([outcome], work)
-        self._conclude([due], [self.learner.learn(outcome, signals)], work)
+        signals = self._watch([judged], work)
+        if due.teaches:
+            self._conclude([due], [self.learner.learn(judged, signals)], work)
 
     def _settle(self, work: Work) -> None:
         """Let the learner do what it has put off; then everything is as if it had been done record by record."""
@@ -264,16 +272,17 @@ class Worker:
         due, work.due = work.due, []
         if due:
             self._watch([each.outcome for each in due], work)
-            self._conclude(due, learned, work)
+            self._conclude([each for each in due if each.teaches], learned, work)
 
     def _watch(self, outcomes: Sequence[Outcome], work: Work) -> Sequence[Signal]:
         work.outcomes += outcomes
-        labels = [outcome.label for outcome in outcomes]
-        losses = self.metrics.add(labels, [outcome.ticket.scores.served for outcome in outcomes])
+        outcomes = [outcome for outcome in outcomes if self.verdicts.counts(outcome)]
+        labels, weights = [outcome.label for outcome in outcomes], [outcome.weight for outcome in outcomes]
+        losses = self.metrics.add(labels, [outcome.ticket.scores.served for outcome in outcomes], weights)
         if self.task_metrics:
             self.task_metrics.update(outcomes)
         if self.base_metrics:
-            self.base_metrics.add(labels, [outcome.ticket.scores.base for outcome in outcomes])
+            self.base_metrics.add(labels, [outcome.ticket.scores.base for outcome in outcomes], weights)
         risen, signals = self.drift.watch(losses), []
         if risen or self.boundaries.sources:
             for at, outcome in enumerate(outcomes):

@@ -286,4 +286,4 @@ def test_a_command_that_waits_is_obeyed_before_shards_are_made_anew(tmp_path: Pa
     for worker in run(config_of(tmp_path, 4, commands=COMMANDS_URL)).values():
         joiner = worker.joiner
         assert not [ticket for ticket in joiner.tickets.values() if ticket.key == "1"]
-        assert not [id for id, (_, owner, _) in joiner.closed.items() if owner == mark("1")]
+        assert not [id for id, closed in joiner.closed.items() if closed.owner == mark("1")]

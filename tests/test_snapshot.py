@@ -134,8 +134,8 @@ def test_a_format_without_migration_and_a_newer_one_stop_with_an_error(
     save_as(tmp_path / "old", 0, monkeypatch)
     with pytest.raises(CheckpointError, match="no migration from format 0"):
         Store(tmp_path / "old").newest()
-    save_as(tmp_path / "new", 3, monkeypatch)
-    with pytest.raises(CheckpointError, match=r"newer streamcl \(format 3, this one reads up to 2\)"):
+    save_as(tmp_path / "new", 4, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"newer streamcl \(format 4, this one reads up to 3\)"):
         Store(tmp_path / "new").newest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from threading import get_ident
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from streamcl.config import Config
+from streamcl.engine.delayed import Delayed
 from streamcl.engine.dense import Dense
 from streamcl.engine.optimizers import build_update
 from streamcl.engine.reloop import self_corrected
@@ -29,6 +31,7 @@ from streamcl.plasticity.layers import unheard
 from streamcl.plugin import Grads, Out, Plugin, PluginError, Rows, Rule, Shape, Step, Term
 from streamcl.protocols import State
 from streamcl.random import key_of, normal_array
+from streamcl.records import Outcome
 from streamcl.state import cut
 
 BLOCK = 1 << 20  # numbers drawn at once for a fresh table: bounds what its start needs besides the table
@@ -71,6 +74,8 @@ class Eager:
         self.numbers = len(layout.numerics)
         self.one_slot_each = len(layout.slot_field) == self.fields
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
+        self.delayed = Delayed(config) if config.loss.kind in ("fnw", "fnc", "dfm", "es_dfm") else None
+        self.shift = -math.log(config.sample.negatives)  # of the logit, among the negatives that stay
         weights = config.loss.class_weights
         self.class_weights = torch.tensor(weights) if weights else None  # (C,)
         self.max_grad_norm = config.optimizer.max_grad_norm
@@ -231,12 +236,16 @@ class Eager:
             weighted = pooled.index_add(1, self.slot_field, weighted)  # (B, F, W)
         return weighted[:, :, : self.first], weighted[:, :, self.first :]
 
-    def losses(self, output: Tensor, y: Tensor, served: float | None = None) -> Tensor:
+    def losses(self, output: Tensor, y: Tensor, served: float | None = None, outcome: Outcome | None = None) -> Tensor:
         """(B,) in nats: binary and multiclass cross-entropy; half the squared error for regression.
 
-        `served` is the score that the first row was answered with; the others (replayed) have none.
+        `served` is the score that the first row was answered with, `outcome` what became of it; the others (replayed)
+        have none.
         """
+        if self.delayed is not None:
+            return self.delayed.losses(output, y, outcome)
         if self.task == "binary":
+            output = output + self.shift if self.shift else output
             losses = functional.binary_cross_entropy_with_logits(output[:, 0], y, reduction="none")
             if self.alpha and served is not None:
                 losses = torch.cat((self_corrected(losses[:1], output[:1, 0], y[:1], served, self.alpha), losses[1:]))
@@ -279,7 +288,8 @@ class Eager:
         rows = self.table[read.ids].requires_grad_()
         output = self.forward(rows, read.weights, read.dense)
         hidden = self._take_hidden(output)
-        losses = self.losses(self._corrected(output, read), read.y, step.served)
+        outcome = step.outcome if step.live is not None else None
+        losses = self.losses(self._corrected(output, read), read.y, step.served, outcome)
         step.losses = losses.detach()
         share = step.share if self.class_weights is None else step.share * self.class_weights.to(losses)[read.y.long()]
         loss = losses.dot(share) if self.task_weight else losses.new_zeros(())

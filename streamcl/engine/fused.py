@@ -75,6 +75,8 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
     for index, rule in enumerate(config.plasticity):
         if rule.kind != "continual_backprop" or rule.exact:
             return f"plasticity.{index}: {rule.kind}{', exact' if rule.kind == 'continual_backprop' else ''}"
+    if config.loss.kind in ("dfm", "es_dfm"):
+        return f"loss.kind: {config.loss.kind}"
     if config.loss.kind == "reloop" and config.error_memory:
         return "loss.kind: reloop, on what an error memory has put right"
     return None
@@ -246,7 +248,7 @@ class Fused:
         lowest = -ID if self.engine.tables else 0
         if ids.size and not (ids.min() >= lowest and ids.max() < len(self.net.table)):
             raise IndexError(f"features point to row {ids.min()} or {ids.max()} of a table of {len(self.net.table)}")
-        label, served, time_s = np.zeros(n, np.float32), np.zeros(n), np.zeros(n)
+        label, served, time_s, weight = np.zeros(n, np.float32), np.zeros(n), np.zeros(n), np.ones(n)
         source = np.full(n, -1, np.int64)
         asks = self.plan.alpha or self.served is not None  # of what was said
         promised = {id(job.scores): i for i, job in enumerate(jobs) if job.kind == ANSWER} if asks else {}
@@ -255,6 +257,7 @@ class Fused:
             if job.outcome is not None:
                 label[i] = job.outcome.label if job.kind == LEARN else np.nan
                 time_s[i] = job.outcome.ticket.time_s
+                weight[i] = job.outcome.ticket.weight
                 if asks:
                     source[i] = promised.get(id(job.scores), -1)
                     served[i] = job.scores.served[0] if source[i] < 0 else np.nan
@@ -265,7 +268,7 @@ class Fused:
         kinds = np.array([job.kind for job in jobs], np.int8)
         again = np.array([False, *(a.features is b.features for a, b in itertools.pairwise(jobs))], np.bool_)
         zeros = np.zeros(n, np.int64)
-        told = label, served, source, noted, known, again, zeros, zeros - 1
+        told = label, weight, served, source, noted, known, again, zeros, zeros - 1
         return layout.Chunk(kinds, ids, weights, dense, time_s, *told)
 
     def _nothing_noted(self, n: int) -> Arrays:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 ANSWER, LEARN, REFUSE = range(3)
 BINARY, MULTICLASS, REGRESSION = range(3)
 NO_PAIRS, SUMMED, PROJECTED = range(3)
+NO_DELAY, FNW, FNC = range(3)
 DONE, REFUSED, DUE = range(3)
 """Why the loop has ended: all is done; the operation before `next` could not be learned; something rare is due then."""
 
@@ -46,6 +47,8 @@ class Plan(NamedTuple):
     share: float  # weight of each replayed row's loss
     label_scaled: Any  # (1,) True
     alpha: float  # of the ReLoop loss; 0: none
+    delayed: int  # NO_DELAY, ...
+    shift: float  # of the logit in the loss
     class_weights: Any  # (C,) by label; (0,): all alike
     largest: float  # norm of a gradient that is still learned from
     rates: Any  # (3,) of the dense weights
@@ -129,6 +132,7 @@ class Chunk(NamedTuple):
     dense: Any  # (n, N) raw
     time: Any  # (n,) of the event
     label: Any  # (n,)
+    weight: Any  # (n,) of the loss
     served: Any  # (n,) what it was answered with, or NaN: in this chunk, by operation `source`
     source: Any  # (n,)
     noted: Any  # (n, K, O) what the sets said of an event of an earlier chunk, or (0, K, O)

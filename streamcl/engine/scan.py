@@ -19,6 +19,8 @@ from streamcl.engine.layout import (
     BINARY,
     DONE,
     DUE,
+    FNC,
+    FNW,
     MULTICLASS,
     REFUSE,
     REFUSED,
@@ -48,6 +50,7 @@ from streamcl.engine.passes import (
 )
 from streamcl.engine.table_rows import admit, complete, retract
 
+LARGEST_ODDS = 1.0 - 1e-6
 GOLDEN, MIX1, MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -82,17 +85,21 @@ def _observe(count: Any, mean: Any, m2: Any, scaled: Any, row: Any) -> None:
 
 
 @exact_inlined
-def _losses(count: int, served: float, plan: Any, s: Any) -> None:
+def _losses(count: int, weight: float, served: float, plan: Any, s: Any) -> None:
     """dz (B, O): the gradient of the step's loss by z."""
     for b in range(count):
-        share = 1.0 if b == 0 else plan.share
+        share = weight if b == 0 else plan.share
         if len(plan.class_weights):
             share *= plan.class_weights[int(s.y[b])]
         z, dz = s.z[b], s.dz[b]
         if plan.task == BINARY:
-            loss, slope = binary_loss(z[0], s.y[b])
+            logit = z[0] + plan.shift
+            loss, slope = binary_loss(logit, s.y[b])
             if plan.alpha and b == 0:
-                loss, slope = self_corrected(loss, slope, z[0], s.y[b], served, plan.alpha)
+                loss, slope = self_corrected(loss, slope, logit, s.y[b], served, plan.alpha)
+            if plan.delayed == FNW:
+                slope *= 1.0 + sigmoid(logit)
+                slope *= sigmoid(-logit) if s.y[b] < 0.5 else 1.0
             dz[0] = slope
         elif plan.task == MULTICLASS:
             cross_entropy(z, s.y[b], dz)
@@ -206,7 +213,7 @@ def _answer(n: int, z: Any, plan: Any, norms: Any, found: Any) -> None:
     put(found.output[n], z)
     z = found.output[n]
     if plan.task == BINARY:
-        served[0] = sigmoid(z[0])
+        served[0] = min(math.exp(min(z[0], 0.0)), LARGEST_ODDS) if plan.delayed == FNC else sigmoid(z[0])
     elif plan.task == REGRESSION:
         served[0] = norms.y_mean[0] + z[0] * deviation(norms.y_count[0], norms.y_m2[0])
     else:
@@ -221,14 +228,23 @@ def _answer(n: int, z: Any, plan: Any, norms: Any, found: Any) -> None:
 
 @exact_inlined
 def _step(
-    n: int, count: int, passed: bool, served: float, net: Any, plan: Any, average: Any, found: Any, s: Any
+    n: int,
+    count: int,
+    passed: bool,
+    weight: float,
+    served: float,
+    net: Any,
+    plan: Any,
+    average: Any,
+    found: Any,
+    s: Any,
 ) -> tuple[bool, int]:
     """One update on the first `count` rows of the scratch, whose forward pass may be there already; (whether it could
     be, how many rows of the table moved).
     """
     if not passed:
         forward(count, net.flat, plan, s)
-    _losses(count, served, plan, s)
+    _losses(count, weight, served, plan, s)
     backward(count, net, plan, s)
     touched = _touch(count, net.tables.void, s)
     rows = float(row_gradients(count, touched, plan, s))
@@ -276,6 +292,7 @@ def scan(
     count_, mean, m2, y_count, y_mean, y_m2 = norms.count, norms.mean, norms.m2, norms.y_count, norms.y_mean, norms.y_m2
     rows_ids, rows_weights, rows_dense, rows_y = memory.ids, memory.weights, memory.dense, memory.y
     held, slots, source, given, asked = chunk.held, chunk.slot, chunk.source, chunk.served, found.served
+    weights_of = chunk.weight
     draw, key, regression, y, norm = plan.draw, plan.key, plan.task == REGRESSION, s.y, found.norm
     entered, hidden, drawn, scaled, every = found.entered, found.hidden, found.drawn, norms.scaled, watch.every
     levels, renewing, again, steady = len(plan.layers), renewal.on, chunk.again, True
@@ -336,7 +353,7 @@ def scan(
         while True:
             if not passed:
                 gather(0, ids, weights, dense, net, plan, norms, s)
-            taken, touched = _step(n, count, passed, served, net, plan, average, found, s)
+            taken, touched = _step(n, count, passed, weights_of[n], served, net, plan, average, found, s)
             if taken or count == 1:
                 break
             count = 1  # is it the event, or what is replayed?

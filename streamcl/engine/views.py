@@ -65,6 +65,8 @@ def plan_of(config: Config, learner: Learner) -> layout.Plan:
         share=learner.replay_weight / max(learner.per_event, 1),
         label_scaled=np.ones(1, np.bool_),
         alpha=engine.alpha,
+        delayed={"fnw": layout.FNW, "fnc": layout.FNC}.get(config.loss.kind, layout.NO_DELAY),
+        shift=engine.shift,
         class_weights=np.array(config.loss.class_weights, np.float64),
         largest=float(engine.max_grad_norm),
         rates=np.array(rates[0], dtype),

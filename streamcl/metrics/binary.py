@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.metrics.kernels import binary_rows
-from streamcl.metrics.losses import clip, entropy, finite, log_losses, ratio
+from streamcl.metrics.losses import clip, entropy, finite, log_losses, ratio, weighted
 from streamcl.metrics.ranking import ScoreHistogram, exact_auc
 from streamcl.metrics.window import Window
 from streamcl.protocols import State
@@ -17,26 +17,27 @@ from streamcl.protocols import State
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over examples. `pairs` counts those with a predecessor, `repeats` those with its label."""
+    """How many examples, and weighted sums over them: `pairs` of those with a predecessor, `repeats` with its label."""
 
     examples: int = 0
     loss: float = 0.0
     scores: float = 0.0
     labels: float = 0.0
-    hits: int = 0
-    pairs: int = 0
-    repeats: int = 0
+    hits: float = 0.0
+    pairs: float = 0.0
+    repeats: float = 0.0
+    weight: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """By definition; NaN where undefined."""
-        log_loss = ratio(self.loss, self.examples)
+        log_loss = ratio(self.loss, self.weight)
         return {
             "log_loss": log_loss,
-            "ne": ratio(log_loss, entropy([self.labels, self.examples - self.labels])),
+            "ne": ratio(log_loss, entropy([self.labels, self.weight - self.labels])),
             "calibration": ratio(self.scores, self.labels),
-            "accuracy": ratio(self.hits, self.examples),
+            "accuracy": ratio(self.hits, self.weight),
             "no_change_accuracy": ratio(self.repeats, self.pairs),
-            "base_rate": ratio(self.labels, self.examples),
+            "base_rate": ratio(self.labels, self.weight),
         }
 
 
@@ -49,27 +50,29 @@ class Binary:
     """
 
     def __init__(self, window: int) -> None:
-        self._sums = np.zeros(7)  # in the order of `Totals`; counts are exact below 2^53
+        self._sums = np.zeros(8)  # in the order of `Totals`; counts are exact below 2^53
         self._histogram = ScoreHistogram()
-        self._window = Window(window, 3)  # label, score, 1 if the label repeats its predecessor
+        self._window = Window(window, 4)  # label, score, 1 if the label repeats its predecessor, weight
         self._previous = np.full(1, np.nan)
 
     @property
     def _totals(self) -> Totals:
-        examples, loss, scores, labels, hits, pairs, repeats = self._sums.tolist()
-        return Totals(int(examples), loss, scores, labels, int(hits), int(pairs), int(repeats))
+        examples, *sums = self._sums.tolist()
+        return Totals(int(examples), *sums)
 
     def loss(self, label: float, served: NDArray[np.float32]) -> float:  # served (1,)
         """Nats; not finite if the label or the score is not."""
         p = clip(float(served[0]))
         return -(label * math.log(p) + (1.0 - label) * math.log(1.0 - p))
 
-    def add(self, labels: NDArray[np.float64], served: NDArray[np.float32]) -> NDArray[np.float64]:  # (n,), (n, 1)
+    def add(
+        self, labels: NDArray[np.float64], served: NDArray[np.float32], weights: NDArray[np.float64]
+    ) -> NDArray[np.float64]:  # (n,), (n, 1), (n,)
         """Their losses (n,); one that is not finite has entered nothing."""
         losses = np.empty(len(labels))
         counts, ring, written = self._histogram.counts, self._window.ring, self._window.written
         scores = served[:, 0].astype(np.float64)
-        binary_rows(labels, scores, losses, self._sums, self._previous, counts, ring, written)
+        binary_rows(labels, scores, weights, losses, self._sums, self._previous, counts, ring, written)
         return losses
 
     def read(self) -> dict[str, float]:
@@ -81,17 +84,19 @@ class Binary:
         return finite(whole | {f"{name}_window": value for name, value in self._read_window().items()})
 
     def _read_window(self) -> dict[str, float]:
-        labels, scores, repeats = self._window.columns()
+        labels, scores, repeats, weights = self._window.columns()
+        first = self._totals.examples <= len(labels)  # the very first example has no predecessor
         totals = Totals(
             examples=len(labels),
-            loss=float(log_losses(labels, scores).sum()),
-            scores=float(scores.sum()),
-            labels=float(labels.sum()),
-            hits=int(((scores >= 0.5) == (labels >= 0.5)).sum()),
-            pairs=min(len(labels), self._totals.pairs),  # the very first example has no predecessor
-            repeats=int(repeats.sum()),
+            loss=float((weights * log_losses(labels, scores)).sum()),
+            scores=float((weights * scores).sum()),
+            labels=float((weights * labels).sum()),
+            hits=float((weights * ((scores >= 0.5) == (labels >= 0.5))).sum()),
+            pairs=float(weights[1 if first else 0 :].sum()),
+            repeats=float((weights * repeats).sum()),
+            weight=float(weights.sum()),
         )
-        return totals.metrics() | {"auc": exact_auc(labels, scores)}
+        return totals.metrics() | {"auc": exact_auc(labels, scores, weights)}
 
     def state_dict(self) -> State:
         previous = float(self._previous[0])
@@ -103,7 +108,7 @@ class Binary:
         }
 
     def load_state_dict(self, state: State) -> None:
-        self._sums[:] = list(asdict(Totals(**state["totals"])).values())
+        self._sums[:] = list(asdict(Totals(**weighted(state["totals"]))).values())
         self._histogram.load_state_dict(state["histogram"])
         self._window.load_state_dict(state["window"])
         self._previous[0] = math.nan if state["previous"] is None else state["previous"]

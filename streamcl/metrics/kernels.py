@@ -10,7 +10,7 @@ import numpy as np
 from streamcl.compiled import entry, exact
 from streamcl.metrics.losses import CLIP
 
-EXAMPLES, LOSS, SCORES, LABELS, HITS, PAIRS, REPEATS = range(7)
+EXAMPLES, LOSS, SCORES, LABELS, HITS, PAIRS, REPEATS, WEIGHT = range(8)
 """Places in the sums of `binary_rows`."""
 
 LIMIT = 16.0
@@ -26,23 +26,31 @@ def _place(score: Any, bins: int) -> int:
 
 
 @entry
-def count_rows(positive: Any, scores: Any, counts: Any) -> None:
-    """Count scores (n,) by their logit in counts (2, bins): of negatives, of positives."""
+def count_rows(positive: Any, scores: Any, weights: Any, counts: Any) -> None:
+    """Count scores (n,), each as its weight, by their logit in counts (2, bins): of negatives, of positives."""
     for i in range(len(scores)):
-        counts[np.int64(positive[i]), _place(scores[i], counts.shape[1])] += 1
+        counts[np.int64(positive[i]), _place(scores[i], counts.shape[1])] += weights[i]
 
 
 @entry
 def binary_rows(
-    labels: Any, scores: Any, losses: Any, sums: Any, previous: Any, counts: Any, ring: Any, written: Any
+    labels: Any,
+    scores: Any,
+    weights: Any,
+    losses: Any,
+    sums: Any,
+    previous: Any,
+    counts: Any,
+    ring: Any,
+    written: Any,
 ) -> None:
-    """Add examples to the sums (7,), the histogram's counts (2, bins) and the window's ring (size, 3).
+    """Add examples to the sums (8,), the histogram's counts (2, bins) and the window's ring (size, 4).
 
-    labels, scores (n,) float64; their losses come back in `losses` (n,), and what is not finite enters nothing.
+    labels, scores, weights (n,) float64; their losses come back in `losses` (n,); what is not finite enters nothing.
     previous, written (1,): the label before, NaN if there is none, and the rows that the ring has seen.
     """
     for i in range(len(labels)):
-        label, score = labels[i], scores[i]
+        label, score, weight = labels[i], scores[i], weights[i]
         p = min(max(score, CLIP), 1.0 - CLIP) if score == score else score
         loss = -(label * math.log(p) + (1.0 - label) * math.log(1.0 - p))
         losses[i] = loss
@@ -50,14 +58,15 @@ def binary_rows(
             continue
         repeats = label == previous[0]
         sums[EXAMPLES] += 1.0
-        sums[LOSS] += loss
-        sums[SCORES] += score
-        sums[LABELS] += label
-        sums[HITS] += (score >= 0.5) == (label >= 0.5)
-        sums[PAIRS] += previous[0] == previous[0]
-        sums[REPEATS] += repeats
-        counts[np.int64(label >= 0.5), _place(score, counts.shape[1])] += 1
+        sums[WEIGHT] += weight
+        sums[LOSS] += weight * loss
+        sums[SCORES] += weight * score
+        sums[LABELS] += weight * label
+        sums[HITS] += weight * ((score >= 0.5) == (label >= 0.5))
+        sums[PAIRS] += weight * (previous[0] == previous[0])
+        sums[REPEATS] += weight * repeats
+        counts[np.int64(label >= 0.5), _place(score, counts.shape[1])] += weight
         row = written[0] % len(ring)
-        ring[row, 0], ring[row, 1], ring[row, 2] = label, score, repeats
+        ring[row, 0], ring[row, 1], ring[row, 2], ring[row, 3] = label, score, repeats, weight
         written[0] += 1
         previous[0] = label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -56,6 +57,11 @@ def normalized_entropy(labels: ArrayLike, scores: ArrayLike) -> float:
     """
     y = np.asarray(labels, dtype=np.float64)
     return ratio(log_loss(y, scores), entropy([y.sum(), y.size - y.sum()]))
+
+
+def weighted(state: dict[str, Any]) -> dict[str, Any]:
+    """Totals of an old snapshot, in which every example weighed 1."""
+    return {"weight": float(state["examples"]), **state}
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

@@ -8,28 +8,29 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcl.metrics.losses import clip, entropy, finite, ratio
+from streamcl.metrics.losses import clip, entropy, finite, ratio, weighted
 from streamcl.metrics.window import Window
 from streamcl.protocols import State
 
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over examples. `pairs` counts those with a predecessor, `repeats` those with its label."""
+    """How many examples, and weighted sums over them: `pairs` of those with a predecessor, `repeats` with its label."""
 
     examples: int = 0
     loss: float = 0.0
-    hits: int = 0
-    pairs: int = 0
-    repeats: int = 0
+    hits: float = 0.0
+    pairs: float = 0.0
+    repeats: float = 0.0
+    weight: float = 0.0
 
-    def metrics(self, classes: NDArray[np.int64]) -> dict[str, float]:
-        """By definition, given the examples per class (C,); NaN where undefined."""
-        log_loss = ratio(self.loss, self.examples)
+    def metrics(self, classes: NDArray[np.float64]) -> dict[str, float]:
+        """By definition, given the weight per class (C,); NaN where undefined."""
+        log_loss = ratio(self.loss, self.weight)
         return {
             "log_loss": log_loss,
             "ne": ratio(log_loss, entropy(classes)),
-            "accuracy": ratio(self.hits, self.examples),
+            "accuracy": ratio(self.hits, self.weight),
             "no_change_accuracy": ratio(self.repeats, self.pairs),
         }
 
@@ -43,8 +44,8 @@ class Multiclass:
 
     def __init__(self, window: int, classes: int) -> None:
         self._totals = Totals()
-        self._classes = np.zeros(classes, dtype=np.int64)
-        self._window = Window(window, 4)  # label, loss, 1 if right, 1 if the label repeats its predecessor
+        self._classes = np.zeros(classes)
+        self._window = Window(window, 5)  # label, loss, 1 if right, 1 if the label repeats its predecessor, weight
         self._previous: float | None = None
 
     def loss(self, label: float, served: NDArray[np.float32]) -> float:  # served (C,)
@@ -53,25 +54,28 @@ class Multiclass:
             return math.nan
         return -math.log(clip(float(served[int(label)])))
 
-    def add(self, labels: NDArray[np.float64], served: NDArray[np.float32]) -> NDArray[np.float64]:  # (n,), (n, P)
+    def add(
+        self, labels: NDArray[np.float64], served: NDArray[np.float32], weights: NDArray[np.float64]
+    ) -> NDArray[np.float64]:  # (n,), (n, P), (n,)
         """Their losses (n,); one that is not finite has entered nothing."""
         losses = np.empty(len(labels))
-        for i, label in enumerate(labels.tolist()):
+        for i, (label, weight) in enumerate(zip(labels.tolist(), weights.tolist(), strict=True)):
             losses[i] = loss = self.loss(label, served[i])
             if math.isfinite(loss):
-                self._add(label, served[i], loss)
+                self._add(label, served[i], loss, weight)
         return losses
 
-    def _add(self, label: float, served: NDArray[np.float32], loss: float) -> None:
+    def _add(self, label: float, served: NDArray[np.float32], loss: float, weight: float) -> None:
         totals = self._totals
         hit, repeats = bool(served.argmax() == label), label == self._previous
         totals.examples += 1
-        totals.loss += loss
-        totals.hits += hit
-        totals.pairs += self._previous is not None
-        totals.repeats += repeats
-        self._classes[int(label)] += 1
-        self._window.append((label, loss, hit, repeats))
+        totals.weight += weight
+        totals.loss += weight * loss
+        totals.hits += weight * hit
+        totals.pairs += weight * (self._previous is not None)
+        totals.repeats += weight * repeats
+        self._classes[int(label)] += weight
+        self._window.append((label, loss, hit, repeats, weight))
         self._previous = label
 
     def read(self) -> dict[str, float]:
@@ -79,15 +83,17 @@ class Multiclass:
         return finite(whole | {f"{name}_window": value for name, value in self._read_window().items()})
 
     def _read_window(self) -> dict[str, float]:
-        labels, losses, hits, repeats = self._window.columns()
+        labels, losses, hits, repeats, weights = self._window.columns()
+        first = self._totals.examples <= len(labels)  # the very first example has no predecessor
         totals = Totals(
             examples=len(labels),
-            loss=float(losses.sum()),
-            hits=int(hits.sum()),
-            pairs=min(len(labels), self._totals.pairs),  # the very first example has no predecessor
-            repeats=int(repeats.sum()),
+            loss=float((weights * losses).sum()),
+            hits=float((weights * hits).sum()),
+            pairs=float(weights[1 if first else 0 :].sum()),
+            repeats=float((weights * repeats).sum()),
+            weight=float(weights.sum()),
         )
-        return totals.metrics(np.bincount(labels.astype(np.int64), minlength=len(self._classes)))
+        return totals.metrics(np.bincount(labels.astype(np.int64), weights, len(self._classes)).astype(np.float64))
 
     def state_dict(self) -> State:
         return {
@@ -98,7 +104,7 @@ class Multiclass:
         }
 
     def load_state_dict(self, state: State) -> None:
-        self._totals = Totals(**state["totals"])
+        self._totals = Totals(**weighted(state["totals"]))
         self._classes[:] = state["classes"]
         self._window.load_state_dict(state["window"])
         self._previous = state["previous"]

@@ -46,20 +46,24 @@ class Prequential:
 
     def update(self, outcome: Outcome) -> float:
         """Take the score that was served in; see `add`."""
-        return self.add([outcome.label], [outcome.ticket.scores.served])[0]
+        return self.add([outcome.label], [outcome.ticket.scores.served], [outcome.weight])[0]
 
     def loss(self, outcome: Outcome) -> float:
         """What `update` would return; changes nothing."""
         return self._metrics.loss(outcome.label, outcome.ticket.scores.served)
 
-    def add(self, labels: Sequence[float], served: Sequence[NDArray[np.float32]]) -> list[float]:
-        """The examples' losses: nats, or the squared error for regression.
+    def add(
+        self, labels: Sequence[float], served: Sequence[NDArray[np.float32]], weights: Sequence[float] = ()
+    ) -> list[float]:
+        """The examples' losses: nats, or the squared error for regression. In the metrics they weigh `weights`, or 1.
 
         One that is not finite is counted as `unscored` and enters no sum, for a sum would never recover from it.
         """
         if not labels:
             return []
-        losses = self._metrics.add(np.array(labels, np.float64), np.array(served))
+        losses = self._metrics.add(
+            np.array(labels, np.float64), np.array(served), np.array(weights or [1.0] * len(labels))
+        )
         self._unscored += int(len(losses) - np.isfinite(losses).sum())
         return losses.tolist()  # type: ignore[no-any-return]
 

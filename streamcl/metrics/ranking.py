@@ -20,8 +20,10 @@ def _auc_of_counts(positives: NDArray[np.float64], negatives: NDArray[np.float64
     return float((positives * (below + negatives / 2)).sum()) / pairs if pairs else math.nan
 
 
-def exact_auc(labels: ArrayLike, scores: ArrayLike) -> float:
+def exact_auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
     """The share of (positive, negative) pairs that the scores put in the right order; a tie is half right.
+
+    With weights (N,) a pair counts as much as the product of its two.
 
     Shape:
         labels (N,) 0 or 1, scores (N,) finite, of any scale. NaN where a class is missing. O(N log N).
@@ -31,8 +33,9 @@ def exact_auc(labels: ArrayLike, scores: ArrayLike) -> float:
     """
     positive = np.asarray(labels) >= 0.5
     values, place = np.unique(np.asarray(scores), return_inverse=True)
-    positives = np.bincount(place[positive], minlength=len(values)).astype(np.float64)
-    negatives = np.bincount(place[~positive], minlength=len(values)).astype(np.float64)
+    w = np.ones(len(place)) if weights is None else np.asarray(weights, np.float64)
+    positives = np.bincount(place[positive], w[positive], len(values)).astype(np.float64)
+    negatives = np.bincount(place[~positive], w[~positive], len(values)).astype(np.float64)
     return _auc_of_counts(positives, negatives)
 
 
@@ -47,20 +50,22 @@ class ScoreHistogram:
     """
 
     def __init__(self) -> None:
-        self.counts = np.zeros((2, BINS), dtype=np.int64)  # [negatives, positives]
+        self.counts = np.zeros((2, BINS))  # [negatives, positives]
 
-    def add(self, positive: ArrayLike, scores: ArrayLike) -> None:
-        """Probabilities (n,), and which of them are of positives."""
-        count_rows(np.asarray(positive, np.bool_), np.asarray(scores, np.float64), self.counts)
+    def add(self, positive: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> None:
+        """Probabilities (n,), which of them are of positives, and what they weigh."""
+        scores = np.asarray(scores, np.float64)
+        weights = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
+        count_rows(np.asarray(positive, np.bool_), scores, weights, self.counts)
 
     def auc(self) -> float:
         """NaN where a class is missing."""
-        negatives, positives = self.counts.astype(np.float64)
+        negatives, positives = self.counts
         return _auc_of_counts(positives, negatives)
 
     def auc_bound(self) -> float:
         """How far `auc` can be from the exact one at most: half the share of pairs that lie in one bin."""
-        negatives, positives = self.counts.astype(np.float64)
+        negatives, positives = self.counts
         pairs = float(positives.sum() * negatives.sum())
         return float((positives * negatives).sum()) / (2 * pairs) if pairs else math.nan
 

@@ -40,7 +40,9 @@ class Window:
         return {"ring": self.ring.copy(), "written": int(self.written[0])}
 
     def load_state_dict(self, state: State) -> None:
-        if np.shape(state["ring"]) != self.ring.shape:
+        size, width = np.shape(state["ring"])
+        if size != self._size or width not in (self.ring.shape[1], self.ring.shape[1] - 1):
             raise ValueError(f"metrics.window: saved {np.shape(state['ring'])}, configured {self.ring.shape}")
-        self.ring[:] = state["ring"]
+        self.ring[:, :width] = state["ring"]
+        self.ring[:, width:] = 1.0  # the weights, of which an old snapshot knows nothing
         self.written[0] = state["written"]

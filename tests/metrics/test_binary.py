@@ -21,7 +21,7 @@ Examples = list[tuple[int, float]]
 def fed(examples: Examples, window: int) -> Binary:
     metrics = Binary(window)
     for label, score in examples:
-        metrics.add(np.array([label], np.float64), np.array([[score]], np.float32))
+        metrics.add(np.array([label], np.float64), np.array([[score]], np.float32), np.ones(1))
     return metrics
 
 
@@ -117,5 +117,5 @@ def test_a_restored_binary_goes_on_bit_for_bit(cut: int) -> None:
     restored.load_state_dict(fed(examples[:cut], 50).state_dict())
     for label, score in examples[cut:]:
         served = np.array([score], np.float32)
-        restored.add(np.array([label], np.float64), served[None])
+        restored.add(np.array([label], np.float64), served[None], np.ones(1))
     assert restored.read() == fed(examples, 50).read()

@@ -24,7 +24,7 @@ def drawn(count: int, classes: int = 4, seed: int = 0) -> Examples:
 def fed(examples: Examples, window: int, classes: int = 4) -> Multiclass:
     metrics = Multiclass(window, classes)
     for label, served in examples:
-        metrics.add(np.array([label], np.float64), served[None])
+        metrics.add(np.array([label], np.float64), served[None], np.ones(1))
     return metrics
 
 
@@ -64,7 +64,7 @@ def test_two_classes_are_the_binary_case() -> None:
     examples = drawn(300, classes=2)
     two, binary = fed(examples, 100, classes=2).read(), Binary(100)
     labels, served = zip(*examples, strict=True)
-    binary.add(np.array(labels, np.float64), np.array(served)[:, 1:])
+    binary.add(np.array(labels, np.float64), np.array(served)[:, 1:], np.ones(len(labels)))
     one = binary.read()
     assert two == pytest.approx({name: one[name] for name in two}, rel=1e-5)
 
@@ -90,5 +90,5 @@ def test_a_restored_multiclass_goes_on_bit_for_bit(cut: int) -> None:
     restored = Multiclass(50, 4)
     restored.load_state_dict(fed(examples[:cut], 50).state_dict())
     for label, served in examples[cut:]:
-        restored.add(np.array([label], np.float64), served[None])
+        restored.add(np.array([label], np.float64), served[None], np.ones(1))
     assert restored.read() == fed(examples, 50).read()

@@ -18,7 +18,7 @@ Examples = list[tuple[float, float]]
 def fed(examples: Examples, window: int) -> Regression:
     metrics = Regression(window)
     for label, value in examples:
-        metrics.add(np.array([label]), np.array([[value]], np.float32))
+        metrics.add(np.array([label]), np.array([[value]], np.float32), np.ones(1))
     return metrics
 
 
@@ -69,5 +69,5 @@ def test_a_restored_regression_goes_on_bit_for_bit(cut: int) -> None:
     restored.load_state_dict(fed(examples[:cut], 50).state_dict())
     for label, value in examples[cut:]:
         served = np.array([value], np.float32)
-        restored.add(np.array([label], np.float64), served[None])
+        restored.add(np.array([label], np.float64), served[None], np.ones(1))
     assert restored.read() == fed(examples, 50).read()
