@@ -41,6 +41,7 @@ from streamcl.serve import Listening
 from streamcl.serve import serve as serve_forever
 from streamcl.snapshot import difference, environment
 from streamcl.telemetry import Telemetry
+from streamcl.warm_start import warm_start as warmed
 from streamcl.worker import Worker, keeps_order, logged
 
 log = logging.getLogger("streamcl")
@@ -58,6 +59,15 @@ app.command()(forget)
 app.command(name="demo")(demo)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see `streamcl schema`.")]
+
+
+WarmStart = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Weights that a first start begins with, as model.warm_start: a file, or a snapshot's folder.",
+    ),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,13 +112,14 @@ def run(
         int | None,
         typer.Option(min=0, max=65535, metavar="PORT", help="Also answer predictions here, from the live model."),
     ] = None,
+    warm_start: WarmStart = None,
     as_json: Json = False,
 ) -> None:
     """Run shards until told to stop (SIGTERM, Ctrl-C): they finish their turn, save, and leave.
 
     Brokers that go away are waited for. Exit code 3: another worker has taken over a shard.
     """
-    settings = _with_shards(Config.load(config), shards)
+    settings = _with_shards(_begun_with(Config.load(config), warm_start), shards)
     if serve is not None:
         settings = _with_serve(settings, in_worker=True, port=serve)
     with contextlib.closing(Telemetry(settings)) as telemetry, contextlib.ExitStack() as signals:
@@ -226,15 +237,18 @@ def replay(
         str | None, typer.Option(metavar="URL", help="A control log to follow; default for Kafka inputs: their own.")
     ] = None,
     predictions: Annotated[str | None, typer.Option(metavar="URL", help="Also send the predictions somewhere.")] = None,
+    warm_start: WarmStart = None,
     as_json: Json = False,
 ) -> None:
     """Backtest: run the same loop over a recorded stream. Same log, same config: same model, same predictions.
 
     Nothing is published and no checkpoint written. Files are merged by (record timestamp, input, partition, offset).
     """
-    settings = _redirected(Config.load(config), dict(_pair(text) for text in input or ()), predictions)
+    given = dict(_pair(text) for text in input or ())
+    settings = _redirected(_begun_with(Config.load(config), warm_start), given, predictions)
     worker = _backtest(settings)
     with contextlib.closing(worker), _stopping(worker):
+        warmed(worker)
         worker.progress.position = dict(worker.source.seek({}))
         url = order or (settings.control_url if _logged(worker) else None)
         garbage.spare()
@@ -331,6 +345,14 @@ def serve(
     Key, certificate and limits stand in the config's [serve].
     """
     serve_forever(_with_serve(Config.load(config), host=host, port=port))
+
+
+def _begun_with(config: Config, path: Path | None) -> Config:
+    """The config with `--warm-start`."""
+    if path is None:
+        return config
+    data = config.model_dump(mode="json")
+    return Config.parse({**data, "model": {**data["model"], "warm_start": str(path)}}, "--warm-start")
 
 
 def _with_serve(config: Config, **given: Any) -> Config:
