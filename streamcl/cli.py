@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import orjson
 import typer
@@ -31,14 +30,16 @@ from streamcl.console import Json, out
 from streamcl.demo import command as demo
 from streamcl.engine.fused import engine_of
 from streamcl.forget import forget
-from streamcl.host import FixedShards, Host
+from streamcl.host import FixedShards, Host, stopping
 from streamcl.live import Live
 from streamcl.outlets import Outlets
 from streamcl.protocols import Fenced, Membership, StreamclError
 from streamcl.records import COMMANDS, EVENTS, LABELS, Turn
 from streamcl.recovery import store_of
+from streamcl.rollback import rollback
 from streamcl.serve import Listening
 from streamcl.serve import serve as serve_forever
+from streamcl.shadow_commands import app as shadow
 from streamcl.snapshot import difference, environment
 from streamcl.telemetry import Telemetry
 from streamcl.warm_start import warm_start as warmed
@@ -56,6 +57,8 @@ app = typer.Typer(
 app.add_typer(inspection.app)
 app.command()(bench)
 app.command()(forget)
+app.command()(rollback)
+app.add_typer(shadow)
 app.command(name="demo")(demo)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see `streamcl schema`.")]
@@ -128,7 +131,7 @@ def run(
         host = Host(settings, membership, telemetry, accept_changes=accept_changes, bootstrap=past)
         if settings.serve.in_worker:
             signals.enter_context(_answering(settings, host))
-        signals.enter_context(_stopping(host))
+        signals.enter_context(stopping(host))
         telemetry.start()
         garbage.spare()
         quiet_since = time.monotonic()
@@ -206,26 +209,6 @@ def _with_shards(config: Config, text: str | None) -> Config:
     return Config.parse({**data, "shard": {**data["shard"], "indices": indices}}, "--shards")
 
 
-class Stoppable(Protocol):
-    def stop(self) -> None: ...
-
-
-@contextlib.contextmanager
-def _stopping(runs: Stoppable) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C end the loop after its turn; a second Ctrl-C interrupts."""
-
-    def stop(number: int, _frame: object) -> None:
-        runs.stop()
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @app.command()
 def replay(
     config: ConfigFile,
@@ -247,7 +230,7 @@ def replay(
     given = dict(_pair(text) for text in input or ())
     settings = _redirected(_begun_with(Config.load(config), warm_start), given, predictions)
     worker = _backtest(settings)
-    with contextlib.closing(worker), _stopping(worker):
+    with contextlib.closing(worker), stopping(worker):
         warmed(worker)
         worker.progress.position = dict(worker.source.seek({}))
         url = order or (settings.control_url if _logged(worker) else None)

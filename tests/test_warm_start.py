@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from streamcl import connect
 from streamcl.config import Config, ConfigError
 from streamcl.learner import Learner
 from streamcl.records import Encoded
 from streamcl.recovery import Keeper, store_of
 from streamcl.state import digest
-from streamcl.warm_start import save
+from streamcl.warm_start import save, warm_start
 from streamcl.worker import Worker, build
 from tests.journey import click, fill, finish, repeat, settings, view
 
@@ -193,9 +194,6 @@ def test_categories_that_share_a_row_give_it_their_mean(tmp_path: Path) -> None:
 
 
 def test_a_replay_of_a_recording_begins_with_them_too(tmp_path: Path) -> None:
-    from streamcl import connect
-    from streamcl.warm_start import warm_start
-
     save(tmp_path / "w", **weights())
     config = wide(
         tmp_path,
