@@ -99,16 +99,17 @@ class Shadow(Worker):
 
     def run(self) -> Iterator[Turn]:
         """As `Worker.run`; it never ends by itself."""
-        looked = float("-inf")
+        look_at = 0.0
         while not self.stopping:
-            goal = self._next() if time.monotonic() - looked > LOOK_EVERY_S else None
-            looked = time.monotonic() if goal is None else looked
-            if goal is None:
-                self.caught_up = True
+            if time.monotonic() < look_at:
                 time.sleep(self.poll_timeout_s)
                 yield Turn(0, dict(self.progress.position))
                 continue
-            self.caught_up = False
+            goal = self._next()
+            self.caught_up = goal is None
+            if goal is None:
+                look_at = time.monotonic() + LOOK_EVERY_S
+                continue
             yield from self.follow(int(goal.manifest["control_offset"]), position_of(goal))
             if not self.stopping:
                 self._compare(goal)

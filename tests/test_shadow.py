@@ -361,8 +361,6 @@ def test_shards_are_followed_together_by_a_host(tmp_path: Path) -> None:
     fill(traffic(60, partitions=2), 2)
     for index in range(2):
         finish(live.of_shard(index))
-    assert connect is not None
-
     shadows = beside(live, other)
     telemetry = Telemetry(shadows, "shadow")
 
