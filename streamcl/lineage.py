@@ -36,7 +36,7 @@ class Lineage:
         self.facts: list[dict[str, Any]] = []
         self.find: Callable[[Was], State | None] = lambda _: None
         self.heeds = True
-        self._kept: dict[int, State] = {}
+        self._kept: dict[int, tuple[State, int]] = {}  # and how often it is still needed
 
     def add(self, kind: str, **said: Any) -> None:
         self.facts.append({"kind": kind, **said})
@@ -54,7 +54,7 @@ class Lineage:
         if not self.heeds:
             return
         if order.keep:
-            self._kept[worker.control_offset] = private(worker.learner.state_dict())
+            self._kept[worker.control_offset] = private(worker.learner.state_dict()), order.keep
         if order.was is not None:
             self._go_back(order.was, worker)
         if order.promoted is not None and worker.control and not self._is_of(order.promoted):
@@ -64,7 +64,10 @@ class Lineage:
             )
 
     def _go_back(self, was: Was, worker: Worker) -> None:
-        learner = self._kept.pop(was.offset, None) or self.find(was)
+        learner, needed = self._kept.pop(was.offset, (None, 0))
+        if learner is not None and needed > 1:
+            self._kept[was.offset] = learner, needed - 1
+        learner = learner or self.find(was)
         if learner is None:
             raise StreamclError(
                 f"the control log says that at {worker.progress.records} records the model went back to what it was at "

@@ -39,7 +39,7 @@ def promote(live: Config, other: Config, accept_loss: bool = False, accept_chang
     """
     config = beside(live, other)
     shadows = store_of(config).ls()
-    if done := _promoted(store_of(live).ls(), shadows):
+    if done := _promoted(store_of(live).ls(), shadows, other):
         drop(config)
         return _told(done)
     if not shadows:
@@ -63,12 +63,16 @@ def promote(live: Config, other: Config, accept_loss: bool = False, accept_chang
     return _told(saved)
 
 
-def _promoted(lives: list[Snapshot], shadows: list[Snapshot]) -> Snapshot | None:
-    """The live shard's snapshot that is this shadow's, if it has taken its place already."""
-    facts = lives[-1].manifest.get("lineage", ()) if lives else ()
-    digests = {each.digest for each in shadows}
-    done = any(fact["kind"] == "promoted" and fact["shadow"] in digests for fact in facts)
-    return lives[-1] if done else None
+def _promoted(lives: list[Snapshot], shadows: list[Snapshot], other: Config) -> Snapshot | None:
+    """The live shard's newest snapshot, if this shadow has taken its place already, or did and is gone by now."""
+    if not lives:
+        return None
+    newest, digests = lives[-1], {each.digest for each in shadows}
+    promoted = [fact["shadow"] for fact in newest.manifest.get("lineage", ()) if fact["kind"] == "promoted"]
+    if shadows:
+        return newest if digests.intersection(promoted) else None
+    same = all(change == "free" for _, change in changes(newest.manifest["config"], other))
+    return newest if promoted and same else None
 
 
 def _refuse_loss(worker: Worker, shadow: Shadow, accepted: bool) -> None:
@@ -115,13 +119,17 @@ def _told(saved: Snapshot) -> dict[str, Any]:
 def drop(config: Config) -> bool:
     """Delete a shadow's checkpoints; False when there are none. Raises Held while it lives."""
     store = store_of(config)
-    if not store.folder.exists():
-        return False
-    lease = lease_on(store, config.checkpoint.lease_s)
-    lease.claim()
-    lease.release()
+    grave, there = store.folder.with_name(f".{store.folder.name}.dropped"), store.folder.exists()
+    if there:
+        lease = lease_on(store, config.checkpoint.lease_s)
+        lease.claim()
+        lease.release()
     try:
-        shutil.rmtree(store.folder)
+        if grave.exists():
+            shutil.rmtree(grave)
+        if there:  # at once: half of its snapshots would be another shadow
+            store.folder.rename(grave)
+            shutil.rmtree(grave)
     except OSError as error:
         raise StreamclError(f"{store.folder}: can't be deleted: {error}") from error
-    return True
+    return there

@@ -317,7 +317,7 @@ class Order(Struct, frozen=True, gc=False):
     With `was` it took none either: the model went back to what it had been. With `promoted`, the digest of a shadow's
     snapshot, that shadow took the shard's place.
 
-    `keep` is not written: who reads the log knows by it that the model before this order will be gone back to.
+    `keep` is not written: who reads the log knows by it how often the model before this order will be gone back to.
     """
 
     runs: tuple[Run, ...]
@@ -325,7 +325,7 @@ class Order(Struct, frozen=True, gc=False):
     leap: int | None = None
     was: Was | None = None
     promoted: str | None = None
-    keep: bool = False
+    keep: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -268,7 +268,7 @@ class Keeper:
             self.save(clean=True)
 
     def _learner_of(self, was: Was) -> State | None:
-        for snapshot in self.store.ls():
+        for snapshot in reversed(self.store.ls()):  # a shadow's stands behind the one that it has taken the place of
             told = snapshot.manifest
             if (told["control_offset"], told["records"]) == was:
                 found: State = self.store.load(snapshot.name).state["learner"]

@@ -20,6 +20,7 @@ log (a single partition, at least once) the fact stands in the snapshots from th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,9 +37,8 @@ from streamcl.records import EVENTS, Order, Was
 from streamcl.recovery import Keeper, store_of
 from streamcl.snapshot import Loaded, Snapshot
 from streamcl.standing import standing
-from streamcl.worker import logged
 
-FIGURES = ("examples", "log_loss_window", "auc_window", "calibration_window", "accuracy_window", "rmse_window")
+FIGURES = ("log_loss", "auc", "rmse")
 
 
 def rollback(
@@ -91,12 +91,16 @@ def _show(config: Config, as_json: bool) -> None:
     if as_json:
         out({"snapshots": lines})
         return
-    there = [name for name in FIGURES if any(name in line["metrics"] for line in lines)]
-    table = Table("snapshot", "records", "clean", *there, "facts")
+    there = [name for name in FIGURES if any(f"{name}_window" in line["metrics"] for line in lines)]
+    title = f"{config.name}, shard {config.shard.index}; metrics over the recent window"
+    table = Table(title=title, title_justify="left")
+    for name in ("snapshot", "clean", *there):
+        table.add_column(name, no_wrap=True)
+    table.add_column("facts")
     for line in lines:
-        figures = [f"{line['metrics'][name]:.6g}" if name in line["metrics"] else "" for name in there]
+        figures = [f"{line['metrics'].get(f'{name}_window', math.nan):.5g}" for name in there]
         facts = ", ".join(f"{fact['kind']} at {fact.get('records', 0)}" for fact in line["lineage"])
-        table.add_row(line["name"], str(line["records"]), str(line["clean"]), *figures, facts)
+        table.add_row(line["name"], str(line["clean"]), *figures, facts)
     Console().print(table)
 
 
@@ -124,6 +128,9 @@ def _load(keeper: Keeper, name: str) -> Loaded:
             f"{loaded.snapshot.path}: {', '.join(other)} changed since it was written, which means another model: "
             "change back, or let the other settings learn beside these first (`streamcl shadow`)"
         )
+    facts = loaded.manifest.get("lineage", ())
+    if any(fact["kind"] == "promoted" and fact not in facts for fact in keeper.worker.lineage.facts):
+        raise StreamclError(f"{loaded.snapshot.path} is from before a shadow took this shard's place")
     return loaded
 
 
@@ -142,9 +149,6 @@ def _go_back(keeper: Keeper, wanted: Loaded) -> Snapshot:
 def _relearn(keeper: Keeper, wanted: Loaded) -> Snapshot:
     worker, offset = keeper.worker, int(wanted.manifest["control_offset"])
     now = worker.progress
-    for _, order in logged(worker.control, offset) if worker.control else ():
-        if order.promoted is not None:
-            raise StreamclError(f"{wanted.snapshot.path} is from before a shadow took this shard's place")
     worker.load_state_dict({**wanted.state, "deltas": {}, "progress": _unheard(wanted.state["progress"], now)})
     worker.control_offset = offset
     worker.source.seek(worker.progress.position)  # raises Gap where retention was faster

@@ -84,7 +84,8 @@ class Shadow(Worker):
         super().__init__(config, source, codecs, Outlets(config, codecs.predictions))
         self.live = live
         self.order = order
-        self.store = store_of(live)
+        local = live.checkpoint.model_copy(update={"remote": None})  # nothing is fetched into another's folder
+        self.store = store_of(live.model_copy(update={"checkpoint": local}))
         self.folder = store_of(config).folder
         self.lineage.heeds = False
         self.pair: dict[str, Any] = {}
@@ -172,8 +173,11 @@ class Shadow(Worker):
 
     def _compare(self, goal: Snapshot) -> None:
         self.pair = compared(self, goal)
-        with (self.folder / COMPARED).open("ab") as file:
-            file.write(orjson.dumps(self.pair) + b"\n")
+        try:
+            with (self.folder / COMPARED).open("ab") as file:  # a line of its own, whatever a crash has torn before
+                file.write(b"\n" + orjson.dumps(self.pair) + b"\n")
+        except OSError as error:
+            log.warning("%s: figures are not kept: %s", self.folder / COMPARED, error)
 
     def readings(self) -> dict[str, float]:
         """Its own, and the live one's metrics at the same place under `live_`."""

@@ -375,13 +375,13 @@ TOLD_BY_CONNECTORS = (
 
 def logged(control: ControlLog, start: int) -> Iterator[tuple[int, Order]]:
     """The orders of a control log from `start` on, less the void ones (see `Order.leap`)."""
-    leaps, kept, end, before = [], set[int](), start, start
+    leaps, kept, end, before = [], Counter[int](), start, start
     for end, order in control.read(start):
         leaps += [] if order.leap is None else [(order.leap, end)]
-        kept |= set() if order.was is None else {order.was.offset}
+        kept.update(() if order.was is None else (order.was.offset,))
     for at, order in control.read(start):
         if at <= end and not any(since < at < leap for since, leap in leaps):
-            yield at, replace(order, keep=True) if before in kept else order
+            yield at, replace(order, keep=kept[before]) if before in kept else order
             before = at
 
 

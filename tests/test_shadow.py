@@ -317,6 +317,34 @@ def test_what_could_not_take_the_live_ones_place_is_refused(tmp_path: Path, chan
         beside(live_of(tmp_path), live_of(tmp_path, **change))
 
 
+def test_nobody_goes_back_behind_a_promotion(tmp_path: Path) -> None:
+    live = live_of(tmp_path)
+    other = but(live, optimizer=FASTER)
+    fill(traffic(40))
+    finish(live)
+    follow(live, other)
+    promoted = promote(live, other)["snapshot"]
+    produce(traffic(60, 40))
+    finish(other)
+    with pytest.raises(StreamclError, match="is from before a shadow took this shard's place"):
+        back(other, names(other)[0])
+    back(other, promoted)
+    whole = finish(other)
+    store = store_of(other)
+    for name in names(other)[names(other).index(promoted) + 1 :]:
+        (store.folder / name).rename(store.folder / f"gone-{name}")
+    assert finish(other).digest == whole.digest  # from the promoted one on, which is not the one before it
+
+
+def test_promoting_twice_is_promoting_once(tmp_path: Path) -> None:
+    live = live_of(tmp_path)
+    other = but(live, model=DEEPER)
+    fill(traffic(40))
+    finish(live)
+    follow(live, other, from_start=True)
+    assert promote(live, other) == promote(live, other)
+
+
 def test_without_a_live_checkpoint_or_a_shadow_there_is_nothing_to_do(tmp_path: Path) -> None:
     live = live_of(tmp_path)
     fill(traffic(10))
@@ -361,7 +389,8 @@ def test_shards_are_followed_together_by_a_host(tmp_path: Path) -> None:
     fill(traffic(60, partitions=2), 2)
     for index in range(2):
         finish(live.of_shard(index))
-    shadows = beside(live, other)
+    one = beside(live, other)
+    shadows = one.model_copy(update={"shard": live.shard})
     telemetry = Telemetry(shadows, "shadow")
 
     def opened(config: Config) -> Shadow:
