@@ -275,6 +275,14 @@ def test_a_forget_leaves_nothing_to_go_back_to(tmp_path: Path) -> None:
         back(config, "0000000001-0")
 
 
+def test_a_lineage_left_out_of_the_snapshot_would_be_noticed(several: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(traffic(30))
+    finish(several)
+    back(several, names(several)[2])
+    monkeypatch.setattr(Lineage, "load_state_dict", lambda *_: None)
+    assert finish(several).digest != repeat(several).digest
+
+
 def test_orders_say_it_and_old_ones_read_as_ever() -> None:
     went = Order((), {}, was=Was(17, 4))
     assert Order.from_json(json.loads(json.dumps(went.to_json()))) == went
