@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from streamcl.stations import FieldPath, New, Numeric, Station, Stop
+from streamcl.stations import FieldPath, Free, New, Numeric, Station, Stop
 
 KINDS = (
     *("logistic", "fm", "ffm", "mlp", "deepfm", "xdeepfm", "dcnv2", "autoint", "din", "two_tower", "shared_bottom"),
@@ -124,6 +125,10 @@ class Model(Station):
     classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")
     init_scale: float = New(0.01, gt=0, description="standard deviation of a fresh embedding")
     dtype: Literal["float32", "float64"] = New("float32", description="of weights and of what the optimiser holds")
+    warm_start: Path | None = Free(
+        None,
+        description="weights that a first start begins with: a file, or a snapshot's folder; see streamcl.warm_start",
+    )
     layer_norm: bool = New(False, description="each hidden layer's sums at mean 0 and deviation 1, before its ReLU")
 
     @property

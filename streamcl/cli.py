@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import orjson
 import typer
@@ -33,16 +32,19 @@ from streamcl.console import Json, out
 from streamcl.demo import command as demo
 from streamcl.engine.fused import engine_of
 from streamcl.forget import forget
-from streamcl.host import FixedShards, Host
+from streamcl.host import FixedShards, Host, stopping
 from streamcl.live import Live
 from streamcl.protocols import Fenced, Membership, StreamclError
 from streamcl.records import Turn
 from streamcl.recovery import store_of
+from streamcl.rollback import rollback
 from streamcl.serve import Listening
 from streamcl.serve import serve as serve_forever
+from streamcl.shadow_commands import app as shadow
 from streamcl.snapshot import difference, environment
 from streamcl.sweep.command import sweep as sweeping
 from streamcl.telemetry import Telemetry
+from streamcl.warm_start import warm_start as warmed
 from streamcl.worker import Worker, logged
 
 log = logging.getLogger("streamcl")
@@ -57,9 +59,20 @@ app = typer.Typer(
 app.add_typer(inspection.app)
 app.command()(bench)
 app.command()(forget)
+app.command()(rollback)
+app.add_typer(shadow)
 app.command(name="demo")(demo)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see `streamcl schema`.")]
+
+
+WarmStart = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Weights that a first start begins with, as model.warm_start: a file, or a snapshot's folder.",
+    ),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,13 +117,14 @@ def run(
         int | None,
         typer.Option(min=0, max=65535, metavar="PORT", help="Also answer predictions here, from the live model."),
     ] = None,
+    warm_start: WarmStart = None,
     as_json: Json = False,
 ) -> None:
     """Run shards until told to stop (SIGTERM, Ctrl-C): they finish their turn, save, and leave.
 
     Brokers that go away are waited for. Exit code 3: another worker has taken over a shard.
     """
-    settings = _with_shards(Config.load(config), shards)
+    settings = _with_shards(_begun_with(Config.load(config), warm_start), shards)
     if serve is not None:
         settings = _with_serve(settings, in_worker=True, port=serve)
     with contextlib.closing(Telemetry(settings)) as telemetry, contextlib.ExitStack() as signals:
@@ -119,7 +133,7 @@ def run(
         host = Host(settings, membership, telemetry, accept_changes=accept_changes, bootstrap=past)
         if settings.serve.in_worker:
             signals.enter_context(_answering(settings, host))
-        signals.enter_context(_stopping(host))
+        signals.enter_context(stopping(host))
         telemetry.start()
         garbage.spare()
         quiet_since = time.monotonic()
@@ -197,26 +211,6 @@ def _with_shards(config: Config, text: str | None) -> Config:
     return Config.parse({**data, "shard": {**data["shard"], "indices": indices}}, "--shards")
 
 
-class Stoppable(Protocol):
-    def stop(self) -> None: ...
-
-
-@contextlib.contextmanager
-def _stopping(runs: Stoppable) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C end the loop after its turn; a second Ctrl-C interrupts."""
-
-    def stop(number: int, _frame: object) -> None:
-        runs.stop()
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @app.command()
 def replay(
     config: Annotated[
@@ -239,6 +233,7 @@ def replay(
         typer.Option("--out", help="Of a sweep: finished runs, the report. Default: the file's name, -out."),
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Of a sweep: processes side by side. Default: cores.")] = None,
+    warm_start: WarmStart = None,
     as_json: Json = False,
 ) -> None:
     """Backtest: run the same loop over a recorded stream. Same log, same config: same model, same predictions.
@@ -285,9 +280,10 @@ def replay(
         raise ConfigError("--out, --jobs: are those of --sweep")
     if config is None:
         raise ConfigError("CONFIG: missing; see `streamcl replay --help`")
-    settings = redirected(Config.load(config), redirect, predictions)
+    settings = redirected(_begun_with(Config.load(config), warm_start), redirect, predictions)
     worker = backtest(settings)
-    with contextlib.closing(worker), _stopping(worker):
+    with contextlib.closing(worker), stopping(worker):
+        warmed(worker)
         worker.progress.position = dict(worker.source.seek({}))
         url = order or order_of(settings, worker.source.streams())
         garbage.spare()
@@ -351,6 +347,14 @@ def serve(
     Key, certificate and limits stand in the config's [serve].
     """
     serve_forever(_with_serve(Config.load(config), host=host, port=port))
+
+
+def _begun_with(config: Config, path: Path | None) -> Config:
+    """The config with `--warm-start`."""
+    if path is None:
+        return config
+    data = config.model_dump(mode="json")
+    return Config.parse({**data, "model": {**data["model"], "warm_start": str(path)}}, "--warm-start")
 
 
 def _with_serve(config: Config, **given: Any) -> Config:

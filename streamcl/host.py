@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from streamcl.bootstrap import Bootstrap
 from streamcl.config import Config
@@ -33,6 +35,26 @@ from streamcl.worker import Worker, build
 log = logging.getLogger(__name__)
 
 _READINGS_EVERY_S = 1.0  # windowed metrics sort their window: once a second is often enough
+
+
+class Stoppable(Protocol):
+    def stop(self) -> None: ...
+
+
+@contextmanager
+def stopping(runs: Stoppable) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C end the loop after its turn; a second Ctrl-C interrupts."""
+
+    def stop(number: int, _frame: object) -> None:
+        runs.stop()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class FixedShards:
@@ -108,6 +130,7 @@ class Host:
 
     Args:
         bootstrap: See `Keeper`.
+        build: Makes a shard's worker.
         backoff_s: The first and the longest wait before a shard is built anew; it doubles, and half of it is random.
 
     Attributes:
@@ -122,6 +145,7 @@ class Host:
         *,
         accept_changes: bool = False,
         bootstrap: Bootstrap | None = None,
+        build: Callable[[Config], Worker] = build,
         backoff_s: tuple[float, float] = (0.5, 30.0),
     ) -> None:
         self.config = config
@@ -129,6 +153,7 @@ class Host:
         self.telemetry = telemetry
         self.accept_changes = accept_changes
         self.bootstrap = bootstrap
+        self.build = build
         self.backoff_s = backoff_s
         self.seats: dict[int, Seat] = {}
         self.stopping = False
@@ -217,7 +242,7 @@ class Host:
         if seat.ended or time.monotonic() < seat.retry_at:
             return None
         self.telemetry.ready(False, "restoring", seat.index)
-        worker = seat.last = build(seat.config)
+        worker = seat.last = self.build(seat.config)
         # A group says who holds a shard; nobody needs to be waited for.
         lease_s = 0.0 if self.config.shard.assignment == "group" else None
         keeper = Keeper(worker, store_of(seat.config), self.accept_changes, self.bootstrap, lease_s=lease_s)
@@ -268,9 +293,9 @@ class Host:
         self.telemetry.observe(turn, seconds=seconds, lag=worker.source.lag(), readings=readings, shard=seat.index)
         reason = "repeating the logged order" if not worker.caught_up else "no broker is connected"
         self.telemetry.ready(worker.caught_up and seat.hears(), reason, seat.index)
-        for signal in turn.signals:
-            level = logging.WARNING if signal.kind == "drift" else logging.INFO
-            log.log(level, "%s signalled by %s at %s", signal.kind, signal.source, signal.origin)
+        for each in turn.signals:
+            level = logging.WARNING if each.kind == "drift" else logging.INFO
+            log.log(level, "%s signalled by %s at %s", each.kind, each.source, each.origin)
         for letter in turn.dead_letters:
             log.warning("dead letter: topic %s, %s: %s", letter.record.topic, letter.record.origin, letter.error)
         self._tell_saved(seat, life)

@@ -24,6 +24,8 @@ QUALITY = {
 }
 QUALITY |= {f"base_{name}": f"{text} As if there were no error memory." for name, text in QUALITY.items()}
 """Readings that come twice: over the whole stream, and over the recent window under a name that ends in `_window`."""
+WINDOWS = {"whole": "", "recent": "_window", "since": "_since"}
+"""What a metric is over, and how its reading ends: all labels, the recent ones, those since a shadow began."""
 PARTS = {
     "deltas_sent": ("deltas_sent", "Deltas published since the shard was built (count)."),
     "deltas_sent_bytes": ("deltas_sent_bytes", "The same in bytes."),
@@ -141,10 +143,13 @@ class Shards(Collector):
 
     Args:
         labelled: Readings carry a label `shard`: there are several.
+        role: Metrics of quality carry a label `role`, which is this; `live` of readings that begin with `live_`, for
+            the same labels. "": there is but one.
     """
 
-    def __init__(self, labelled: bool) -> None:
+    def __init__(self, labelled: bool, role: str = "") -> None:
         self.labels = ["shard"] if labelled else []
+        self.roles = [(role, ""), ("live", "live_")] if role else [("", "")]
         self.by_index: dict[int, Reported] = {}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -172,11 +177,14 @@ class Shards(Collector):
     def _quality(self, left: Mapping[int, dict[str, float]]) -> Iterator[GaugeMetricFamily]:
         """Takes out of `left` what has a window."""
         for name, text in QUALITY.items():
-            family = GaugeMetricFamily(f"streamcl_{name}", text, labels=["window", *self.labels])
+            labels = ["window", *(["role"] if self.roles[0][0] else []), *self.labels]
+            family = GaugeMetricFamily(f"streamcl_{name}", text, labels=labels)
             for index, readings in left.items():
-                for window, key in (("whole", name), ("recent", f"{name}_window")):
-                    if key in readings:
-                        family.add_metric([window, *self.values(index)], readings.pop(key))
+                for window, suffix in WINDOWS.items():
+                    for role, prefix in self.roles:
+                        if (key := f"{prefix}{name}{suffix}") in readings:
+                            values = [window, *([role] if role else []), *self.values(index)]
+                            family.add_metric(values, readings.pop(key))
             yield family
 
     def _numbered(

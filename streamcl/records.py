@@ -330,28 +330,46 @@ class Run(NamedTuple):
     length: int
 
 
+class Was(NamedTuple):
+    """A model of the past: what it was when the control log stood at `offset`, after `records` records."""
+
+    offset: int
+    records: int
+
+
 class Order(Struct, frozen=True, gc=False):
     """One control record: the order that a turn took its records in, and the position after it.
 
     With `leap` it took none: records that it wanted were gone, and it went on at `position` from the state that the
     control log's offset `leap` led to. The orders between that offset and this one are void.
+
+    With `was` it took none either: the model went back to what it had been. With `promoted`, the digest of a shadow's
+    snapshot, that shadow took the shard's place.
+
+    `keep` is not written: who reads the log knows by it how often the model before this order will be gone back to.
     """
 
     runs: tuple[Run, ...]
     position: Position
     leap: int | None = None
+    was: Was | None = None
+    promoted: str | None = None
+    keep: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
             "runs": [[run.stream.input, run.stream.partition, run.length] for run in self.runs],
             "position": position_to_json(self.position),
             **({} if self.leap is None else {"leap": self.leap}),
+            **({} if self.was is None else {"was": [*self.was]}),
+            **({} if self.promoted is None else {"promoted": self.promoted}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Order:
         runs = tuple(Run(Stream(str(i), int(p)), int(n)) for i, p, n in data["runs"])
-        return cls(runs, position_from_json(data["position"]), data.get("leap"))
+        was = Was(*map(int, data["was"])) if "was" in data else None
+        return cls(runs, position_from_json(data["position"]), data.get("leap"), was, data.get("promoted"))
 
 
 def position_to_json(position: Position) -> dict[str, dict[str, int]]:

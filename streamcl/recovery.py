@@ -46,10 +46,11 @@ from streamcl.config import Config, ConfigError, changes
 from streamcl.evolve import MAY_CHANGE, evolve
 from streamcl.lease import Lease
 from streamcl.protocols import Gap, State, StreamclError
-from streamcl.records import COMMANDS, EVENTS, Order, Position, Turn
+from streamcl.records import COMMANDS, EVENTS, Order, Position, Turn, Was
 from streamcl.remote import Remote
 from streamcl.snapshot import CheckpointError, Loaded, Snapshot, difference, environment
-from streamcl.worker import Worker
+from streamcl.warm_start import begun_with, warm_start
+from streamcl.worker import Worker, logged
 from streamcl.writer import Writer, Written
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,8 @@ class Keeper:
         self._compatible(loaded)
         worker.load_state_dict(self._evolved(loaded))
         worker.control_offset = int(loaded.manifest["control_offset"])
+        worker.lineage.find = self._learner_of
+        begun_with(worker)
         self.last = loaded.snapshot
         self._refuse_new_partitions()
         self._still_owed(loaded)
@@ -155,6 +158,7 @@ class Keeper:
                 f"{self.store.folder} holds no snapshot, but {worker.config.control_url} says that this shard has "
                 "learned before; restore its snapshots, or start under another name"
             )
+        warm_start(worker)
         if self.bootstrap:
             self.bootstrap.begin(worker)
         else:
@@ -266,6 +270,27 @@ class Keeper:
         self._settle(wait=True)
         self.save(clean=self.worker.caught_up)
 
+    def catch_up(self) -> None:
+        """Behind `restore`: repeat what is logged and take nothing new. What a forget owes is paid at once.
+
+        Raises:
+            StreamclError: as `run` does.
+        """
+        worker = self.worker
+        for turn in worker.rerun(logged(worker.control, worker.control_offset)) if worker.control else ():
+            self.forgotten += [each.to_json() for each in turn.forgotten]
+        worker.caught_up = True
+        if self.forgotten:
+            self.save(clean=True)
+
+    def _learner_of(self, was: Was) -> State | None:
+        for snapshot in reversed(self.store.ls()):  # a shadow's stands behind the one that it has taken the place of
+            told = snapshot.manifest
+            if (told["control_offset"], told["records"]) == was:
+                found: State = self.store.load(snapshot.name).state["learner"]
+                return found
+        return None
+
     @property
     def _due(self) -> bool:
         return self.since >= self.worker.config.checkpoint.every_events
@@ -355,6 +380,8 @@ class Keeper:
             "epoch": self.lease.epoch,
             "forgotten": list(self.forgotten),
             "forgets": self.worker.counts["forget_requests"],
+            "metrics": self.worker.metrics.read(),
+            "lineage": [dict(fact) for fact in self.worker.lineage.facts],
             "config": self.worker.config.model_dump(mode="json"),
             "environment": self._environment(),
         }
@@ -371,7 +398,7 @@ def _refuse_other_counts(config: Config) -> None:
         names |= set(Remote(where.remote).folders()) if where.remote else set()
         for name in sorted(names):
             match = re.fullmatch(rf"{re.escape(config.name)}-(\d+)-of-([1-9]\d*)", name)
-            if match and int(match[2]) != count and _holds(store_of(config.of_shard(int(match[1]), int(match[2])))):
+            if match and int(match[2]) != count and holds(store_of(config.of_shard(int(match[1]), int(match[2])))):
                 raise ConfigError(
                     f"shard.count is {count}, but there are snapshots of {name} in {where.remote or where.folder}: run"
                     f" `streamcl reshard --from {match[2]} --to {count}` first, or start under another name"
@@ -380,7 +407,7 @@ def _refuse_other_counts(config: Config) -> None:
         raise CheckpointError(f"{where.folder}: can't see whether there were other shards: {error}") from error
 
 
-def _holds(store: Store) -> bool:
+def holds(store: Store) -> bool:
     return bool(store.ls() or (store.remote and store.remote.names()))
 
 

@@ -77,15 +77,16 @@ class Telemetry:
 
     Args:
         config: `[telemetry]` says where to listen. With `shard.count` > 1 gauges of single shards have a label `shard`.
+        role: Of whom the metrics are, beside those of the live shards; see `readings.Shards`.
 
     Raises:
         TelemetryError: from `start`.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, role: str = "") -> None:
         self.config = config
         self.registry = prometheus.CollectorRegistry()
-        self._shards = Shards(config.shard.count > 1)
+        self._shards = Shards(config.shard.count > 1, role)
         self.registry.register(self._shards)
         prometheus.ProcessCollector(registry=self.registry)
         self._make_flow()

@@ -24,6 +24,7 @@ from streamcl.drift import DriftDetector
 from streamcl.gate import Gate
 from streamcl.join import Joiner
 from streamcl.learner import Learner
+from streamcl.lineage import Lineage
 from streamcl.metrics import Prequential, TaskMetrics
 from streamcl.outlets import Outlets
 from streamcl.past import past_of
@@ -114,6 +115,7 @@ class Worker:
         self.drift = DriftDetector(config.drift)
         self.boundaries = Boundaries(config)
         self.verdicts = Verdicts(config)
+        self.lineage = Lineage()
         self.tells = config.outcomes_url is not None  # of what it has learned
         known = self.learner if config.deltas.url and isinstance(self.learner, Learner) else None
         self.deltas = Deltas(config, known) if known else None
@@ -155,6 +157,7 @@ class Worker:
             # One order is one turn: a snapshot lies between two orders, never inside one.
             if order.leap is not None:
                 self.progress.leap(self.source.seek(order.position))
+            self.lineage.heed(order, self)
             records = [record for stream, length in order.runs for record in self._exactly(stream, length)]
             self.control_offset = next_offset
             turn = self.turn(records, recovering=True)
@@ -357,7 +360,7 @@ class Worker:
         state = {"base_metrics": self.base_metrics.state_dict()} | state if self.base_metrics else state
         state = {name: part for name, part in state.items() if name in parts or name not in ("base_metrics", "deltas")}
         state = {"deltas": {}} | state if self.deltas else state  # without: they begin here
-        state = {"boundaries": {}} | state  # so do those that a snapshot doesn't know
+        state = {"boundaries": {}, "lineage": {}} | state  # so do those that a snapshot doesn't know
         state = {"past": {}} | state if self.past else state
         if parts.keys() != state.keys():
             raise StreamclError(f"the snapshot holds {sorted(state)}, this worker {sorted(parts)}")
@@ -405,12 +408,14 @@ def _learned(number: int, due: Due) -> Learned:
 
 def logged(control: ControlLog, start: int) -> Iterator[tuple[int, Order]]:
     """The orders of a control log from `start` on, less the void ones (see `Order.leap`)."""
-    leaps, end = [], start
+    leaps, kept, end, before = [], Counter[int](), start, start
     for end, order in control.read(start):
         leaps += [] if order.leap is None else [(order.leap, end)]
+        kept.update(() if order.was is None else (order.was.offset,))
     for at, order in control.read(start):
         if at <= end and not any(since < at < leap for since, leap in leaps):
-            yield at, order
+            yield at, replace(order, keep=kept[before]) if before in kept else order
+            before = at
 
 
 def build(config: Config) -> Worker:
