@@ -3,6 +3,7 @@
 Table of contents, in the order of the journey (start with `worker`):
 
     worker         the loop, one screen
+    evolve         a checkpoint carried over to other features and more classes
     recovery       the one recovery path, and the checkpoints that it starts from
     host           shards in one process, and the recovery of each while the others go on
     reshard        N shards become M, offline
@@ -20,7 +21,9 @@ Table of contents, in the order of the journey (start with `worker`):
     connect        URL to connector, name to codec: through entry points
     decode         record to event or label
     commands       record to an order to the shard itself: to forget
+    derived        kinds of features made of other fields, of event time, of the past
     features       event to arrays
+    past           what the engine keeps of the past stream, and the features read from it
     join           tickets waiting for labels
     key_states     what a recurrent model carries from event to event, by key
     learner        model, memories, plug-ins and engine: predict and learn

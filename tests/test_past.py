@@ -12,10 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from connectors.codec import JSON
 from streamcl.config import Config
 from streamcl.features import Featurizer
+from streamcl.live import LiveModel
 from streamcl.past import Past, Sums
 from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Scores, Selector, Ticket
+from streamcl.recovery import store_of
+from streamcl.replica import Model
 from streamcl.state import digest
 from streamcl.testing.state import check_stateful
 from tests.journey import COMMANDS_URL, click, die_after, fill, finish, order, repeat, view
@@ -332,3 +336,20 @@ def test_a_command_to_forget_reaches_the_past(tmp_path: Path) -> None:
     rings = worker.past.kept["seen"].state_dict()
     assert len(rings["keys"]) == 4
     assert json.loads(json.dumps(worker.counts["forgotten_rows"])) > 0
+
+
+def test_a_replica_and_the_live_model_answer_from_what_is_kept_and_change_nothing(tmp_path: Path) -> None:
+    inputs()
+    config = worked(tmp_path)
+    worker = finish(config).worker
+    assert worker.past is not None
+    loaded = store_of(config).newest()
+    assert loaded is not None
+    replica, live = Model.of(loaded, JSON()), LiveModel(worker)
+    payload = {"user": 1, "shelf": 2, "price": 1.0, "ts": 60.0}
+    bare = replica.decoder.featurizer.encode(payload)
+    before = digest(worker.past.state_dict())
+    encoded = replica.encode(payload)
+    assert encoded.ids.tolist() == live.encode(payload).ids.tolist() != bare.ids.tolist()
+    assert replica.predict(payload)["score"] == live.answers([live.encode(payload)])[0]["score"]
+    assert digest(worker.past.state_dict()) == before

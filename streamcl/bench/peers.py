@@ -55,7 +55,9 @@ def _namespace(features: Mapping[str, Any], name: str) -> str:
     return name[0] if sum(other[0] == name[0] for other in features) == 1 else name
 
 
-def _vw_value(kind: str, value: Any) -> str:
+def _vw_value(kind: Any, value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return f"x:{value}" if kind == "numeric" else str(value)
 
 
@@ -82,9 +84,15 @@ def river_logistic(optimizer: str, data: Dataset) -> Trace:
 
 def river_example(features: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, float]:
     return {
-        **{f"{name}={payload[name]}": 1.0 for name, kind in features.items() if kind != "numeric"},
+        **{
+            f"{name}={one}": 1.0 for name, kind in features.items() if kind != "numeric" for one in _each(payload[name])
+        },
         **{name: float(payload[name]) for name, kind in features.items() if kind == "numeric"},
     }
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def constant(labels: Sequence[float] | NDArray[np.float64]) -> Trace:

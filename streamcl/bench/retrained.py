@@ -67,7 +67,8 @@ def retrained_deepfm(
 ) -> Trace:
     """Each day's events are scored by a model that has seen all days before, `epochs` times, and nothing of that day.
 
-    Events of the first day get the score one half. `decay` is Adam's L2 term. One torch thread.
+    Events of the first day get the score one half. `decay` is Adam's L2 term. One torch thread. It reads categorical
+    and numeric features, no bags.
     """
     rows, sizes, numbers = _columns(data)
     labels = torch.from_numpy(data.labels().astype(np.float32))

@@ -82,6 +82,37 @@ def ml_100k(path: Path) -> Dataset:
     return Dataset("ml-100k", {"user": "categorical", "item": "categorical"}, payloads)
 
 
+SIDE: dict[str, Any] = {
+    **dict.fromkeys(("user", "item", "gender", "occupation", "zip", "year"), "categorical"),
+    "age": "numeric",
+    "genres": {"kind": "bag", "buckets": 1 << 10, "max_items": 8},
+}
+
+
+def with_side(data: Dataset, folder: Path) -> Dataset:
+    """MovieLens-100k with what is known of its users (age, gender, occupation, the zip code's first digit) and items
+    (year, genres), from the files beside the ratings. Raises DataError naming the file that is missing.
+    """
+    users, items = (_side(folder / ML_100K, suffix) for suffix in (".user", ".item"))
+    payloads = []
+    for payload in data.payloads:
+        age, gender, occupation, zip_code = users[payload["user"]]
+        _, year, genres = items[payload["item"]]
+        user = {"age": float(age), "gender": gender, "occupation": occupation, "zip": zip_code[:1]}
+        payloads.append({**payload, **user, "year": year, "genres": genres.split()})
+    return Dataset(data.name, SIDE, payloads)
+
+
+def _side(ratings: Path, suffix: str) -> dict[str, list[str]]:
+    """Columns behind the id, by id."""
+    path = ratings.with_name("ml-100k" + suffix)
+    try:
+        rows = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    except OSError as error:
+        raise DataError(f"{path}: {error}") from error
+    return {id: rest for id, *rest in (row.split("\t") for row in rows)}
+
+
 def elec(path: Path) -> Dataset:
     """Elec2: does the price in New South Wales stand above its mean of the last day? One row for each half hour.
 

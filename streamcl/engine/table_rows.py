@@ -270,13 +270,20 @@ def _release(row: int, t: int, tables: Any) -> None:
 
 
 @exact
+def _copy(out: Any, given: Any) -> None:
+    for t in range(out.shape[0]):
+        for number in range(out.shape[1]):
+            out[t, number] = given[t, number]
+
+
+@exact
 def admit(ids: Any, weights: Any, time_s: float, tables: Any, table: Any, a: Any) -> int:
     """Give rows to the ids of an event that earn one now; how many rows that concerns.
 
     What it does is undone by `retract`, or completed by `complete`.
     """
     now, made = max(tables.clock[0], time_s), 0
-    tables.before[:] = tables.told
+    _copy(tables.before, tables.told)
     for slot in range(len(ids)):
         key, t = ids[slot], tables.slot_table[slot]
         if t < 0 or key >= 0 or weights[slot] == 0.0:
@@ -333,7 +340,7 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
         if old >= 0:
             _enter(old, tables.keys, tables.cells)
             tables.used[t] += 1
-    tables.told[:] = tables.before
+    _copy(tables.told, tables.before)
 
 
 @exact

@@ -11,10 +11,12 @@ from streamcl.bench.streams import (
     SYNTHETIC,
     TIME,
     DataError,
+    Dataset,
     elec,
     ml_100k,
     recorded,
     synthetic,
+    with_side,
     yoochoose,
 )
 from tests.bench.recorded import DATA, needs_recorded
@@ -133,3 +135,16 @@ def test_the_first_events_keep_their_best_losses() -> None:
     assert first.best_losses is not None
     assert len(first.payloads) == len(first.best_losses) == 3
     assert len(list(first.messages())) == 3
+
+
+def test_side_features_are_read_beside_the_ratings(tmp_path: Path) -> None:
+    folder = tmp_path / "ml-100k"
+    folder.mkdir()
+    data = Dataset("ml-100k", {}, [{"user": "2", "item": "7", TIME: 1.0, LABEL: 1}])
+    with pytest.raises(DataError, match=r"ml-100k\.user"):
+        with_side(data, tmp_path)
+    (folder / "ml-100k.user").write_text("id\tage\tgender\toccupation\tzip\n2\t53\tF\tother\t94043\n")
+    (folder / "ml-100k.item").write_text("id\ttitle\tyear\tclass\n7\tX\t1995\tAction Thriller\n")
+    [payload] = with_side(data, tmp_path).payloads
+    assert (payload["age"], payload["gender"], payload["zip"], payload["year"]) == (53.0, "F", "9", "1995")
+    assert payload["genres"] == ["Action", "Thriller"]
