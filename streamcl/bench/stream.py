@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamcl.bench import peers
+from streamcl.bench import peers, stream_delay
 from streamcl.bench.drive import Topic
 from streamcl.bench.options import Options
 from streamcl.bench.quality import Floats, Trace, blocks, losses, quality
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
 from streamcl.bench.streams import Dataset, recorded
 
-READS = {"data", "stream", "preset", "method", "seeds", "via"}
+READS = {"data", "stream", "preset", "method", "seeds", "via", "task", "events"}
 
 VW, VW_FTRL, NO_CHANGE = "vw default", "vw --ftrl", "no-change"
 
@@ -73,7 +73,12 @@ KNOWN = {
 
 
 def run(options: Options) -> Report:
-    """Our model of `--method` (the headline) and the logistic one, then every peer, all on the same events."""
+    """Our model of `--method` (the headline) and the logistic one, then every peer, all on the same events.
+
+    `--task delay` is another one: see `stream_delay`.
+    """
+    if options.choice("task", ("peers", "delay"), "peers") == "delay":
+        return stream_delay.run(options)
     start = time.perf_counter()
     stream = options.choice("stream", ("ml-100k", "elec"), "ml-100k")
     preset = options.choice("preset", PRESETS, "default")
