@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamcl.bench import peers, presets, retrained, stream_tables
+from streamcl.bench import peers, presets, retrained, stream_delay, stream_tables
 from streamcl.bench.drive import Topic
 from streamcl.bench.options import OptionError, Options
 from streamcl.bench.quality import Floats, Trace, blocks, losses, quality
@@ -57,10 +57,11 @@ KNOWN = {
 def run(options: Options) -> Report:
     """Our model of `--method` (the headline) and the logistic one, then every peer, all on the same events.
 
-    `--task admission` is another one: see `stream_tables`.
+    `--task admission` and `--task delay` are others: see `stream_tables`, `stream_delay`.
     """
-    if options.choice("task", ("peers", "admission"), "peers") == "admission":
-        return stream_tables.run(options)
+    others = {"admission": stream_tables.run, "delay": stream_delay.run}
+    if (task := options.choice("task", ("peers", *others), "peers")) in others:
+        return others[task](options)
     start = time.perf_counter()
     stream = options.choice("stream", ("ml-100k", "elec"), "ml-100k")
     preset = options.choice("preset", presets.PRESETS, "default")
