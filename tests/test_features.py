@@ -146,6 +146,19 @@ def test_what_is_no_number_is_refused_without_showing_it(value: Any) -> None:
     assert "77.5" not in text
 
 
+def test_a_dynamic_table_has_ids_of_its_field_in_the_place_of_rows() -> None:
+    dynamic = {"kind": "categorical", "table": "dynamic"}
+    features = {"a": dynamic, "b": {"kind": "bag", "max_items": 2, "table": "dynamic"}, "c": "categorical"}
+    made = featurizer(**features)
+    ids = [made.encode({"a": text, "b": [text, text]}).ids for text in ("x", "y", "x")]
+    assert (ids[0] == ids[2]).all() and (ids[0] != ids[1])[:3].all()
+    assert (ids[0][:3] < 0).all() and ids[0][0] != ids[0][1] == ids[0][2]
+    assert made.encode({}).ids.tolist() == made.layout.slot_base.tolist() == [0, 1, 1, 2]
+    assert made.layout.slot_table.tolist() == [0, 1, 1, -1] and made.layout.dynamic == ("a", "b")
+    assert made.layout.known(np.arange(4), np.array([ids[0][0], 0, -1, 2]))
+    assert not made.layout.known(np.array([3]), np.array([-1]))
+
+
 def test_a_million_new_categories_need_no_memory() -> None:
     f = featurizer(a={"kind": "categorical", "buckets": 1000})
     f.encode({"a": "warm"})

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from connectors import memory
 from streamcl.audit import FILE, Audit
 from streamcl.config import Config
+from streamcl.features import Featurizer
 from streamcl.protocols import ConnectorError
 from streamcl.records import Selector, mark
 from streamcl.recovery import Keeper, store_of
@@ -133,6 +134,23 @@ def test_no_trace_is_left_anywhere_on_disk(tmp_path: Path, monkeypatch: pytest.M
     assert after.worker.counts["forgotten_rows"] == sum(rows.values())
     assert len(line["retired"]) == 3  # and one gave way to the new one
     assert store_of(config).newest() is not None
+    assert finish(config).digest == after.digest
+
+
+def test_the_row_of_a_key_in_a_dynamic_table_leaves_no_trace(tmp_path: Path) -> None:
+    features = {"user": {"kind": "categorical", "table": {"admission": "all"}}, "price": "numeric"}
+    broker, config = fill(stream()), config_of(tmp_path, features=features, error_memory=[])
+    finish(config)
+    needle = struct.pack("<q", int(Featurizer(config).encode({"user": WHO}).ids[0]))
+
+    def holds() -> bool:
+        return any(needle in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+    assert holds()
+    broker.produce("orders", order("r-1", 30.0, key=WHO).value, time_s=30.0)
+    after = finish(config)
+    assert Audit(store_of(config).folder).lines()[0]["rows"]["tables"] == 1
+    assert not holds()
     assert finish(config).digest == after.digest
 
 
