@@ -69,9 +69,10 @@ BEST_ON = (
     " random draws, narrowed four times by what was best: model logistic fm mlp deepfm dcnv2; embedding_dim 8 16 32;"
     " init_scale .01 .03 .1; hidden 32 64 64-32; learning rate .003 to .05, of the table .02 to .2; l2 0 to .004;"
     " replay 2 to 16 rows, recency or reservoir of 2,000 to 100,000, weight .1 to 4; rates as they are or logits,"
-    " weight 2 to 20, half-life none to 20,000 events, binned or not; counts or none; histories of 10 to 100,"
-    " mean or sqrtn, rows shared or own. Then 60 runs of one or a few changes, among them averages of the weights, cross layers, elapsed"
-    " times, short half-lives. side adds the side features to best; 2 ways were tried. All that before any whole-stream"
+    " weight 2 to 20, half-life none to 20,000 events, binned or not; counts or none; histories of 10 to 100, mean or"
+    " sqrtn, rows shared or own. Then 60 runs of one or a few changes, among them averages of the weights, cross layers,"
+    " elapsed times, short half-lives. side adds the side features to best; 2 ways were tried. All that before any"
+    " whole-stream"
     " run of either"
 )
 

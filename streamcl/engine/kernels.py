@@ -7,9 +7,13 @@ to sums and roots is right to a few units of the last place in float32, to round
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from streamcl.compiled import exact, fast
 from streamcl.engine.optimizers import FTRL, Adagrad, Adam
@@ -22,6 +26,44 @@ _LOG1, _LOG2 = math.log(Adam.BETA1), math.log(Adam.BETA2)
 _FIRST, _SECOND = 1.0 - Adam.BETA1, 1.0 - Adam.BETA2
 _EPSILON, _BETA = Adam.EPSILON, FTRL.BETA
 assert Adagrad.INITIAL > 0.0  # noqa: S101 - `move` divides by a root of it without asking
+
+
+_intrinsic: Callable[[Any], Any] = intrinsic
+
+
+@_intrinsic
+def _fetch(_typing: Any, array: Any, _index: Any) -> Any:
+    """Ask the processor for the cache line of a number of a flat array, and go on without it."""
+
+    def made(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        first = context.make_array(signature.args[0])(context, builder, given[0]).data
+        place = builder.bitcast(builder.gep(first, [given[1]]), ir.IntType(8).as_pointer())
+        flags = [ir.Constant(ir.IntType(32), flag) for flag in (1, 3, 1)]  # to be written, kept near, data
+        kind = ir.FunctionType(ir.VoidType(), [place.type, *(flag.type for flag in flags)])
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind), [place, *flags])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), made
+
+
+@fast
+def foresee(ids: Any, width: int, rows: Any, a: Any, b: Any, c: Any) -> None:
+    """Ask for rows of a table and of its slots, as `move` has them, before they are needed.
+
+    Of a table of ten million rows each is far away in memory, and its page unknown: that takes longer than arithmetic.
+    """
+    line = 64 // rows.itemsize
+    for id in ids:
+        if id >= 0:  # else it is for a dynamic table to find
+            for p in range(id * width, (id + 1) * width + line - 1, line):
+                at = min(p, (id + 1) * width - 1)
+                _fetch(rows, at)
+                if len(a):
+                    _fetch(a, at)
+                if len(b):
+                    _fetch(b, at)
+            if len(c):
+                _fetch(c, id)
 
 
 @fast

@@ -13,7 +13,7 @@ import numpy as np
 
 from streamcl.compiled import entry, exact, exact_inlined, fast_inlined
 from streamcl.engine.averages import average_says, bring_up, chosen, follow, judge
-from streamcl.engine.kernels import add_scaled, binary_loss, cross_entropy, put, self_corrected, sigmoid
+from streamcl.engine.kernels import add_scaled, binary_loss, cross_entropy, foresee, put, self_corrected, sigmoid
 from streamcl.engine.layout import (
     ANSWER,
     BINARY,
@@ -306,6 +306,8 @@ def scan(
         ids, weights, dense = all_ids[n], all_weights[n], all_dense[n]
         if kinds[n] == REFUSE:
             return n + 1, REFUSED, logged
+        if n + 1 < len(kinds) and not again[n + 1]:
+            foresee(all_ids[n + 1], net.table.shape[1], net.rows, row_a, row_b, row_c)
         if kinds[n] == ANSWER:
             gather(0, ids, weights, dense, net, plan, norms, s)
             for k in range(len(sets)):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamcl.compiled import entry, exact
-from streamcl.engine.kernels import ADAGRAD_KIND, FTRL_KIND
+from streamcl.engine.kernels import ADAGRAD_KIND, FTRL_KIND, put
 from streamcl.engine.optimizers import FTRL, Adagrad
 
 AT_ONCE, COUNTED, BY_CHANCE = range(3)
@@ -270,20 +270,14 @@ def _release(row: int, t: int, tables: Any) -> None:
 
 
 @exact
-def _copy(out: Any, given: Any) -> None:
-    for t in range(out.shape[0]):
-        for number in range(out.shape[1]):
-            out[t, number] = given[t, number]
-
-
-@exact
 def admit(ids: Any, weights: Any, time_s: float, tables: Any, table: Any, a: Any) -> int:
     """Give rows to the ids of an event that earn one now; how many rows that concerns.
 
     What it does is undone by `retract`, or completed by `complete`.
     """
     now, made = max(tables.clock[0], time_s), 0
-    _copy(tables.before, tables.told)
+    for each in range(len(tables.told)):
+        put(tables.before[each], tables.told[each])
     for slot in range(len(ids)):
         key, t = ids[slot], tables.slot_table[slot]
         if t < 0 or key >= 0 or weights[slot] == 0.0:
@@ -340,7 +334,8 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
         if old >= 0:
             _enter(old, tables.keys, tables.cells)
             tables.used[t] += 1
-    _copy(tables.told, tables.before)
+    for each in range(len(tables.told)):
+        put(tables.told[each], tables.before[each])
 
 
 @exact
