@@ -70,7 +70,7 @@ BEST_ON = (
     " init_scale .01 .03 .1; hidden 32 64 64-32; learning rate .003 to .05, of the table .02 to .2; l2 0 to .004;"
     " replay 2 to 16 rows, recency or reservoir of 2,000 to 100,000, weight .1 to 4; rates as they are or logits,"
     " weight 2 to 20, half-life none to 20,000 events, binned or not; counts or none; histories of 10 to 100, mean or"
-    " sqrtn, rows shared or own. Then 60 runs of one or a few changes, among them averages of the weights, cross layers,"
+    " sqrtn, rows shared or own. Then 60 runs of one or a few changes, among them averages of weights, cross layers,"
     " elapsed times, short half-lives. side adds the side features to best; 2 ways were tried. All that before any"
     " whole-stream"
     " run of either"

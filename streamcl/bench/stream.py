@@ -59,9 +59,9 @@ def run(options: Options) -> Report:
 
     `--task admission` and `--task delay` are others: see `stream_tables`, `stream_delay`.
     """
-    others = {"admission": stream_tables.run, "delay": stream_delay.run}
-    if (task := options.choice("task", ("peers", *others), "peers")) in others:
-        return others[task](options)
+    tasks = {"admission": stream_tables.run, "delay": stream_delay.run}
+    if (task := options.choice("task", ("peers", *tasks), "peers")) in tasks:
+        return tasks[task](options)
     start = time.perf_counter()
     stream = options.choice("stream", ("ml-100k", "elec"), "ml-100k")
     preset = options.choice("preset", presets.PRESETS, "default")
