@@ -133,6 +133,8 @@ def fault(features: Mapping[str, Any], task: str) -> str | None:
             return f"{where}.when: {feature.when} is for binary labels"
         if isinstance(feature, History) and not isinstance(features.get(feature.of), Categorical):
             return f"{where}.of: {feature.of!r} is no categorical feature"
+        if isinstance(feature, History) and feature.rows == "own" and features[feature.of].table is not None:
+            return f"{where}.rows: {feature.of!r} has a dynamic table, whose rows can be shared alone"
         if isinstance(feature, Cross):
             unfit = next((part for part in feature.of if not _crossable(part, features)), None)
             if unfit is not None:

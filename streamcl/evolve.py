@@ -93,6 +93,9 @@ def _refuse(old: Config, new: Config) -> None:
     for rule in new.plasticity:
         if rule.kind not in RULES:
             raise ConfigError(f"features: plasticity {rule.kind} keeps what belongs to single weights")
+    for name, feature in (*old.features.items(), *new.features.items()):
+        if getattr(feature, "table", None) is not None:
+            raise ConfigError(f"features.{name}: rows of a dynamic table are not carried over")
     if new.outputs < old.outputs:
         raise ConfigError(
             f"model.classes: {new.outputs} are fewer than {old.outputs}; give the others no labels instead"

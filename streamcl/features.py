@@ -143,11 +143,12 @@ class Layout:
     unscaled: NDArray[np.bool_]  # (N,) numerics that are taken as they come
     rows: int  # that are always there; behind them lie those of dynamic tables
     dynamic: tuple[str, ...]  # fields with a dynamic table
-    slot_table: NDArray[np.int64]  # (S,) which of these a slot's ids are of; -1: it is hashed
+    slot_table: NDArray[np.int64]  # (S,) which of these a slot's ids may come into; -1: none, it is hashed or a history
+    slot_dynamic: NDArray[np.bool_]  # (S,) whether its ids are of a dynamic table
 
     def known(self, slots: NDArray[np.int64], ids: NDArray[np.int64]) -> bool:
         """Whether all of these, (n,) both, may stand in an event's features."""
-        return bool(((ids < self.rows) & ((ids >= 0) | (self.slot_table[slots] >= 0))).all())
+        return bool(((ids < self.rows) & ((ids >= 0) | self.slot_dynamic[slots])).all())
 
 
 class Featurizer:
@@ -181,7 +182,7 @@ class Featurizer:
         self._logs = np.array([scales[name] == "log" for name in numerics], np.bool_)
         slots = [f.slots for f in fields]
         owners = [name for name in self.fields if _dynamic(features[name])]
-        of_table = [-1 if f.salt is None else owners.index(_owner(features, f.name)) for f in fields]
+        of_table = [owners.index(f.name) if f.name in owners else -1 for f in fields]
         self.layout = Layout(
             slot_field=np.repeat(np.arange(len(fields), dtype=np.int64), slots),
             slot_base=np.repeat(np.array([f.base for f in fields], np.int64), slots),
@@ -189,8 +190,9 @@ class Featurizer:
             numerics=tuple(numerics),
             unscaled=np.array([scales[name] == "none" for name in numerics], np.bool_),
             rows=rows,
-            dynamic=tuple(f.name for f in fields if f.salt is not None and f.name in owners),
+            dynamic=tuple(owners),
             slot_table=np.repeat(np.array(of_table, np.int64), slots),
+            slot_dynamic=np.repeat(np.array([f.salt is not None for f in fields], np.bool_), slots),
         )
 
         # What the loop over an event's fields needs, at hand; the name of one that isn't nested.

@@ -129,6 +129,13 @@ class Joiner:
         """Tickets (count)."""
         return len(self.tickets) + self.archive.waiting
 
+    def origins(self) -> Iterator[Origin]:
+        """Of the events that wait."""
+        yield from (ticket.origin for ticket in self.tickets.values())
+        for shelf in self.archive.in_order():
+            rows = self.archive.rows(shelf)
+            yield from (row.origin for status, row in rows if status in (archive.WAITING, archive.OPEN))
+
     def knows(self, id: str) -> bool:
         """True for an event that waits, or has been closed a short time ago."""
         if id in self.tickets or id in self.closed:

@@ -354,7 +354,8 @@ class _Crossed(Part):
     def fill(self, ids: NDArray[Any], weights: NDArray[Any], _dense: NDArray[Any], _now: float) -> None:
         values = [place.of(ids) for place in self.places]
         field = self.field
-        text = b"".join(value.to_bytes(4, "little") for value in values)
+        # Negative: of a dynamic table.
+        text = b"".join(v.to_bytes(4, "little") if v >= 0 else v.to_bytes(8, "little", signed=True) for v in values)
         row = 1 + xxhash.xxh3_64_intdigest(text) % field.buckets if all(values) else 0
         ids[field.slot], weights[field.slot] = field.base + row, 1.0
 

@@ -80,10 +80,10 @@ def _refuse_loss(worker: Worker, shadow: Shadow, accepted: bool) -> None:
     if begun.get("begun") == "state":
         return
     first = position_from_json(begun.get("position", {}))
-    unknown = [t for t in worker.joiner.tickets.values() if t.origin.offset < first.get(t.origin.stream, 0)]
+    unknown = sum(origin.offset < first.get(origin.stream, 0) for origin in worker.joiner.origins())
     if unknown and not accepted:
         raise StreamclError(
-            f"{len(unknown)} events wait for their label that came before the shadow began, and would be lost: let it "
+            f"{unknown} events wait for their label that came before the shadow began, and would be lost: let it "
             "learn for join.attribution_window_s more, or pass --accept-loss"
         )
 

@@ -175,6 +175,8 @@ def _ids(path: Path, name: str, value: Tensor, tensors: Mapping[str, Tensor], fi
     of = name.partition(".")[2]
     if of not in fields:
         raise _wrong(path, name, value, f"there is no such field; the table has {', '.join(sorted(fields))}")
+    if fields[of].salt is not None:
+        raise _wrong(path, name, value, f"features.{of} has a dynamic table, whose rows come and go with events")
     if f"ids.{of}" not in tensors or f"ends.{of}" not in tensors:
         raise _wrong(path, name, value, f"ids.{of} and ends.{of} must say whose rows these are")
     text, ends = bytes(tensors[f"ids.{of}"].numpy()), tensors[f"ends.{of}"].tolist()
@@ -212,6 +214,8 @@ def _of_snapshot(path: Path, config: Config) -> Weights:
         if mine is None:
             continue
         rows = engine.table[each.base : each.base + each.buckets + 1]
+        if each.salt is not None or mine.salt is not None:
+            raise _wrong(path, f"rows.{each.name}", rows, "a dynamic table, whose rows come and go with events")
         if mine.buckets != each.buckets:
             raise _wrong(path, f"rows.{each.name}", rows, f"{each.buckets} buckets; the config has {mine.buckets}")
         ids = torch.arange(mine.base, mine.base + mine.buckets + 1)

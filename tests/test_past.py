@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from connectors.codec import JSON
-from streamcl.config import Config
+from streamcl.config import Config, ConfigError
 from streamcl.features import Featurizer
+from streamcl.learner import Learner
 from streamcl.live import LiveModel
 from streamcl.past import Past, Sums
 from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Scores, Selector, Ticket
@@ -353,3 +355,35 @@ def test_a_replica_and_the_live_model_answer_from_what_is_kept_and_change_nothin
     assert encoded.ids.tolist() == live.encode(payload).ids.tolist() != bare.ids.tolist()
     assert replica.predict(payload)["score"] == live.answers([live.encode(payload)])[0]["score"]
     assert digest(worker.past.state_dict()) == before
+
+
+def test_histories_crosses_and_rates_of_dynamic_tables_are_alike_in_both_engines() -> None:
+    table = {"max_rows": 8, "admission": {"kind": "count", "threshold": 2}}
+    dynamic = {"kind": "categorical", "table": table}
+    cross = {"kind": "cross", "of": ["user", "item"], "buckets": 50}
+    kept = {"seen": history(last=5), "clicks": {"kind": "rate", "of": "item"}, "n": {"kind": "count", "of": "user"}}
+    stream = Stream(user=dynamic, item=dynamic, both=cross, **kept)
+    table_of = stream.config.model_dump(mode="json", include={"name", "events", "features"})
+    model = {"kind": "mlp", "hidden": [8], "embedding_dim": 4, "dtype": "float64"}
+    replay = {"retention": "reservoir", "per_event": 2, "capacity": 20}
+    eager, fused = (
+        Learner(Config.parse({**table_of, "model": model, "replay": replay, "worker": {"engine": engine}}, "t"))
+        for engine in ("eager", "fused")
+    )
+    rng = np.random.default_rng(0)
+    for i, (user, item, label) in enumerate(zip(*rng.integers(0, [[12], [20], [2]], (3, 200)).tolist(), strict=True)):
+        ticket = stream.see(float(i), user=f"u{user}", item=f"i{item}")
+        stream.hear(ticket, float(label))
+        for learner in (eager, fused):
+            scored = replace(ticket, scores=learner.predict(ticket.features))
+            learner.learn(Outcome(scored, float(label), Fate.JOINED, 0.0))
+    assert (eager.engine.table - fused.engine.table).abs().max() < 1e-12
+    assert eager.read()["table:item:evicted:lru"] == fused.read()["table:item:evicted:lru"] > 0
+    again = Past(stream.config, stream.encoder)
+    again.load_state_dict(stream.past.state_dict())
+    assert digest(again.state_dict()) == digest(stream.past.state_dict())
+
+
+def test_a_history_with_rows_of_its_own_of_a_dynamic_table_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"features.seen.rows: 'item' has a dynamic table"):
+        Stream(item={"kind": "categorical", "table": "dynamic"}, seen=history(rows="own"))
