@@ -364,7 +364,7 @@ def test_a_step_on_weights_that_are_not_there_says_so() -> None:
 
 
 def test_the_method_of_the_readme_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Decorrelate" in block]
     (tmp_path / "decorrelate.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
