@@ -382,8 +382,10 @@ class Joiner:
             for id, _ in batch:
                 del self.tickets[id]
             self._silence([id for id, _ in batch])
-            early = [archive.OPEN if id in self.early else archive.WAITING for id, _ in batch]
-            self.early.difference_update([id for id, _ in batch])
+            early = [archive.WAITING] * len(batch)
+            if self.early:
+                early = [archive.OPEN if id in self.early else archive.WAITING for id, _ in batch]
+                self.early.difference_update([id for id, _ in batch])
             self.archive.add(batch, early)
         if len(self.tickets) + self.archive.waiting > self.config.max_tickets:
             self._overflow()

@@ -325,6 +325,7 @@ class Eager:
             "table": cut(self.table),
             "row_slots": {str(i): cut(s) for i, s in enumerate(self.row_slots)},
             **self.dense.state_dict(),
+            **({"delays_ripe": self.delayed.ripe} if self.delayed is not None else {}),
             **({"rules": {kind: rule.state_dict() for kind, rule in self.rules.items()}} if self.rules else {}),
         }
 
@@ -333,6 +334,8 @@ class Eager:
         for i, slot in enumerate(self.row_slots):
             slot.copy_(state["row_slots"][str(i)])
         self.dense.load_state_dict(state)
+        if self.delayed is not None:
+            self.delayed.ripe = bool(state.get("delays_ripe", False))
         kept = state.get("rules", {})
         for kind, rule in self.rules.items():
             rule.load_state_dict(kept.get(kind, {}))
