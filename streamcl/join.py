@@ -211,9 +211,9 @@ class Joiner:
         for id in closed:
             del self.closed[id]
             self.kept.pop(id, None)
-        for held in (self.tickets, self.kept) if restated else ():
-            for id, ticket in held.items():
-                held[id] = archive.restate(ticket, restated)
+        if restated:
+            for held in (self.tickets, self.kept):
+                held.update({id: archive.restate(ticket, restated) for id, ticket in held.items()})
         archived = self.archive.forget(who, restated)
         for id in [id for id in self.observed if not self._waits(id)]:
             del self.observed[id]
@@ -439,7 +439,7 @@ class Joiner:
         return waiting | ({"watermark_s": self.watermark.value} if np.isfinite(self.watermark.value) else {})
 
     def state_dict(self) -> State:
-        observed = [[id, *each] for id, seen in self.observed.items() for each in seen]
+        observed = [[id, o.time_s, o.value, *o.origin] for id, seen in self.observed.items() for o in seen]
         return {
             "watermark": self.watermark.value,
             "newest": [[s.input, s.partition, t] for s, t in sorted(self.watermark.newest.items())],
@@ -449,7 +449,7 @@ class Joiner:
             "alarms": _alarms_to_state(sorted(self.alarms)),
             **({"early": [id for id in self.tickets if id in self.early]} if self.early else {}),
             **({"kept": tickets_to_state(list(self.kept.values()))} if self.kept else {}),
-            **({"observed": [[id, t, v, *origin] for id, t, origin, v in observed]} if observed else {}),
+            **({"observed": observed} if observed else {}),
             **({"archive": self.archive.state_dict()} if len(self.archive) else {}),
         }
 

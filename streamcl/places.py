@@ -30,7 +30,7 @@ class Places:
     def _make(self, size: int) -> None:
         self._hashes, self._places = np.zeros(size, np.uint64), np.full(size, NOWHERE)
         # An index into a memoryview takes a third of the time of one into an array.
-        self._hash_at, self._place_at, self._mask = memoryview(self._hashes), memoryview(self._places), size - 1
+        self._hash_at, self._place_at, self._mask = self._hashes.data, self._places.data, size - 1
 
     @property
     def nbytes(self) -> int:

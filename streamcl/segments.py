@@ -78,7 +78,7 @@ def sealed(entries: Sequence[Named]) -> Iterator[tuple[list[int], bytes]]:
             yield part, _file([entries[place] for place in part])
         except _Unlike:
             for group in _groups(entries, part):
-                yield group, _file([entries[place] for place in group])
+                yield group, _file([entries[place] for place in group], any_length=True)
 
 
 def _groups(entries: Sequence[Named], order: Sequence[int]) -> list[list[int]]:
@@ -122,13 +122,14 @@ class _Block(NamedTuple):
     arrays: list[tuple[str, str, list[int]]]
 
 
-def _file(entries: Sequence[Named]) -> bytes:
+def _file(entries: Sequence[Named], any_length: bool = False) -> bytes:
+    """Raises _Unlike."""
     inputs = sorted({what.origin.input for _, what in entries})
     blocks = [_block(entries[start : start + BLOCK], inputs) for start in range(0, len(entries), BLOCK)]
     if any(block.arrays != blocks[0].arrays for block in blocks):
         raise _Unlike
     width = max(block.texts.dtype.itemsize for block in blocks)
-    if width > SHORT and min(block.texts.dtype.itemsize for block in blocks) <= SHORT:
+    if width > SHORT and not any_length:
         raise _Unlike
     texts = np.concatenate([block.texts.astype(f"S{width}") for block in blocks])
     fixed = np.concatenate([block.fixed for block in blocks])
@@ -145,8 +146,6 @@ def _block(entries: Sequence[Named], inputs: Sequence[str]) -> _Block:
     """Raises _Unlike. A block fits a cache: to go through all entries for each column would meet each one cold."""
     ids, whats = zip(*entries, strict=True)
     texts = np.array(list(map(_text, ids, whats)), np.bytes_)
-    if texts.dtype.itemsize > SHORT and len(set(map(len, texts))) > 1:
-        raise _Unlike
     head = np.zeros(len(ids), _HEAD)
     origins = [what.origin for what in whats]
     _, head["partition"], head["offset"] = zip(*origins, strict=True)
@@ -202,7 +201,7 @@ def _column(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
         raise _Unlike
     first = values[0]
     try:  # in half the time that NumPy takes
-        data: Any = b"".join(values)
+        data = b"".join(value.data for value in values)
     except (BufferError, TypeError, ValueError):  # a view with gaps
         return np.stack(values)
     if len(data) != len(values) * first.nbytes:
@@ -218,7 +217,7 @@ def _stacked(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 class _Array(NamedTuple):
     kind: np.dtype[Any]
-    count: int
+    size: int
     at: int
     shape: tuple[int, ...]
     name: str
@@ -250,7 +249,7 @@ class Segment:
             at += count * self.arrays[-1].kind.itemsize
         self.text = at
         # Weights, numbers and scores lie behind each other: one view, cut four times, is half the time of four views.
-        cuts = np.cumsum([0, *(each.count for each in self.arrays[1:5])]).tolist()
+        cuts = np.cumsum([0, *(each.size for each in self.arrays[1:5])]).tolist()
         alike = len({each.kind for each in self.arrays[1:5]}) == 1
         self.cuts = [slice(*each) for each in itertools.pairwise(cuts)] if alike else []
         first, last = self.times()[[0, -1]].tolist()
@@ -354,8 +353,6 @@ def _told(arrays: Sequence[_Array], buffer: bytearray) -> tuple[tuple[Recalled, 
         else:
             stage, field = rest.split(".")
             stages.setdefault(stage, {})[field] = value
-    recalled = []
     for each in stages.values():
-        numbers = {"support": float(each.pop("support")[()]), "version": int(each.pop("version")[()])}
-        recalled.append(Recalled(**each, **numbers))
-    return tuple(recalled), notes
+        each |= {"support": float(each["support"]), "version": int(each["version"])}
+    return tuple(Recalled(**each) for each in stages.values()), notes

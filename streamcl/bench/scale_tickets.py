@@ -1,4 +1,4 @@
-"""`bench scale --task spill`: ten million tickets that wait on disk, in how much memory, and what a join costs there."""
+"""`bench scale --task spill`: ten million tickets that wait on disk: in how much memory, and what a join costs."""
 
 from __future__ import annotations
 

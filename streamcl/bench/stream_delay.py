@@ -96,11 +96,12 @@ def settings(method: str, events: int) -> dict[str, Any]:
 
 def scores_of(late: Late, method: str, seed: int) -> Floats:
     """(N,) what each event was answered with."""
-    count, place = len(late.data.payloads), f"memory://bench/delay-{os.getpid()}-{next(_runs)}"
+    count, name = len(late.data.payloads), f"delay-{os.getpid()}-{next(_runs)}"
+    place = f"memory://bench/{name}"
     oracle = method == ORACLE
     inline = late.labels if oracle else None
     shape: dict[str, Any] = {
-        "name": "delay",
+        "name": name,
         "seed": seed,
         "events": {"url": f"{place}-views", "id": "id", "time": "ts", **({"label": LABEL} if oracle else {})},
         "features": late.data.features,
