@@ -436,6 +436,9 @@ class Joiner:
     def read(self) -> dict[str, float]:
         waiting = {"tickets": float(self.waiting), "orphans": float(len(self.orphans))}
         waiting |= self.archive.read() if self.archive.places.count else {}
+        hits = self.counts["joined"] + self.counts["late_joined"]
+        ended = hits + self.counts["expired"] + self.counts["dropped"]
+        waiting |= {"join_hit_ratio": hits / ended} if ended else {}
         return waiting | ({"watermark_s": self.watermark.value} if np.isfinite(self.watermark.value) else {})
 
     def state_dict(self) -> State:
