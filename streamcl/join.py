@@ -103,6 +103,10 @@ class Joiner:
 
     Args:
         counts: Where fates are counted; the worker's, who saves it.
+
+    Attributes:
+        settle: Called before tickets are written to disk: scores that were promised (see `Learner.answer`) must be
+            there by then.
     """
 
     def __init__(self, config: Join, counts: Counter[str]) -> None:
@@ -117,6 +121,7 @@ class Joiner:
         self.kept: dict[str, Ticket] = {}  # of closed ids, for a late label
         self.observed: dict[str, list[Observation]] = {}  # of those that wait, to be aggregated
         self.archive = Archive(config.wait_s, config.attribution_window_s, config.max_tickets)
+        self.settle: Callable[[], object] = lambda: None
         self._waits_for_all = config.aggregate != "first"
         self._reemits = config.late == "reemit"
 
@@ -368,6 +373,7 @@ class Joiner:
             del self.closed[oldest]
             self.kept.pop(oldest, None)
             return
+        self.settle()
         batch = self._batch(self.closed)
         joined = [self.closed.pop(id).joined for id, _ in batch]
         self._silence([id for id, _ in batch])
@@ -378,6 +384,7 @@ class Joiner:
 
     def _make_room(self) -> None:
         if len(self.tickets) > self.config.memory_tickets:
+            self.settle()
             batch = self._batch(self.tickets)
             for id, _ in batch:
                 del self.tickets[id]

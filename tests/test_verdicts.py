@@ -38,6 +38,21 @@ def test_a_provisional_negative_teaches_and_the_end_of_its_window_counts(tmp_pat
     assert repeat(settings(tmp_path, join=join)).digest == result.digest
 
 
+@pytest.mark.parametrize("wait_s", [None, 1.0])
+def test_what_waits_on_disk_has_been_answered_before_it_is_written(tmp_path: Path, wait_s: float | None) -> None:
+    """Scores of the fused engine are promises for the length of a turn, here of all records."""
+    results = []
+    for memory in (2, 1000):
+        fill([view(n, float(n)) for n in range(40)] + [click(n, 41.0) for n in range(30, 40)])
+        join = {"attribution_window_s": 15.0, "idle_s": 1.0, "memory_tickets": memory, "wait_s": wait_s}
+        worker = {"max_records": 500, "poll_timeout_s": 0.01}
+        done = finish(settings(tmp_path / str(memory), join={**join, "late": "reemit"}, worker=worker))
+        assert done.worker.learner.described()["engine"] == "fused"
+        assert done.worker.metrics.read()["examples"] > 30
+        results.append((digest(done.worker.learner.state_dict()), digest(done.worker.metrics.state_dict())))
+    assert results[0] == results[1]
+
+
 def test_weights_multiply_the_loss_and_enter_metrics_and_a_weight_of_0_still_counts(tmp_path: Path) -> None:
     """A weight of 2 is the same as coming twice, for SGD with a small step and for every metric but the count."""
     tables: dict[str, Any] = {
