@@ -25,6 +25,11 @@ Table of contents, in the order of the journey (start with `worker`):
     features       event to arrays
     past           what the engine keeps of the past stream, and the features read from it
     join           tickets waiting for labels
+    observations   what several labels of an event come to
+    archive        tickets that wait on disk
+    segments       their rows, in immutable files
+    places         where an id's row is
+    verdicts       what an outcome is good for: to be learned from, to be measured
     key_states     what a recurrent model carries from event to event, by key
     learner        model, memories, plug-ins and engine: predict and learn
     continual      methods of continual learning, one module for each idea

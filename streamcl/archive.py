@@ -170,28 +170,29 @@ class Archive:
             heapq.heappush(self._heads, head)
 
     def _row(self, shelf: Shelf, place: int) -> Row:
-        return shelf.segment.row(self._handle(shelf.segment), place)
-
-    def _handle(self, segment: Segment) -> int:
+        segment = shelf.segment
         handle = self._handles.get(segment.name)
-        if handle is None:
-            if len(self._handles) >= OPEN_FILES:
-                os.close(self._handles.pop(next(iter(self._handles))))
-            try:
-                handle = self._handles[segment.name] = os.open(segment.path, os.O_RDONLY)
-            except OSError as error:
-                raise StreamclError(f"{segment.path}: tickets that wait are gone: {error.strerror}") from error
+        return segment.row(self._opened(segment) if handle is None else handle, place)
+
+    def _opened(self, segment: Segment) -> int:
+        if len(self._handles) >= OPEN_FILES:
+            os.close(self._handles.pop(next(iter(self._handles))))
+        try:
+            handle = self._handles[segment.name] = os.open(segment.path, os.O_RDONLY)
+        except OSError as error:
+            raise StreamclError(f"{segment.path}: tickets that wait are gone: {error.strerror}") from error
         return handle
 
     def find(self, id: str, watermark: float) -> Found | None:
         """A row that is waiting, or was closed so short a time before the watermark that it is still known."""
-        for place in self.places.find(hash_of(id)):
-            shelf = self.shelves[place >> 16]
+        name = id.encode()
+        for slot in self.places.find(hash_of(name)):
+            shelf, place = self.shelves[slot >> 16], slot & 0xFFFF
             assert shelf is not None  # noqa: S101 - what goes takes its places along
-            found = Found(shelf, place & 0xFFFF, self._row(shelf, place & 0xFFFF))
-            if found.row.id == id:
-                known = found.status in (WAITING, OPEN) or found.row.time_s + self.known_s >= watermark
-                return found if known else None
+            row = self._row(shelf, place)
+            if row.of(name):
+                known = shelf.status[place] <= OPEN or row.time_s + self.known_s >= watermark
+                return Found(shelf, place, row) if known else None
         return None
 
     def turn(self, found: Found, status: int) -> None:
@@ -205,7 +206,9 @@ class Archive:
         self.closed += more
         shelf.status[place] = status
         if status == GONE:
-            self.places.remove(np.array([hash_of(found.row.id)], np.uint64), _places(shelf.slot, np.array([place])))
+            self.places.remove(
+                np.array([hash_of(found.row.id.encode())], np.uint64), _places(shelf.slot, np.array([place]))
+            )
             self._drop_if_done(shelf)
         if self.closed > self.most:
             self._forget_too_many()

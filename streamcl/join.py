@@ -103,6 +103,10 @@ class Joiner:
 
     Args:
         counts: Where fates are counted; the worker's, who saves it.
+
+    Attributes:
+        settle: Called before tickets are written to disk: scores that were promised (see `Learner.answer`) must be
+            there by then.
     """
 
     def __init__(self, config: Join, counts: Counter[str]) -> None:
@@ -117,6 +121,7 @@ class Joiner:
         self.kept: dict[str, Ticket] = {}  # of closed ids, for a late label
         self.observed: dict[str, list[Observation]] = {}  # of those that wait, to be aggregated
         self.archive = Archive(config.wait_s, config.attribution_window_s, config.max_tickets)
+        self.settle: Callable[[], object] = lambda: None
         self._waits_for_all = config.aggregate != "first"
         self._reemits = config.late == "reemit"
 
@@ -218,10 +223,9 @@ class Joiner:
         for id in closed:
             del self.closed[id]
             self.kept.pop(id, None)
-        if restated is not None:
+        if restated:
             for held in (self.tickets, self.kept):
-                for id, ticket in held.items():
-                    held[id] = archive.restate(ticket, restated)
+                held.update({id: archive.restate(ticket, restated) for id, ticket in held.items()})
         archived = self.archive.forget(who, restated)
         for id in [id for id in self.observed if not self._waits(id)]:
             del self.observed[id]
@@ -376,6 +380,7 @@ class Joiner:
             del self.closed[oldest]
             self.kept.pop(oldest, None)
             return
+        self.settle()
         batch = self._batch(self.closed)
         joined = [self.closed.pop(id).joined for id, _ in batch]
         self._silence([id for id, _ in batch])
@@ -386,12 +391,15 @@ class Joiner:
 
     def _make_room(self) -> None:
         if len(self.tickets) > self.config.memory_tickets:
+            self.settle()
             batch = self._batch(self.tickets)
             for id, _ in batch:
                 del self.tickets[id]
             self._silence([id for id, _ in batch])
-            early = [archive.OPEN if id in self.early else archive.WAITING for id, _ in batch]
-            self.early.difference_update([id for id, _ in batch])
+            early = [archive.WAITING] * len(batch)
+            if self.early:
+                early = [archive.OPEN if id in self.early else archive.WAITING for id, _ in batch]
+                self.early.difference_update([id for id, _ in batch])
             self.archive.add(batch, early)
         if len(self.tickets) + self.archive.waiting > self.config.max_tickets:
             self._overflow()
@@ -442,10 +450,13 @@ class Joiner:
     def read(self) -> dict[str, float]:
         waiting = {"tickets": float(self.waiting), "orphans": float(len(self.orphans))}
         waiting |= self.archive.read() if self.archive.places.count else {}
+        hits = self.counts["joined"] + self.counts["late_joined"]
+        ended = hits + self.counts["expired"] + self.counts["dropped"]
+        waiting |= {"join_hit_ratio": hits / ended} if ended else {}
         return waiting | ({"watermark_s": self.watermark.value} if np.isfinite(self.watermark.value) else {})
 
     def state_dict(self) -> State:
-        observed = [(id, each) for id, seen in self.observed.items() for each in seen]
+        observed = [[id, o.time_s, o.value, *o.origin] for id, seen in self.observed.items() for o in seen]
         return {
             "watermark": self.watermark.value,
             "newest": [[s.input, s.partition, t] for s, t in sorted(self.watermark.newest.items())],
@@ -455,7 +466,7 @@ class Joiner:
             "alarms": _alarms_to_state(sorted(self.alarms)),
             **({"early": [id for id in self.tickets if id in self.early]} if self.early else {}),
             **({"kept": tickets_to_state(list(self.kept.values()))} if self.kept else {}),
-            **({"observed": [[id, o.time_s, o.value, *o.origin] for id, o in observed]} if observed else {}),
+            **({"observed": observed} if observed else {}),
             **({"archive": self.archive.state_dict()} if len(self.archive) else {}),
         }
 

@@ -26,7 +26,7 @@ from streamcl import __version__
 from streamcl.config import Config
 from streamcl.protocols import StreamclError
 from streamcl.readings import Reported, Shards
-from streamcl.records import Stream, Turn
+from streamcl.records import Fate, Stream, Turn
 
 FATES = (
     "predicted",
@@ -62,6 +62,7 @@ SAVE_FAULTS = ("disk_full", "denied", "read_only", "io", "other")
 """Why a checkpoint could not be written."""
 LIVE_S = 60.0
 _TURN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_DELAY_BUCKETS = (1.0, 10.0, 60.0, 600.0, 3600.0, 21_600.0, 86_400.0, 259_200.0, 604_800.0, 2_592_000.0)
 _SAVE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 # Of no use to a query, and as many series again.
@@ -107,6 +108,12 @@ class Telemetry:
         self._drift = self._counter("drift_alarms_total", "Drift signals by their source.", source=("loss",))
         self._turn_seconds = prometheus.Histogram(
             "streamcl_turn_seconds", "Time of a turn that had records.", buckets=_TURN_BUCKETS, registry=self.registry
+        )
+        self._label_delay = prometheus.Histogram(
+            "streamcl_label_delay_seconds",
+            "Event time from an event to its label, of labels that were joined.",
+            buckets=_DELAY_BUCKETS,
+            registry=self.registry,
         )
         self._recoveries = self._counter(
             "recoveries_total", "Shards dropped in order to be recovered, here or elsewhere, by cause.", cause=CAUSES
@@ -160,6 +167,9 @@ class Telemetry:
         self._consumed.inc(turn.records)
         for fate, count in turn.counts.items():
             (self._forgets.get(fate) or self._events.labels(fate)).inc(count)
+        for outcome in turn.outcomes:
+            if outcome.fate in (Fate.JOINED, Fate.LATE):
+                self._label_delay.observe(outcome.delay_s)
         for letter in turn.dead_letters:
             self._dead_letters.labels(letter.reason).inc()
         for signal in turn.signals:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import orjson
 from msgspec.structs import replace
@@ -174,6 +175,7 @@ class Worker:
     def turn(self, records: Sequence[Record], recovering: bool = False) -> Turn:
         """Work through some records; the cut into turns never changes a state or a prediction."""
         before, work = Counter(self.counts), Work()
+        self.joiner.settle = partial(self._settle, work)
         for start in range(0, len(records), self.stride):
             with self.gate:  # in between others may look at the state
                 for record in records[start : start + self.stride]:

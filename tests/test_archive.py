@@ -178,9 +178,8 @@ def tickets(draw: st.DrawFn) -> Ticket:
     slots, numbers, classes = draw(st.integers(1, 2)), draw(st.integers(0, 2)), draw(st.integers(1, 2))
     features = Encoded(np.arange(slots, dtype=np.int64), floats(slots), floats(numbers))
     output = floats(classes).astype(draw(st.sampled_from([np.float32, np.float64])))
-    recalled = [Recalled(floats(3), floats(classes), floats(classes), floats(classes), 0.5, 7)] * draw(
-        st.integers(0, 2)
-    )
+    given, labels, scores_ = (floats(classes) for _ in range(3))
+    recalled = [Recalled(floats(3), given, labels, scores_, 0.5, 7)] * draw(st.integers(0, 2))
     notes = {name: floats(2).astype(np.float64) for name in draw(st.sets(st.sampled_from("ab")))}
     scores = Scores(output, floats(classes), draw(st.integers(0, 1 << 62)), tuple(recalled), notes)
     origin = Origin(draw(st.sampled_from([EVENTS, "past"])), draw(st.integers(-3, 3)), draw(st.integers(0, 1 << 62)))
@@ -198,8 +197,8 @@ def flat(entries: Sequence[Named]) -> list[Any]:
     st.floats(-1e15, 1e15), st.just(Origin(EVENTS, 0, 3))), min_size=1, max_size=12))  # fmt: skip
 def test_rows_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, whats: list[Ticket | Closed]) -> None:
     entries: list[Named] = [(what.id if isinstance(what, Ticket) else f"{n}ß", what) for n, what in enumerate(whats)]
-    found: list[Any] = []
     folder = tmp_path_factory.mktemp("segments")
+    found: list[int] = []
     for order, data in sealed(entries):
         path = folder / str(len(found))
         path.write_bytes(data)

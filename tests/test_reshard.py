@@ -82,23 +82,28 @@ def sums(workers: dict[int, Worker]) -> tuple[int, int, Counter[str]]:
 
 
 @SOME
-@given(st.lists(st.tuples(st.integers(1, PARTITIONS), st.integers(0, 25), st.integers(0, 9)), min_size=1, max_size=4))
-def test_every_event_is_learned_once_over_kills_and_reshards(stages: list[tuple[int, int, int]]) -> None:
-    """(shards, turns until a clean stop, turns until a kill before that) of each stage; each begins by a reshard."""
+@given(st.lists(st.tuples(st.integers(1, PARTITIONS), st.integers(0, 25), st.integers(0, 9)), min_size=1, max_size=4),
+    st.sampled_from([2, 1000]))  # fmt: skip
+def test_every_event_is_learned_once_over_kills_and_reshards(stages: list[tuple[int, int, int]], memory: int) -> None:
+    """(shards, turns until a clean stop, turns until a kill before that) of each stage; each begins by a reshard.
+
+    Tickets wait in memory, or but for two of each shard on disk.
+    """
+    join = {"attribution_window_s": 10.0, "orphan_s": 5.0, "memory_tickets": memory}
     with tempfile.TemporaryDirectory() as folder:
         items = traffic()
         broker = fill(items, PARTITIONS)
         broker.finished = False
         before = None
         for count, turns, until_killed in stages:
-            config = config_of(folder, count)
+            config = config_of(folder, count, join=join)
             if before:
                 reshard(config, before, count)
             kill(config, until_killed)
             run(config, turns)
             before = count
         broker.finish()
-        learned, records, counts = sums(run(config_of(folder, count)))
+        learned, records, counts = sums(run(config_of(folder, count, join=join)))
         assert learned == everything()
         assert records == len(items)
         assert counts["predicted"] == EVENTS_COUNT + PARTITIONS

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from streamcl.bench import scale_stalls
+from streamcl.bench import scale_stalls, scale_tickets
 from streamcl.bench.options import Options
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
 from streamcl.bench.step import ON, SERVED, Stream, clicks, feed, outcome
@@ -25,7 +25,7 @@ from streamcl.records import Stream as Partition
 from streamcl.stations import Join
 
 READS = {"task"}
-TASKS = ("events", "rows", "replay", "tickets", "stalls")
+TASKS = ("events", "rows", "replay", "tickets", "spill", "stalls")
 
 FULL: dict[str, tuple[int, ...]] = {
     "events": (10_000, 100_000, 1_000_000, 10_000_000),
@@ -44,6 +44,7 @@ NOTES = (
     "rows: of the table, drawn uniformly, so that ever fewer are in a cache; replay: rows of a full reservoir, eight"
     " drawn beside each event; tickets: waiting in the joiner, one more and one joined per event, without any model",
     "touched: rows of the table that a step reads, and replayed rows; calls: Python functions called, by cProfile",
+    scale_tickets.NOTE,
     scale_stalls.NOTE,
 )
 
@@ -58,6 +59,9 @@ def run(options: Options) -> Report:
     curves: list[Curve] = []
     if "stalls" in tasks:
         rows, bars = scale_stalls.measure(options.quick)
+    if "spill" in tasks:
+        more = scale_tickets.measure(options.quick, Waiting, _resident_mb)
+        rows, bars = [*rows, *more[0]], [*bars, *more[1]]
     for task in (each for each in tasks if each in KINDS):
         cost = []
         for size, found in KINDS[task](sizes[task]):

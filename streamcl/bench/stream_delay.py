@@ -29,18 +29,21 @@ from streamcl.records import Message
 from streamcl.worker import build
 
 EVENTS, QUICK = 100_000, 6_000
-WINDOW, MEAN, WAIT = 0.2, 0.02, 0.01
+WINDOW, MEAN, WAIT = 0.1, 0.02, 0.01
 """Shares of the stream: the attribution window, the delays' mean, and how long DFM and ES-DFM wait at first."""
 LEAST = 0.6
 
 ORACLE, NAIVE, WAITING = "oracle", "naive", "wait"
+ORDERS = ("interleaved", "recorded")
 LOSSES = ("fnw", "fnc", "dfm", "es_dfm")
 NOTES = (
     "oracle: every label comes with its event; naive: an event is learned as a negative at once and as a positive when"
     " its label comes, by plain cross-entropy; wait: one example, when the window closes",
     "ne: on final labels, of the scores that stood when the event came; recovered: (naive - ne) / (naive - oracle)",
     "exponential: mean delay a fiftieth of the stream; heavy: Pareto of index 1 from a five-hundredth on, a median of"
-    " twice and no mean; a label behind the window, a fifth of the stream, never comes and is a negative for everybody",
+    " twice and no mean; a label behind the window, a tenth of the stream, never comes and is a negative for everybody",
+    "order: the recording has a user's events in a row, and a positive comes when its user has left, so that there is"
+    " nothing to learn of them in time (--preset recorded); interleaved: events in random order, one for each seed",
     "every method has the default model, optimiser and rates: nothing was chosen on the stream",
 )
 
@@ -62,6 +65,12 @@ class Late:
     @property
     def labels(self) -> Floats:
         return (self.delays <= self.window_s).astype(np.float64)
+
+
+def interleaved(data: Dataset, count: int, seed: int) -> Dataset:
+    """So many of its events, in random order: users come and go beside each other, as they do in traffic."""
+    order = np.argsort(uniform_array(key_of(seed, "bench.delay.order"), len(data.payloads)), kind="stable")[:count]
+    return Dataset(data.name, data.features, [data.payloads[place] for place in order])
 
 
 def delayed(data: Dataset, kind: str, seed: int) -> Late:
@@ -87,11 +96,12 @@ def settings(method: str, events: int) -> dict[str, Any]:
 
 def scores_of(late: Late, method: str, seed: int) -> Floats:
     """(N,) what each event was answered with."""
-    count, place = len(late.data.payloads), f"memory://bench/delay-{os.getpid()}-{next(_runs)}"
+    count, name = len(late.data.payloads), f"delay-{os.getpid()}-{next(_runs)}"
+    place = f"memory://bench/{name}"
     oracle = method == ORACLE
     inline = late.labels if oracle else None
     shape: dict[str, Any] = {
-        "name": "delay",
+        "name": name,
         "seed": seed,
         "events": {"url": f"{place}-views", "id": "id", "time": "ts", **({"label": LABEL} if oracle else {})},
         "features": late.data.features,
@@ -148,13 +158,15 @@ def run(options: Options) -> Report:
     """Methods: one of the losses; without one, all."""
     began = time.perf_counter()
     events = options.count("events", QUICK if options.quick else EVENTS)
-    data, seeds = recorded("ml-100k", options.data).first(events), options.seed_list(1 if options.quick else 3)
+    order = options.choice("preset", ORDERS, ORDERS[0])
+    data, seeds = recorded("ml-100k", options.data), options.seed_list(1 if options.quick else 3)
     losses = (options.choice("method", LOSSES, "fnw"),) if options.method else LOSSES
     rows, bars = [], []
     for kind in ("exponential", "heavy"):
         found: dict[str, list[dict[str, float]]] = {}
         for seed in seeds:
-            late = delayed(data, kind, seed)
+            some = interleaved(data, events, seed) if order == ORDERS[0] else data.first(events)
+            late = delayed(some, kind, seed)
             for method in (ORACLE, NAIVE, WAITING, *losses):
                 judged = quality(late.labels, scores_of(late, method, seed))
                 progress(f"{kind}, seed {seed}: {method}: ne {judged['ne']:.4f}")
@@ -166,7 +178,7 @@ def run(options: Options) -> Report:
             recovered = {f"recovered_of_{each}": _recovered(mean, method, each) for each in (NAIVE, WAITING)}
             rows.append(Row(f"{kind}: {method}", {**values, "ne_spread": spread, **recovered}, table=kind))
         bars += [Bar(f"{kind}: {loss}: share of the gap", _recovered(mean, loss, NAIVE), LEAST) for loss in losses]
-    settings_ = {"task": "delay", "quick": options.quick, "events": events, "window_s": WINDOW * events}
+    settings_ = {"task": "delay", "quick": options.quick, "events": events, "order": order, "window_s": WINDOW * events}
     return Report("stream", settings_, seeds, time.perf_counter() - began, rows, bars, notes=NOTES)
 
 

@@ -32,6 +32,9 @@ class Delayed:
     | `dfm` | minus the log-likelihood of what the example tells beyond those before it; see `_dfm` |
     | `es_dfm` | z (1 + dp) softplus(-x) + (1 - z) (1 + dp) tn softplus(x), and two heads' cross-entropy |
 
+    Until the first window has closed, late positives teach neither DFM nor the heads of ES-DFM: they come before the
+    negatives of their age are known as such, and every event would seem to be one of them. `ripe` says whether it has.
+
     Source:
         FNW and FNC: Ktena et al. 2019, arXiv 1907.06558. DFM: Chapelle 2014. ES-DFM: Yang et al. 2021, arXiv
         2012.03245; its formulas as in the authors' repository `ThyrixYang/es_dfm`.
@@ -49,10 +52,12 @@ class Delayed:
         self.wait = (config.join.wait_s or 0.0) / unit_s
         self.window = config.join.attribution_window_s / unit_s
         self.unit_s = unit_s
+        self.ripe = False
 
     def losses(self, output: Tensor, y: Tensor, outcome: Outcome | None) -> Tensor:
         """(B,) nats of logits (B, 1 + heads) and labels (B,); `outcome` is that of the first row, if that is live."""
         x = output[:, 0]
+        self.ripe |= outcome is not None and outcome.fate == Fate.EXPIRED
         if self.kind == "fnw":
             return fake_negative_weighted(x, y)
         if self.kind == "fnc":
@@ -71,6 +76,8 @@ class Delayed:
         positive, delay = outcome.label > 0.5, max(outcome.delay_s / self.unit_s, SOONEST)
         before = self._said_before(outcome)
         known = x.new_zeros(1) if before is None else nothing_yet(x, rate, before)
+        if outcome.fate == Fate.LATE and not self.ripe:
+            return 0.0 * x
         if positive:
             log_rate = torch.where(head < -20.0, head, torch.log(rate.clamp_min(1e-30)))
             return functional.softplus(-x) - log_rate + rate * delay - known
@@ -88,7 +95,7 @@ class Delayed:
         x, late, real = output[:, 0], output[:, 1], output[:, 2]
         dp, tn = late.detach().sigmoid(), real.detach().sigmoid()
         losses = (1.0 + dp) * (y * functional.softplus(-x) + (1.0 - y) * tn * functional.softplus(x))
-        if outcome is None or outcome.fate == Fate.PROVISIONAL:
+        if outcome is None or outcome.fate == Fate.PROVISIONAL or not self.ripe:
             return losses
         verdict = outcome.fate == Fate.EXPIRED
         helper = functional.softplus(-late[:1] if outcome.fate == Fate.LATE else late[:1])

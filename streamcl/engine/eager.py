@@ -377,6 +377,7 @@ class Eager:
             "row_slots": {str(i): saved(s) for i, s in enumerate(self.row_slots)},
             **({"tables": self.tables.state_dict()} if self.tables else {}),
             **self.dense.state_dict(),
+            **({"delays_ripe": self.delayed.ripe} if self.delayed is not None else {}),
             **({"rules": {kind: rule.state_dict() for kind, rule in self.rules.items()}} if self.rules else {}),
         }
 
@@ -388,6 +389,8 @@ class Eager:
         for i, slot in enumerate(self.row_slots):
             put(slot, state["row_slots"][str(i)])
         self.dense.load_state_dict(state)
+        if self.delayed is not None:
+            self.delayed.ripe = bool(state.get("delays_ripe", False))
         kept = state.get("rules", {})
         for kind, rule in self.rules.items():
             rule.load_state_dict(kept.get(kind, {}))

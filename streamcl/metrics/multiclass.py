@@ -93,7 +93,8 @@ class Multiclass:
             repeats=float((weights * repeats).sum()),
             weight=float(weights.sum()),
         )
-        return totals.metrics(np.bincount(labels.astype(np.int64), weights, len(self._classes)).astype(np.float64))
+        counts = np.bincount(labels.astype(np.int64), weights, len(self._classes))
+        return totals.metrics(np.asarray(counts, np.float64))
 
     def state_dict(self) -> State:
         return {

@@ -34,8 +34,8 @@ def exact_auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = 
     positive = np.asarray(labels) >= 0.5
     values, place = np.unique(np.asarray(scores), return_inverse=True)
     w = np.ones(len(place)) if weights is None else np.asarray(weights, np.float64)
-    positives = np.bincount(place[positive], w[positive], len(values)).astype(np.float64)
-    negatives = np.bincount(place[~positive], w[~positive], len(values)).astype(np.float64)
+    positives = np.asarray(np.bincount(place[positive], w[positive], len(values)), np.float64)
+    negatives = np.asarray(np.bincount(place[~positive], w[~positive], len(values)), np.float64)
     return _auc_of_counts(positives, negatives)
 
 
