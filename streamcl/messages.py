@@ -59,7 +59,7 @@ def prediction_messages(
     for prediction in predictions:
         id, scores, origin = prediction.id, prediction.scores, str(prediction.origin)
         version, served = scores.version, scores.served
-        one = len(served) == 1  # and as `scores_to_json` has it
+        one = len(served) == 1 and not scores.notes  # as `scores_to_json` has it
         body = {"id": id, "score": served.item()} if one else {"id": id, **scores_to_json(scores)}
         body["version"], body["time"], body["input"] = version, prediction.time_s, origin
         identity = id.encode("utf-8", "surrogatepass")
