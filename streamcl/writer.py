@@ -63,7 +63,7 @@ class Writer:
         self._pool = self._pool or ThreadPoolExecutor(1, "streamcl-checkpoint")
         taken = Capture(take, self._forks and not at_once)
         self._future = self._pool.submit(self._write, taken.state, manifest, position)
-        self._pool.submit(give_back)  # a job of its own: only then has the pool let go of the copy
+        self._pool.submit(_give_back)  # a job of its own: only then has the pool let go of the copy
 
     def taken(self, wait: bool = False) -> Written | None:
         """What has been written since the last call, if anything was. Raises what went wrong with it."""
@@ -97,7 +97,7 @@ class Writer:
             raise CheckpointError(str(error)) from error.__cause__
 
 
-def give_back() -> None:
+def _give_back() -> None:
     """Return what the copies took to the system: else the allocator keeps the most that any moment needed, and a
     worker's memory creeps up for days towards it. Elsewhere than in glibc there is no such call, and nothing is done.
     """

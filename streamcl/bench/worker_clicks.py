@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import orjson
 from river import linear_model
@@ -145,12 +146,13 @@ class Clicks:
     def __init__(self, count: int, new_topic: Callable[[], str] = _in_memory) -> None:
         made = Stream(count)
         self.names = [f"c{field:02}" for field in range(FIELDS)]
-        self.payloads = [
-            {"id": str(i), "user": f"u{row[0]}", "time": i / 100, LABEL: int(y)}
-            | {name: f"v{value}" for name, value in zip(self.names, row, strict=True)}
+        self.messages = [  # by msgspec: what orjson returns sits in the 8 KB that it was written to
+            msgspec.json.encode(
+                {"id": str(i), "user": f"u{row[0]}", "time": i / 100, LABEL: int(y)}
+                | {name: f"v{value}" for name, value in zip(self.names, row, strict=True)}
+            )
             for i, (row, y) in enumerate(zip(made.categories.tolist(), made.y.tolist(), strict=True))
         ]
-        self.messages = [orjson.dumps(payload) for payload in self.payloads]
         self.new_topic, self.url = new_topic, new_topic()
         sink = connect.open_sink(self.url, self._config({}))
         for start in range(0, count, 1000):

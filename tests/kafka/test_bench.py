@@ -60,4 +60,4 @@ def test_quix_streams_answers_each_click_as_the_same_model_does_here(broker: Clu
     assert taken.wall_s > 0.0 and taken.cpu_s > 0.0
     said = [orjson.loads(record.value) for record in broker.read(made[-1].rpartition("/")[2])]
     here = Learning(Torch(), FIELDS, ROWS // FIELDS)
-    assert said == [here(payload) for payload in stage.payloads]
+    assert said == [here(orjson.loads(message)) for message in stage.messages]
