@@ -42,7 +42,8 @@ NOTES = (
     "us_per_event: processor time of one thread, best of five repeats of 16,384 events; resident_mb: of the process",
     "events: the click model with replay and continual backpropagation, behind so many learned events",
     "rows: of the table, drawn uniformly, so that ever fewer are in a cache; replay: rows of a full reservoir, eight"
-    " drawn beside each event; tickets: waiting in the joiner, one more and one joined per event, without any model",
+    " drawn beside each event; tickets: waiting in the joiner's memory, one more and one joined per event, without any"
+    " model",
     "touched: rows of the table that a step reads, and replayed rows; calls: Python functions called, by cProfile",
     scale_tickets.NOTE,
     scale_stalls.NOTE,
@@ -150,7 +151,8 @@ def _fill(learner: Learner, size: int) -> None:
 
 def tickets(sizes: tuple[int, ...]) -> Found:
     for size in sizes:
-        joiner = Joiner(Join(attribution_window_s=4.0 * size, max_tickets=2 * size), Counter())
+        config = Join(attribution_window_s=4.0 * size, max_tickets=2 * size, memory_tickets=2 * size)
+        joiner = Joiner(config, Counter())
         waiting = Waiting(joiner)
         while waiting.last < size:
             waiting.event()
