@@ -80,10 +80,10 @@ def turns(buckets: int, events: int) -> Turns:
                 progress(f"stalls: save {len(found.saves)} of {SAVES}: {keeper.seconds:.1f} s")
             (found.saving if keeper.writer.busy else found.steady).append(taken)
             steady += not keeper.writer.busy
-            if steady == STEADY:
-                keeper.since = worker.config.checkpoint.every_events  # one is due
-            if len(found.saves) == SAVES or worker.progress.records >= events:
+            if worker.progress.records >= events or (steady == STEADY and len(found.saves) == SAVES):
                 worker.stop()
+            elif steady == STEADY:
+                keeper.since = worker.config.checkpoint.every_events  # one is due
         keeper.close()
         worker.close()
     table = worker.learner.engine.table  # type: ignore[union-attr]
