@@ -144,7 +144,8 @@ def test_gains_are_products_of_last_layer_gradients() -> None:
     head = list(learner.engine.model.tower.head.parameters())  # type: ignore[union-attr]
     flat = []
     for row in range(5):
-        read = step.rows._replace(**{name: getattr(step.rows, name)[row : row + 1] for name in step.rows._fields})
+        held = {name: value for name, value in step.rows._asdict().items() if value is not None}
+        read = step.rows._replace(**{name: value[row : row + 1] for name, value in held.items()})
         output = learner.engine.forward(learner.engine.table[read.ids], read.weights, read.dense)
         grads = torch.autograd.grad(learner.engine.losses(output, read.y)[0], head)
         flat.append(torch.cat([grad.reshape(-1) for grad in grads]).double())
