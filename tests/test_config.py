@@ -122,6 +122,10 @@ def test_every_fault_has_a_line_of_its_own() -> None:
     assert len(fault(seed=-1, modle={}, model={"classes": 1}).splitlines()) == 3
 
 
+def test_an_engine_of_graphs_needs_a_gpu() -> None:
+    assert "worker.engine: graph replays CUDA graphs, and worker.device is cpu" in fault(worker={"engine": "graph"})
+
+
 def test_a_river_model_is_accepted_by_those_who_trust_pickles() -> None:
     assert make(river="river.dummy:NoChangeClassifier", trust_pickle=True).river
 
