@@ -386,8 +386,8 @@ class Worker(Station):
     poll_timeout_s: float = Free(0.1, gt=0, description="a turn waits no longer for its first record")
     engine: Literal["auto", "eager", "fused", "graph"] = Stop(
         "auto",
-        description="how steps are computed; auto: fused if all that is configured has a compiled form; graph: of a GPU,"
-        " which this version does not compute on",
+        description="how steps are computed; auto: fused if all that is configured has a compiled form;"
+        " graph: of a GPU, which this version does not compute on",
     )
     device: Literal["cpu"] = Stop("cpu", description="where steps are computed")
     threads: int = Stop(1, ge=1, description="torch threads; more than one is slower at batch size one")
