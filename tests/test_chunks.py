@@ -101,7 +101,7 @@ STEPS = st.lists(CHANGES | st.tuples(st.sampled_from(["save", "die", "reopen"]),
 @settings(max_examples=60, deadline=None)
 @given(STEPS, st.integers(1, 3))
 def test_after_any_changes_saves_and_deaths_every_snapshot_is_whole(steps: list[tuple[str, int]], retain: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         store, learned, saved = Store(Path(folder), retain), state(), {}
         for step, row in steps:
             if step == "change":

@@ -128,7 +128,7 @@ def test_snapshot_and_deltas_are_the_full_snapshot_of_a_real_worker(
     changes: Any, poll: int, every: int, base: int, again: bool
 ) -> None:
     """Taken before and behind every record; the base may lie between two cuts."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         work = {"max_records": poll, "poll_timeout_s": 0.01}
         config = settings(Path(folder), deltas={**DELTAS, "every_events": every}, worker=work, labels=None, **INLINE)
         config = config.model_copy() if not changes else Config.parse({**config.model_dump(mode="json"), **changes})
@@ -161,7 +161,7 @@ INLINE: dict[str, Any] = {
 @SOME
 @given(st.lists(st.integers(0, 8), max_size=3), st.integers(1, 7), st.integers(1, 9))
 def test_poll_size_and_crashes_change_no_delta(deaths: list[int], poll: int, every: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         config = settings(
             Path(folder),
             deltas=DELTAS,

@@ -122,7 +122,7 @@ def test_whatever_is_looked_at_and_whenever_the_worker_dies_the_replica_reads_wh
     moves: list[tuple[int, bool, bool]], every: int
 ) -> None:
     """Against the digest that the worker's own learner had behind the same record."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         life = Life(config_for(Path(folder), every=every), 120)
         predictor = replica(life.config)
         for records, look, die in moves:

@@ -99,7 +99,7 @@ def test_shards_in_one_process_are_as_good_as_one_process_each(tmp_path: Path) -
 @given(st.lists(st.integers(1, 40), max_size=8), st.integers(1, 6))
 def test_recovered_from_any_outage_equals_never_interrupted(gaps: list[int], poll: int) -> None:
     """`gaps` are the numbers of calls to the broker between two that fail."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         config = sharded(folder, worker={"max_records": poll, "poll_timeout_s": 0.01})
         broker = fill(traffic(), SHARDS)
         found = host(config)
@@ -267,7 +267,7 @@ def test_shards_that_move_between_two_workers_learn_every_event_once(
     moves: list[tuple[int, int, int, bool]], poll: int
 ) -> None:
     """(shard, to whom, turns before the next move, is the former holder told?); who isn't told must be fenced."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         config = settings(
             Path(folder),
             shard={"count": SHARDS, "assignment": "group"},

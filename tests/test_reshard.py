@@ -90,7 +90,7 @@ def test_every_event_is_learned_once_over_kills_and_reshards(stages: list[tuple[
     Tickets wait in memory, or but for two of each shard on disk.
     """
     join = {"attribution_window_s": 10.0, "orphan_s": 5.0, "memory_tickets": memory}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         items = traffic()
         broker = fill(items, PARTITIONS)
         broker.finished = False
@@ -114,7 +114,7 @@ def test_every_event_is_learned_once_over_kills_and_reshards(stages: list[tuple[
 @SOME
 @given(st.integers(1, PARTITIONS), st.integers(1, PARTITIONS), st.integers(0, 30))
 def test_what_belongs_to_a_partition_follows_it_and_the_sums_stay(old: int, new: int, turns: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         fill(traffic(), PARTITIONS).finished = False
         before = run(config_of(folder, old), turns)
         planned = reshard(config_of(folder, new), old, new)
