@@ -82,6 +82,7 @@ def test_what_silence_says_lies_between_nothing_and_that_there_is_no_positive(x:
 def test_the_examples_of_an_event_add_up_to_its_likelihood(x: float, head: float, delay: float) -> None:
     output = torch.tensor([[x, head]], dtype=torch.float64)
     objective, p, rate = Delayed(config("dfm")), 1.0 / (1.0 + math.exp(-x)), math.log1p(math.exp(head))
+    objective.ripe = True  # a window has closed
 
     def told(label: float, fate: Fate, after: float) -> float:
         y = torch.tensor([label], dtype=torch.float64)
