@@ -253,13 +253,13 @@ class Worker:
         return self.joiner.add(ticket)
 
     def _learn(self, outcome: Outcome, work: Work) -> None:
+        if self.past and self.verdicts.counts(outcome):  # of all negatives, drawn or not: a rate is the stream's
+            self.past.heard(outcome)
         judged = self.verdicts.of(outcome)
         if judged is None:
             self.counts["not_drawn"] += 1
             return
         due = Due(judged, self.progress.records, work.history, self.verdicts.teaches(outcome))
-        if self.past and self.verdicts.counts(judged):
-            self.past.heard(judged)
         if self.fused:
             if due.teaches:
                 self.fused.learn(judged)

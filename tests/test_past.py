@@ -310,6 +310,17 @@ def inputs(count: int = 40) -> None:
     fill([*views, *clicks])
 
 
+def test_rates_are_those_of_the_stream_also_where_a_share_of_the_negatives_is_learned_from(tmp_path: Path) -> None:
+    kept = []
+    for share in (1.0, 0.2):
+        inputs()
+        worker = finish(worked(tmp_path / f"{share}", sample={"negatives": share})).worker
+        assert (worker.counts["not_drawn"] > 0) == (share < 1.0)
+        assert worker.past is not None
+        kept.append(digest(worker.past.state_dict()))
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("engine", ["fused", "eager"])
 def test_a_worker_keeps_the_same_however_the_stream_is_cut(tmp_path: Path, engine: str) -> None:
     digests = set()
