@@ -136,12 +136,7 @@ def run(
         signals.enter_context(stopping(host))
         telemetry.start()
         garbage.spare()
-        quiet_since = time.monotonic()
-        for turn in host.run():
-            if turn.records or not host.settled():
-                quiet_since = time.monotonic()
-            if idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s:
-                host.stop()
+        host.work(idle_exit_s)
     _summarise({seat.last: seat.readings for _, seat in sorted(host.seats.items()) if seat.last}, settings, as_json)
 
 

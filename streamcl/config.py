@@ -70,6 +70,16 @@ class ConfigError(StreamclError):
     """What is wrong with the configuration, one line per fault, each with its path."""
 
 
+def table_of(path: Path) -> dict[str, Any]:
+    """A TOML file, unchecked. Raises ConfigError, which names it."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
 AnyPlugin = Annotated[SerializeAsAny[Station], BeforeValidator(plugin.options)]
 
 
@@ -361,13 +371,7 @@ class Config(Station):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a TOML file; relative paths in it mean relative to the working folder."""
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not TOML: {error}") from error
-        return cls.parse(data, str(path))
+        return cls.parse(table_of(path), str(path))
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], where: str = "config") -> Self:

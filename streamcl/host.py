@@ -171,6 +171,15 @@ class Host:
         """Every shard of this process runs and hears its brokers, or has ended."""
         return self.membership.settled() and all(seat.hears() or seat.ended for seat in self.seats.values())
 
+    def work(self, idle_exit_s: float | None) -> None:
+        """`run`, until nothing has come for so long while all was settled (seconds); None: for ever."""
+        quiet_since = time.monotonic()
+        for turn in self.run():
+            if turn.records or not self.settled():
+                quiet_since = time.monotonic()
+            if idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s:
+                self.stop()
+
     def run(self) -> Iterator[Turn]:
         """The turns of all shards, empty ones too; ends when stopped, or when every shard has ended by itself.
 

@@ -79,12 +79,7 @@ def run(
         with stopping(host):
             telemetry.start()
             garbage.spare()
-            quiet_since = time.monotonic()
-            for turn in host.run():
-                if turn.records or not host.settled():
-                    quiet_since = time.monotonic()
-                if idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s:
-                    host.stop()
+            host.work(idle_exit_s)
     _show(live, settings, as_json)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import orjson
 from pydantic import Field, ValidationError
 
 from streamcl.backtest import redirected
-from streamcl.config import Config, ConfigError, explain, fingerprint
+from streamcl.config import Config, ConfigError, explain, fingerprint, table_of
 from streamcl.random import key_of, uniform_array
 from streamcl.stations import Station
 
@@ -80,12 +79,7 @@ class Sweep(Station):
     @classmethod
     def load(cls, path: Path) -> Self:
         """`base` is taken as relative to the file."""
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not TOML: {error}") from error
+        data = table_of(path)
         if isinstance(data.get("base"), str):
             data["base"] = str(path.parent / data["base"])
         return cls.parse(data, str(path))
@@ -115,7 +109,7 @@ class Sweep(Station):
         seeds = self.seeds or (config.seed,)
         if len(set(seeds)) < len(seeds):
             raise ConfigError(f"{where}: seeds: one stands twice")
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = table_of(path)
         found: dict[tuple[str, ...], Candidate] = {}
         for source, name, settings in [(BASE, BASE, {}), *self._points(where)]:
             place = f"{where}: {source}" if settings else str(path)
