@@ -57,6 +57,10 @@ class Listener:
     advertised: Sequence[int] = ()
 
 
+class _SilentError(ConnectorError):
+    """A broker that lives and does not answer; with its threads."""
+
+
 class ApacheBroker:
     """One broker or three of Apache Kafka on free ports of loopback, for as long as the context lasts.
 
@@ -159,7 +163,14 @@ class ApacheBroker:
             self._format()
             for broker in range(self.brokers):
                 self._start(broker)
-            self._await(range(self.brokers))
+            try:
+                self._await(range(self.brokers))
+            except _SilentError as silent:  # one start in a thousand hangs, alive and without a word
+                print(f"{silent}; it is started once more", file=sys.stderr)
+                for broker in range(self.brokers):
+                    self.kill(broker)
+                    self._start(broker)
+                self._await(range(self.brokers))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -258,10 +269,20 @@ class ApacheBroker:
         deadline = time.monotonic() + self._timeout_s
         while not all(self._answers(broker, started) for broker in started):
             dead = [broker for broker in started if self._processes[broker].poll() is not None]
-            if dead or time.monotonic() > deadline:
-                said = (self._home((dead or started)[0]) / "log").read_text(encoding="utf-8", errors="replace").strip()
-                raise ConnectorError(f"Apache Kafka did not come up on {self.bootstrap}: {said[-2000:] or 'silent'}")
+            if dead:
+                raise ConnectorError(f"Apache Kafka did not come up on {self.bootstrap}: {self._said(dead[0])[-2000:]}")
+            if time.monotonic() > deadline:
+                silent = next((each for each in started if not self._answers(each, started)), started[0])
+                self._processes[silent].send_signal(signal.SIGQUIT)  # Java says what each of its threads waits for
+                time.sleep(1.0)
+                raise _SilentError(
+                    f"Apache Kafka did not answer on {self.bootstrap} within {self._timeout_s:g} s:"
+                    f" {self._said(silent) or 'silent'}"
+                )
             time.sleep(0.1)
+
+    def _said(self, broker: int) -> str:
+        return (self._home(broker) / "log").read_text(encoding="utf-8", errors="replace").strip()
 
     def _answers(self, broker: int, others: Sequence[int]) -> bool:
         """Whether it serves, and knows the others."""

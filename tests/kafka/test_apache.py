@@ -33,6 +33,25 @@ def test_a_killed_broker_finds_its_data_again(apache_kafka: Cluster) -> None:
     assert not listens(_port(broker.bootstrap))
 
 
+class _HangsOnce(ApacheBroker):
+    """The first time it is started it stands still."""
+
+    def _start(self, broker: int) -> None:
+        super()._start(broker)
+        self.starts = getattr(self, "starts", 0) + 1
+        if self.starts == 1:
+            self.freeze(broker)
+        self._timeout_s = 0.5 if self.starts == 1 else 60.0
+
+
+def test_a_broker_that_hangs_at_its_start_is_started_once_more(
+    apache_kafka: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _HangsOnce() as broker:
+        assert (broker.starts, listens(_port(broker.bootstrap))) == (2, True)
+    assert f"did not answer on {broker.bootstrap} within 0.5 s" in capsys.readouterr().err
+
+
 def test_it_dies_with_its_parent(apache_kafka: Cluster) -> None:
     program = (
         "import os, signal\n"
