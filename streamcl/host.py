@@ -28,6 +28,7 @@ from streamcl.lease import Held
 from streamcl.protocols import Fenced, Membership, StreamclError, Unavailable
 from streamcl.records import Turn
 from streamcl.recovery import Keeper, store_of
+from streamcl.sampled import Sampled
 from streamcl.snapshot import Snapshot
 from streamcl.telemetry import Telemetry
 from streamcl.worker import Worker, build
@@ -87,6 +88,7 @@ class Life:
     turns: Iterator[Turn]
     saved: Snapshot | None
     since: float
+    sampled: Sampled | None = None
     told: float = 0.0
     failed: Counter[str] = field(default_factory=Counter)
 
@@ -261,6 +263,7 @@ class Host:
         restored = keeper.restore()
         self.telemetry.restored(len(keeper.store.damaged), "ok" if restored else "none", seat.index)
         seat.life.saved, seat.life.since, self.stood = keeper.last, time.monotonic(), True
+        seat.life.sampled = Sampled(worker) if self.config.telemetry.port else None
         log.info("%s stands at %d records", self._name(seat), worker.progress.records)
         if seat.failures:
             log.warning("%s stands again, after %d failures", self._name(seat), seat.failures)
@@ -296,10 +299,14 @@ class Host:
 
     def _tell(self, seat: Seat, life: Life, turn: Turn, seconds: float) -> None:
         worker, readings = life.worker, {}
+        lag = worker.source.lag()
+        if life.sampled:
+            life.sampled.add(turn)
         if time.monotonic() - life.told > _READINGS_EVERY_S:
-            deferred = {"checkpoints_deferred": float(life.keeper.deferred)}
-            readings, life.told = worker.readings() | deferred, time.monotonic()
-        self.telemetry.observe(turn, seconds=seconds, lag=worker.source.lag(), readings=readings, shard=seat.index)
+            readings, life.told = worker.readings() | _beside(life, any(lag.values())), time.monotonic()
+        self.telemetry.observe(
+            turn, seconds=seconds, lag=lag, readings=readings, stages=worker.pace.stages, shard=seat.index
+        )
         reason = "repeating the logged order" if not worker.caught_up else "no broker is connected"
         self.telemetry.ready(worker.caught_up and seat.hears(), reason, seat.index)
         for each in turn.signals:
@@ -363,3 +370,13 @@ class Host:
 
     def _name(self, seat: Seat) -> str:
         return f"{self.config.name}, shard {seat.index} of {self.config.shard.count}"
+
+
+def _beside(life: Life, lags: bool) -> dict[str, float]:
+    """Readings of what stands beside the worker."""
+    told = {"checkpoints_deferred": float(life.keeper.deferred)} | (life.sampled.read() if life.sampled else {})
+    told["lag_s"] = max(0.0, time.time() - life.worker.pace.newest_s) if lags and life.worker.pace.newest_s else 0.0
+    if life.keeper.last is not None:
+        since = life.worker.progress.records - life.keeper.last.manifest["records"]
+        told["checkpoint_overdue"] = since / life.worker.config.checkpoint.every_events
+    return told

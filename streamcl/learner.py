@@ -387,7 +387,7 @@ class Learner:
         return numbers if self.states is None else torch.cat((numbers, dense[:, self.numbers :]), 1)
 
     def read(self) -> dict[str, float]:
-        held = {"replay_rows": float(len(self.memory)), "weights_version": float(self.version)}
+        held = self.memory.read() | {"weights_version": float(self.version)}
         held |= {"key_states": float(len(self.states))} if self.states is not None else {}
         held |= self.tables.read() if self.tables is not None else {}
         held |= self.recall.read() | (self.diagnostics.read() if self.diagnostics else {})

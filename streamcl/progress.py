@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -110,6 +111,29 @@ class Due(Struct, frozen=True, gc=False):
     records: int
     history: bool
     teaches: bool = True  # False: it is measured alone
+
+
+class Pace:
+    """Where the time of the last turn went (s, of the clock), and how old its records were. Never part of the state.
+
+    Attributes:
+        stages: By name: `poll` waits for records, `log` writes their order, `engine` is what a compiled chunk takes,
+            `work` all other that becomes of records (with the eager engine all of it), `send` hands answers over.
+        newest_s: The timestamp of the newest record taken.
+    """
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self.newest_s = 0.0
+
+    def took(self, stage: str, began: float) -> float:
+        """Books the time since `began`, of `perf_counter`; returns now."""
+        now = time.perf_counter()
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - began
+        return now
+
+
+STAGES = ("poll", "log", "work", "engine", "send")
 
 
 class Work:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from streamcl.records import Stream
@@ -38,6 +40,8 @@ PARTS = {
     "watermark_s": ("watermark_timestamp_seconds", "Event time before which nothing more is expected."),
     "key_states": ("key_states", "Keys whose state a recurrent model holds (count)."),
     "replay_rows": ("replay_rows", "Examples in the replay memory (count)."),
+    "replay_fill": ("replay_fill_ratio", "Share of the replay memory that holds an example."),
+    "replay_age_s": ("replay_age_seconds", "Mean event time from its examples to the one written last."),
     "weights_version": ("weights_version", "Learning steps behind the current weights (count)."),
     "examples": ("scored_examples", "Labelled examples in the metrics over the whole stream (count)."),
     "unscored": ("unscored_examples", "Labelled examples whose loss was not finite (count)."),
@@ -67,6 +71,11 @@ PARTS = {
     "outcomes_failures": ("outcomes_failures", "Times that outcomes could not be read (count)."),
     "outcomes_away": ("outcomes_away", "1 while outcomes can't be read, else 0."),
     "memory_age_outcomes": ("error_memory_age_outcomes", "Outcomes taken since the snapshot that is served (count)."),
+    "checkpoint_overdue": (
+        "checkpoint_interval_ratio",
+        "Records since the last checkpoint divided by checkpoint.every_events; above 3 it is stale.",
+    ),
+    "lag_s": ("lag_seconds", "Age of the newest record taken, by its own timestamp, while records wait; else 0."),
     "checkpoints_deferred": ("checkpoints_deferred", "Put off, the one before being still written (count)."),
     "source_retries": ("poll_retries", "Polls that failed, brokers being away (count)."),
     "source_away": ("brokers_away", "1 while no broker of the inputs is connected, else 0."),
@@ -117,12 +126,21 @@ PERCENTILES = {
     "unit_utility": "Utility of a unit of the layer; comparable within a layer only.",
 }
 """Readings of a hidden layer that come once for each percentile NN of its units, under a name that ends in `_pNN`."""
+FEATURES = {
+    "psi": "How far the feature's recent values are from the first ones of this process; above .25 it is another.",
+    "missing_ratio": "Share of the recent sampled events without the feature.",
+}
+"""Readings of a feature, under `feature:NAME:`."""
+WEIGHTS = {name: f"{text} Of a sample of labels, for live or frozen weights." for name, text in QUALITY.items()}
+"""Readings of live and of frozen weights over the same sampled labels, under `sampled:WEIGHTS:`."""
 TASKS = {name: f"{text} Of a further task." for name, text in QUALITY.items()}
 """Readings of a further task, under `task_NAME.`; a name that ends in `_window` is of the recent window."""
 _NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
     (re.compile(r"task_(?P<task>\w+)\.(?P<name>\w+)"), "task_", TASKS),
     (re.compile(r"boundary_(?P<boundary>\d+)_(?P<name>\w+)"), "boundary_", BOUNDARIES),
+    (re.compile(r"feature:(?P<feature>.+):(?P<name>\w+)"), "feature_", FEATURES),
+    (re.compile(r"sampled:(?P<weights>\w+):(?P<name>\w+)"), "sampled_", WEIGHTS),
     (re.compile(r"table:(?P<field>.+):(?P<name>evicted):(?P<reason>\w+)"), "table_", TABLES),
     (re.compile(r"table:(?P<field>.+):(?P<name>\w+)"), "table_", TABLES),
     (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)_p(?P<percentile>\d\d)"), "", PERCENTILES),
@@ -130,6 +148,42 @@ _NUMBERED = (
 )
 """Readings of which there are several, told apart by labels: every group of the pattern but the name."""
 _UNKNOWN = "Reported by a part of the worker."
+MOST_SERIES = 256
+"""Of one family. What a plug-in or a wide configuration tells beyond it is dropped, and counted."""
+MOST_FAMILIES = 128
+"""Of readings that nothing here explains: each has a family of its own."""
+
+
+class Tally(Collector):
+    """A histogram that takes many values at once, by the values of one label: a scrape adds up, not the loop.
+
+    Args:
+        edges: Upper bounds, ascending; +Inf is one more.
+        label, values: Every series that there is. "": one without a label.
+    """
+
+    def __init__(
+        self, name: str, text: str, edges: Sequence[float], label: str = "", values: Sequence[str] = ("",)
+    ) -> None:
+        self.name, self.text, self.label = f"streamcl_{name}", text, label
+        self.edges = list(edges)
+        self._counts = {value: [0] * (len(edges) + 1) for value in values}
+        self._sums = dict.fromkeys(values, 0.0)
+
+    def add(self, values: Iterable[float], of: str = "") -> None:
+        counts, edges, total = self._counts[of], self.edges, 0.0
+        for value in values:
+            counts[bisect_left(edges, value)] += 1
+            total += value
+        self._sums[of] += total
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self.name, self.text, labels=[self.label] if self.label else [])
+        names = [*map(str, self.edges), "+Inf"]
+        for value, counts in self._counts.items():
+            buckets = list(zip(names, accumulate(counts), strict=True))
+            family.add_metric([value] if self.label else [], buckets, self._sums[value])
+        yield family
 
 
 class Reported:
@@ -154,8 +208,18 @@ class Shards(Collector):
         self.labels = ["shard"] if labelled else []
         self.roles = [(role, ""), ("live", "live_")] if role else [("", "")]
         self.by_index: dict[int, Reported] = {}
+        self._unexplained = 0  # families left out of the last scrape
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        dropped = 0
+        for family in self._all():
+            dropped += max(0, len(family.samples) - MOST_SERIES)
+            del family.samples[MOST_SERIES:]
+            yield family
+        text = f"Series left out of the scrape: a family has {MOST_SERIES} at most (count)."
+        yield GaugeMetricFamily("streamcl_series_dropped", text, value=dropped + self._unexplained)
+
+    def _all(self) -> Iterator[GaugeMetricFamily]:
         told = dict(self.by_index)
         yield _by_stream("position", "Offset that is read next.", [each.position for each in told.values()])
         yield _by_stream("lag_records", "Records that wait (count); at least 0.", [each.lag for each in told.values()])
@@ -166,7 +230,10 @@ class Shards(Collector):
         yield from self._quality(left)
         for pattern, prefix, texts in _NUMBERED:
             yield from self._numbered(left, pattern, prefix, texts)
-        for key in dict.fromkeys(key for readings in left.values() for key in readings):
+        keys = dict.fromkeys(key for readings in left.values() for key in readings)
+        unexplained = [key for key in keys if key not in PARTS]
+        self._unexplained = max(0, len(unexplained) - MOST_FAMILIES)
+        for key in [key for key in keys if key in PARTS] + unexplained[:MOST_FAMILIES]:
             name, text = PARTS.get(key, (key, _UNKNOWN))
             family = GaugeMetricFamily(f"streamcl_{name}", text, labels=self.labels)
             for index, readings in left.items():

@@ -7,12 +7,15 @@ may be incremented exists at 0 from the start, or the first increase would go un
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
+import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import prometheus_client as prometheus
 import torch
@@ -24,8 +27,10 @@ from starlette.routing import Route
 
 from streamcl import __version__
 from streamcl.config import Config
+from streamcl.memory_limit import memory_limit_bytes
+from streamcl.progress import STAGES
 from streamcl.protocols import StreamclError
-from streamcl.readings import Reported, Shards
+from streamcl.readings import Reported, Shards, Tally
 from streamcl.records import Fate, Stream, Turn
 
 FATES = (
@@ -56,13 +61,19 @@ REASONS = (
     "future",
     "duplicate_ticket",
     "quarantined_label",
+    "other",
 )
+"""Why a record became a dead letter; `other` is whatever a codec from elsewhere says."""
 CAUSES = ("unavailable", "fenced")
 SAVE_FAULTS = ("disk_full", "denied", "read_only", "io", "other")
 """Why a checkpoint could not be written."""
 LIVE_S = 60.0
 _TURN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _DELAY_BUCKETS = (1.0, 10.0, 60.0, 600.0, 3600.0, 21_600.0, 86_400.0, 259_200.0, 604_800.0, 2_592_000.0)
+_STAGE_BUCKETS = (0.0001, 0.0005, *_TURN_BUCKETS)
+_SCORE_BUCKETS = (0.001, 0.003, 0.01, 0.03, *(step / 20 for step in range(1, 20)), 0.97, 0.99)
+SCORES_PER_TURN = 16
+"""Served scores that the histogram takes of a turn: all of them would cost more than the rest of this module."""
 _SAVE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 # Of no use to a query, and as many series again.
@@ -109,12 +120,13 @@ class Telemetry:
         self._turn_seconds = prometheus.Histogram(
             "streamcl_turn_seconds", "Time of a turn that had records.", buckets=_TURN_BUCKETS, registry=self.registry
         )
-        self._label_delay = prometheus.Histogram(
-            "streamcl_label_delay_seconds",
-            "Event time from an event to its label, of labels that were joined.",
-            buckets=_DELAY_BUCKETS,
-            registry=self.registry,
-        )
+        text = "Time that the stages of a turn with records took."
+        self._stage_seconds = self._tally("stage_seconds", text, _STAGE_BUCKETS, "stage", STAGES)
+        text = "Event time from an event to its label, of labels that were joined."
+        self._label_delay = self._tally("label_delay_seconds", text, _DELAY_BUCKETS)
+        text = f"What was served, of up to {SCORES_PER_TURN} events a turn: chance of 1, or of the likeliest class."
+        self._served = self._tally("served_score", text, _SCORE_BUCKETS) if self.config.task != "regression" else None
+        self._delay = self._gauge("event_delay_seconds", "Clock minus event time of the event answered last.")
         self._recoveries = self._counter(
             "recoveries_total", "Shards dropped in order to be recovered, here or elsewhere, by cause.", cause=CAUSES
         )
@@ -122,6 +134,8 @@ class Telemetry:
         self._ready = self._gauge("ready", "1 when every shard here has caught up and hears its brokers, else 0.")
         blocks = self._gauge("python_blocks", "Objects and parts of them that Python's allocator holds (count).")
         blocks.set_function(lambda: sys.getallocatedblocks())
+        limit = self._gauge("memory_limit_bytes", "What this process may take: of its control group, or all there is.")
+        limit.set(memory_limit_bytes())
         build = self._gauge("build_info", "Versions; always 1.", "version", "python", "torch")
         build.labels(__version__, platform.python_version(), torch.__version__).set(1)
 
@@ -137,6 +151,8 @@ class Telemetry:
         )
         if not self._shards.labels:
             self._saved_at.set_to_current_time()
+        disk = self._gauge("checkpoint_disk_free_bytes", "Free on the disk of checkpoint.folder; NaN without a folder.")
+        disk.set_function(self._free_bytes)
         self._restores = self._counter(
             "checkpoint_restores_total",
             "Starts: from the newest checkpoint (ok), from one before a damaged one (damaged), without any (none).",
@@ -154,24 +170,52 @@ class Telemetry:
                 counter.labels(value)
         return counter
 
+    def _tally(
+        self, name: str, text: str, edges: Sequence[float], label: str = "", values: Sequence[str] = ("",)
+    ) -> Tally:
+        self.registry.register(tally := Tally(name, text, edges, label, values))
+        return tally
+
+    def _free_bytes(self) -> float:
+        try:
+            return float(shutil.disk_usage(self.config.checkpoint.folder).free)
+        except OSError:
+            return math.nan
+
     def _gauge(self, name: str, text: str, *labels: str) -> prometheus.Gauge:
         return prometheus.Gauge(f"streamcl_{name}", text, labels, registry=self.registry)
 
     def observe(
-        self, turn: Turn, *, seconds: float, lag: Mapping[Stream, int], readings: Mapping[str, float], shard: int = 0
+        self,
+        turn: Turn,
+        *,
+        seconds: float,
+        lag: Mapping[Stream, int],
+        readings: Mapping[str, float],
+        stages: Mapping[str, float] = MappingProxyType({}),
+        shard: int = 0,
     ) -> None:
-        """Take a turn in, an empty one too. `lag` and `readings` that are empty leave what was told before."""
+        """Take a turn in, an empty one too. `lag` and `readings` that are empty leave what was told before.
+
+        Costs nothing for each event but to look at its fate: what takes more is sampled, or done once a turn.
+        """
         self.beat()
         if turn.records:
             self._turn_seconds.observe(seconds)
+            for stage, took in stages.items():
+                self._stage_seconds.add((took,), stage)
         self._consumed.inc(turn.records)
         for fate, count in turn.counts.items():
             (self._forgets.get(fate) or self._events.labels(fate)).inc(count)
-        for outcome in turn.outcomes:
-            if outcome.fate in (Fate.JOINED, Fate.LATE):
-                self._label_delay.observe(outcome.delay_s)
+        joined, late = Fate.JOINED, Fate.LATE
+        self._label_delay.add([each.delay_s for each in turn.outcomes if each.fate is joined or each.fate is late])
+        if turn.predictions:
+            self._delay.set(time.time() - turn.predictions[-1].time_s)
+            if self._served:
+                some = turn.predictions[:: max(1, len(turn.predictions) // SCORES_PER_TURN)]
+                self._served.add([float(each.scores.served.max()) for each in some[:SCORES_PER_TURN]])
         for letter in turn.dead_letters:
-            self._dead_letters.labels(letter.reason).inc()
+            self._dead_letters.labels(letter.reason if letter.reason in REASONS else "other").inc()
         for signal in turn.signals:
             if signal.kind == "drift":
                 self._drift.labels(signal.source).inc()

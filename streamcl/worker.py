@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -29,7 +30,7 @@ from streamcl.lineage import Lineage
 from streamcl.metrics import Prequential, TaskMetrics
 from streamcl.outlets import Outlets
 from streamcl.past import past_of
-from streamcl.progress import Counts, Due, Progress, Work
+from streamcl.progress import Counts, Due, Pace, Progress, Work
 from streamcl.protocols import (
     BadInput,
     Codecs,
@@ -104,6 +105,7 @@ class Worker:
         self.past = past_of(config, self.decoder.featurizer)
         self.counts = Counts()
         self.progress = Progress()
+        self.pace = Pace()
         self.outlets.answers = self.progress.published
         self.joiner = Joiner(config.join, self.counts)
         self.learner = RiverLearner(config) if config.river else Learner(config)
@@ -131,30 +133,40 @@ class Worker:
             yield from self.rerun(logged(self.control, self.control_offset))
         self.caught_up = not self.stopping
         while not (self.stopping or self.source.exhausted()):
+            self.pace.stages.clear()
+            began = time.perf_counter()
             records = self.source.poll(self.config.worker.max_records, self.poll_timeout_s)
+            self.pace.took("poll", began)
             yield self._commit(records) if self.config.exactly_once else self._log(records)
 
     def _log(self, records: Sequence[Record]) -> Turn:
         """At least once: the order is a fact before anything comes of it."""
+        began = time.perf_counter()
         if records and self.control:
             self.control_offset = self.control.append(self._order(records))
+        self.pace.took("log", began)
         turn = self.turn(records)
+        began = time.perf_counter()
         self.outlets.send(turn)
         self.outlets.send_deltas(turn)
+        self.pace.took("send", began)
         return turn
 
     def _commit(self, records: Sequence[Record]) -> Turn:
         """Exactly once: the order and the answers become facts together."""
         order, turn = self._order(records), self.turn(records)
+        began = time.perf_counter()
         self.outlets.send_dead_letters(turn)
         if records and self.control:
             self.control_offset = self.control.append(order, self.outlets.published(turn))
         self.outlets.send_deltas(turn)
+        self.pace.took("send", began)
         return turn
 
     def rerun(self, orders: Iterable[tuple[int, Order]]) -> Iterator[Turn]:
         """Take records in a logged order: recovery, and the backtest of a log with several inputs."""
         for next_offset, order in orders:
+            self.pace.stages.clear()
             # One order is one turn: a snapshot lies between two orders, never inside one.
             if order.leap is not None:
                 self.progress.leap(self.source.seek(order.position))
@@ -175,6 +187,7 @@ class Worker:
     def turn(self, records: Sequence[Record], recovering: bool = False) -> Turn:
         """Work through some records; the cut into turns never changes a state or a prediction."""
         before, work = Counter(self.counts), Work()
+        began, inside = time.perf_counter(), self.pace.stages.get("engine", 0.0)
         self.joiner.settle = partial(self._settle, work)
         for start in range(0, len(records), self.stride):
             with self.gate:  # in between others may look at the state
@@ -184,6 +197,9 @@ class Worker:
                         self._settle(work)
                         work.deltas.append(self.deltas.cut(self.progress))
                 self._settle(work)
+        if records:
+            self.pace.newest_s = records[-1].time_s
+        self.pace.took("work", began + self.pace.stages.get("engine", 0.0) - inside)
         return Turn(
             records=len(records),
             position=dict(self.progress.position),
@@ -273,7 +289,9 @@ class Worker:
         """Let the learner do what it has put off; then everything is as if it had been done record by record."""
         if not self.fused:
             return
+        began = time.perf_counter()
         learned = self.fused.settle()
+        self.pace.took("engine", began)
         due, work.due = work.due, []
         if due:
             self._watch([each.outcome for each in due], work)

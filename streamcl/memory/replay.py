@@ -184,6 +184,14 @@ class Replay:
         if "loss" in self.columns:
             self.columns["loss"][rows] = step.losses[-len(rows) :].numpy()
 
+    def read(self) -> dict[str, float]:
+        """How many rows, and how old they are in event time; the newest is as good a now as any."""
+        size = len(self)
+        told = {"replay_rows": float(size)} | ({"replay_fill": size / self.capacity} if self.capacity else {})
+        times = self.owners.times[:size]
+        times = times[np.isfinite(times)]  # rows of old snapshots have none
+        return told | ({"replay_age_s": float(times.max() - times.mean())} if len(times) else {})
+
     def state_dict(self) -> State:
         size = len(self)
         held = {name: cut(getattr(self, name)[:size]) for name in EXAMPLE}
