@@ -42,4 +42,4 @@ peers: ## Make .venv-peers with the engines that `bench worker` compares with: t
 
 clean: ## Remove caches and what the demo and builds left; .venv stays
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist demo-out
-	find streamcl connectors tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find streamcl connectors deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +

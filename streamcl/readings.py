@@ -85,6 +85,8 @@ PARTS = {
     "diagnostics_examples": ("diagnostics_examples", "Sampled examples that a layer's figures are made of (count)."),
     "drift_mean_loss": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
 }
+OF_ENDPOINTS = {key for key in PARTS if key.startswith("outcomes_") and "_sink_" not in key} | {"memory_age_outcomes"}
+"""Of `PARTS`, what only an endpoint that serves has to tell."""
 STAGES = {
     "rows": "Records that the stage may read (count).",
     "lambda": "Strength of the compensation; 0 is none.",
@@ -135,7 +137,7 @@ WEIGHTS = {name: f"{text} Of a sample of labels, for live or frozen weights." fo
 """Readings of live and of frozen weights over the same sampled labels, under `sampled:WEIGHTS:`."""
 TASKS = {name: f"{text} Of a further task." for name, text in QUALITY.items()}
 """Readings of a further task, under `task_NAME.`; a name that ends in `_window` is of the recent window."""
-_NUMBERED = (
+NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
     (re.compile(r"task_(?P<task>\w+)\.(?P<name>\w+)"), "task_", TASKS),
     (re.compile(r"boundary_(?P<boundary>\d+)_(?P<name>\w+)"), "boundary_", BOUNDARIES),
@@ -228,7 +230,7 @@ class Shards(Collector):
             for told_already in ("lag_records", "drift_alarms"):  # by partition, and as a counter
                 readings.pop(told_already, None)
         yield from self._quality(left)
-        for pattern, prefix, texts in _NUMBERED:
+        for pattern, prefix, texts in NUMBERED:
             yield from self._numbered(left, pattern, prefix, texts)
         keys = dict.fromkeys(key for readings in left.values() for key in readings)
         unexplained = [key for key in keys if key not in PARTS]
