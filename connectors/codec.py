@@ -22,7 +22,8 @@ class JSON:
     at most 1,024 levels deep. Integers beyond 64 bits come back as floats, so send long ids as strings.
 
     Raises:
-        BadInput: `undecodable`; the text names the fault and its byte, never what stands there.
+        BadInput: `undecodable`, or `non_finite` for a literal NaN or Infinity, which some producers write; the text
+            names the fault and its byte, never what stands there.
     """
 
     @classmethod
@@ -37,7 +38,9 @@ class JSON:
         try:
             decoded = orjson.loads(value)
         except orjson.JSONDecodeError as error:
-            raise BadInput("undecodable", _explain(value, error)) from None  # the cause would carry the payload
+            number = error.doc[error.pos :].startswith(("NaN", "Infinity")) if error.doc else False
+            reason = "non_finite" if number else "undecodable"
+            raise BadInput(reason, _explain(value, error)) from None  # the cause would carry the payload
         if not isinstance(decoded, dict):
             at = len(value) - len(value.lstrip(_SPACE))
             raise BadInput("undecodable", f"the top level is not an object, at byte {at}")

@@ -110,7 +110,7 @@ def alerts(scale: float = 1.0) -> list[Alert]:
             "critical",
             f"max {BY} (max_over_time(up{{{JOB}}}[{t(2 * minute)}])) == 0 or absent(up{{{JOB}}})",
             3 * minute,
-            "A worker does not answer its scrapes.",
+            "A worker, or a replica, does not answer its scrapes.",
             "{{ $labels.instance }} has not answered for five minutes, or no worker is scraped at all.",
             (
                 "Does the process live? `kubectl get pods`, `kubectl logs --previous`, or the service's own log.",

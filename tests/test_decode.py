@@ -56,7 +56,7 @@ def refusal(made: Decoder, payload: Any, input: str = EVENTS) -> tuple[str, str]
         (b'{"id": "hunter2"', "undecodable", "not JSON"),
         (b'["hunter2"]', "undecodable", "not an object"),
         (b"\xff\xfe", "undecodable", "not UTF-8"),
-        (b'{"n": NaN}', "undecodable", "not JSON"),
+        (b'{"n": NaN}', "non_finite", "not JSON"),
         (b" " * 2000, "too_large", "2000 bytes; events.max_bytes is 1000"),
         ({}, "schema", "'id'"),
         ({"id": None}, "schema", "'id'"),
