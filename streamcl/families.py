@@ -85,16 +85,7 @@ def _of(metric: Metric, of: str) -> Family:
 
 def _told() -> Iterator[Family]:
     """What parts tell about themselves."""
-    for name, text in readings.QUALITY.items():
-        yield Family(f"streamcl_{name}", "gauge", ("window",), "worker", text)
-    for pattern, prefix, texts in readings.NUMBERED:
-        labels = tuple(group for group in pattern.groupindex if group != "name")
-        if prefix == "table_" and "reason" in labels:
-            texts = {"evicted": readings.TABLES["evicted"]}
-        elif prefix == "table_":
-            texts = {name: text for name, text in texts.items() if name != "evicted"}
-        for name, text in texts.items():
-            yield Family(f"streamcl_{prefix}{name}", "gauge", labels, "worker", text)
-    for key, (name, text) in readings.PARTS.items():
-        of = "endpoint" if key in readings.OF_ENDPOINTS else "worker"
-        yield Family(f"streamcl_{name}", "gauge", (), of, text)
+    endpoint = {f"streamcl_{readings.PARTS[key][0]}" for key in readings.OF_ENDPOINTS}
+    for name, labels, text in readings.explained():
+        if not (name.startswith("streamcl_task_") and any(of in name for of in LABEL)):  # further tasks are binary
+            yield Family(name, "gauge", labels, "endpoint" if name in endpoint else "worker", text)

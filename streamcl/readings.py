@@ -24,6 +24,8 @@ QUALITY = {
     "rmse": "Root mean squared error, in the label's unit.",
     "baseline_rmse": "Root mean squared error of predicting the mean so far; what a model has to beat.",
 }
+ALONE = dict(QUALITY)
+"""Without what would have been served: of tasks and of samples."""
 QUALITY |= {f"base_{name}": f"{text} As if there were no error memory." for name, text in QUALITY.items()}
 """Readings that come twice: over the whole stream, and over the recent window under a name that ends in `_window`."""
 WINDOWS = {"whole": "", "recent": "_window", "since": "_since"}
@@ -85,6 +87,15 @@ PARTS = {
     "diagnostics_examples": ("diagnostics_examples", "Sampled examples that a layer's figures are made of (count)."),
     "drift_mean_loss": ("drift_loss_mean", "Mean loss since the last change that the detector saw."),
 }
+COUNTED = ("examples", "unscored", "auc_bound")
+"""Of `PARTS`, what every set of metrics tells beside the figures of `QUALITY`."""
+for _name in COUNTED:
+    PARTS[f"base_{_name}"] = (f"base_{PARTS[_name][0]}", f"{PARTS[_name][1]} As if there were no error memory.")
+STREAMS = {
+    "position": "Offset that is read next.",
+    "lag_records": "Records that wait (count); at least 0.",
+}
+"""By input and partition."""
 OF_ENDPOINTS = {key for key in PARTS if key.startswith("outcomes_") and "_sink_" not in key} | {"memory_age_outcomes"}
 """Of `PARTS`, what only an endpoint that serves has to tell."""
 STAGES = {
@@ -133,11 +144,16 @@ FEATURES = {
     "missing_ratio": "Share of the recent sampled events without the feature.",
 }
 """Readings of a feature, under `feature:NAME:`."""
-WEIGHTS = {name: f"{text} Of a sample of labels, for live or frozen weights." for name, text in QUALITY.items()}
+WEIGHTS = {name: f"{text} Of a sample of labels, for live or frozen weights." for name, text in ALONE.items()}
 """Readings of live and of frozen weights over the same sampled labels, under `sampled:WEIGHTS:`."""
-TASKS = {name: f"{text} Of a further task." for name, text in QUALITY.items()}
+TASKS = {
+    f"{name}{suffix}": f"{text} Of a further task."
+    for name, text in {**ALONE, **{name: PARTS[name][1] for name in COUNTED}}.items()
+    for suffix in (WINDOWS.values() if name in ALONE else ("",))
+    if suffix != WINDOWS["since"]
+}
 """Readings of a further task, under `task_NAME.`; a name that ends in `_window` is of the recent window."""
-NUMBERED = (
+_NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
     (re.compile(r"task_(?P<task>\w+)\.(?P<name>\w+)"), "task_", TASKS),
     (re.compile(r"boundary_(?P<boundary>\d+)_(?P<name>\w+)"), "boundary_", BOUNDARIES),
@@ -223,14 +239,14 @@ class Shards(Collector):
 
     def _all(self) -> Iterator[GaugeMetricFamily]:
         told = dict(self.by_index)
-        yield _by_stream("position", "Offset that is read next.", [each.position for each in told.values()])
-        yield _by_stream("lag_records", "Records that wait (count); at least 0.", [each.lag for each in told.values()])
+        yield _by_stream("position", [each.position for each in told.values()])
+        yield _by_stream("lag_records", [each.lag for each in told.values()])
         left = {index: dict(each.readings) for index, each in told.items()}
         for readings in left.values():
             for told_already in ("lag_records", "drift_alarms"):  # by partition, and as a counter
                 readings.pop(told_already, None)
         yield from self._quality(left)
-        for pattern, prefix, texts in NUMBERED:
+        for pattern, prefix, texts in _NUMBERED:
             yield from self._numbered(left, pattern, prefix, texts)
         keys = dict.fromkeys(key for readings in left.values() for key in readings)
         unexplained = [key for key in keys if key not in PARTS]
@@ -277,8 +293,23 @@ class Shards(Collector):
         yield from families.values()
 
 
-def _by_stream(name: str, text: str, told: Sequence[Mapping[Stream, int]]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"streamcl_{name}", text, labels=["input", "partition"])
+def _by_stream(name: str, told: Sequence[Mapping[Stream, int]]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"streamcl_{name}", STREAMS[name], labels=["input", "partition"])
     for stream, value in [item for values in told for item in values.items()]:
         family.add_metric([stream.input, str(stream.partition)], max(0, value))
     return family
+
+
+def explained() -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Every family that words are here for: its name, its labels beside `shard` and `role`, what it means."""
+    for name, text in STREAMS.items():
+        yield f"streamcl_{name}", ("input", "partition"), text
+    for name, text in QUALITY.items():
+        yield f"streamcl_{name}", ("window",), text
+    for pattern, prefix, texts in _NUMBERED:
+        labels = tuple(group for group in pattern.groupindex if group != "name")
+        for name, text in texts.items():
+            if prefix != "table_" or (name == "evicted") == ("reason" in labels):
+                yield f"streamcl_{prefix}{name}", labels, text
+    for name, text in PARTS.values():
+        yield f"streamcl_{name}", (), text

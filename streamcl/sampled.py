@@ -51,13 +51,15 @@ class FeatureDrift:
         fields, numerics = layout.fields[:MOST_FEATURES], layout.numerics
         self.names = (*fields, *numerics)[:MOST_FEATURES]
         self._slots = np.array([int(np.argmax(layout.slot_field == f)) for f in range(len(fields))], np.int64)
+        self._missing = layout.slot_base[self._slots]
         self._numbers = len(self.names) - len(fields)
         self._first = np.full((ROWS, len(self.names)), np.nan)
         self._last = np.full((ROWS, len(self.names)), np.nan)
         self._taken = 0
 
     def add(self, features: Encoded) -> None:
-        codes = np.where(features.weights[self._slots] != 0.0, features.ids[self._slots] % _CODES, np.nan)
+        ids = features.ids[self._slots]
+        codes = np.where(ids != self._missing, ids % _CODES, np.nan)
         row = np.concatenate((codes, features.dense[: self._numbers]))
         (self._first if self._taken < ROWS else self._last)[self._taken % ROWS] = row
         self._taken += 1

@@ -72,6 +72,8 @@ _TURN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 _DELAY_BUCKETS = (1.0, 10.0, 60.0, 600.0, 3600.0, 21_600.0, 86_400.0, 259_200.0, 604_800.0, 2_592_000.0)
 _STAGE_BUCKETS = (0.0001, 0.0005, *_TURN_BUCKETS)
 _SCORE_BUCKETS = (0.001, 0.003, 0.01, 0.03, *(step / 20 for step in range(1, 20)), 0.97, 0.99)
+MOST_SOURCES = 16
+"""Of drift signals that are told apart; those that come later are `other`."""
 SCORES_PER_TURN = 16
 """Served scores that the histogram takes of a turn: all of them would cost more than the rest of this module."""
 _SAVE_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -117,6 +119,7 @@ class Telemetry:
             "forgotten_rows": self._counter("forgotten_rows_total", "Rows that were erased by them, of every part."),
         }
         self._drift = self._counter("drift_alarms_total", "Drift signals by their source.", source=("loss",))
+        self._drifts = {"loss"}
         self._turn_seconds = prometheus.Histogram(
             "streamcl_turn_seconds", "Time of a turn that had records.", buckets=_TURN_BUCKETS, registry=self.registry
         )
@@ -218,7 +221,9 @@ class Telemetry:
             self._dead_letters.labels(letter.reason if letter.reason in REASONS else "other").inc()
         for signal in turn.signals:
             if signal.kind == "drift":
-                self._drift.labels(signal.source).inc()
+                known = signal.source in self._drifts or len(self._drifts) < MOST_SOURCES
+                self._drifts.add(source := signal.source if known else "other")
+                self._drift.labels(source).inc()
         reported = self._shards.by_index.setdefault(shard, Reported())
         reported.position = turn.position
         reported.lag = lag or reported.lag

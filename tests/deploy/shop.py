@@ -119,7 +119,7 @@ def worker(
             process.kill()
 
 
-class Producer(KafkaProducer):  # type: ignore[misc] - untyped
+class Producer(KafkaProducer):  # type: ignore[misc]  # untyped
     """Of whom nothing is owed: its broker may be dead, and then closing raises, and the end of it prints."""
 
     def __del__(self) -> None:
