@@ -49,10 +49,10 @@ def test_a_rule_that_never_fires_would_be_seen(promtool: Path, tmp_path: Path) -
     for rule in rules["groups"][0]["rules"]:
         rule["expr"] = f"({rule['expr']}) and vector(0) > 1"
     (tmp_path / "rules.yaml").write_text(to_yaml(rules))
-    (tmp_path / "test.yaml").write_text(to_yaml(rule_tests()))
+    (tmp_path / "test.yaml").write_text(to_yaml(rule_tests(alerts()[:3])))
     tested = run(promtool, "test", "rules", tmp_path / "test.yaml")
     assert tested.returncode == 1
-    assert (tested.stdout + tested.stderr).count("got: nil") == len(alerts())
+    assert (tested.stdout + tested.stderr).count("got: nil") == 3
 
 
 def test_every_alert_says_what_to_do_in_its_rule_and_in_the_runbook() -> None:
