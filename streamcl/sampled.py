@@ -7,6 +7,7 @@ restart begins the comparison anew.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ ROWS = 1024
 """Of the sample that features are compared with, and of that which they are compared by."""
 LABELS = 2000
 """Sampled labels behind the figures of live and frozen weights."""
+BATCH = 64
 MOST_BYTES = 256 << 20
 """Of a state that is copied in order to be frozen."""
 _CODES = 16
@@ -57,12 +59,13 @@ class FeatureDrift:
         self._last = np.full((ROWS, len(self.names)), np.nan)
         self._taken = 0
 
-    def add(self, features: Encoded) -> None:
-        ids = features.ids[self._slots]
+    def add(self, batch: Sequence[Encoded]) -> None:
+        ids = np.array([features.ids for features in batch])[:, self._slots]
         codes = np.where(ids != self._missing, ids % _CODES, np.nan)
-        row = np.concatenate((codes, features.dense[: self._numbers]))
-        (self._first if self._taken < ROWS else self._last)[self._taken % ROWS] = row
-        self._taken += 1
+        rows = np.concatenate((codes, np.array([features.dense[: self._numbers] for features in batch])), 1)
+        for row in rows:
+            (self._first if self._taken < ROWS else self._last)[self._taken % ROWS] = row
+            self._taken += 1
 
     def read(self) -> dict[str, float]:
         """PSI once both samples have enough rows; the missing ratio of the last there are."""
@@ -123,7 +126,10 @@ class Frozen:
 
 
 class Sampled:
-    """One labelled event in `telemetry.sample_every`, by its number in the order of labels."""
+    """One labelled event in `telemetry.sample_every`, by its number in the order of labels.
+
+    They are looked at `BATCH` at a time, for a pass of the model costs more than the events in it.
+    """
 
     def __init__(self, worker: Worker) -> None:
         config = worker.config
@@ -138,21 +144,26 @@ class Sampled:
             else:
                 log.info("no frozen baseline: a state of %d bytes is not copied (%d at most)", size, MOST_BYTES)
         self._passed = 0
+        self._waiting: list[Outcome] = []
 
     def add(self, turn: Turn) -> None:
         if not self.every:
             return
-        some = list(turn.outcomes[-self._passed % self.every :: self.every])
+        self._waiting += turn.outcomes[-self._passed % self.every :: self.every]
         self._passed += len(turn.outcomes)
-        if not some:
-            return
-        for outcome in some:
-            self.features.add(outcome.ticket.features)
+        if len(self._waiting) >= BATCH:
+            self._look()
+
+    def _look(self) -> None:
+        some, self._waiting = self._waiting, []
+        self.features.add([outcome.ticket.features for outcome in some])
         counted = [outcome for outcome in some if self.verdicts.counts(outcome)]
         if self.frozen and counted:
             self.frozen.add(counted)
 
     def read(self) -> dict[str, float]:
+        if self._waiting:
+            self._look()
         return self.features.read() | (self.frozen.read() if self.frozen else {})
 
 

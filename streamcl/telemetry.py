@@ -114,7 +114,7 @@ class Telemetry:
         self._consumed = self._counter("events_consumed_total", "Records taken, of every input.")
         self._events = self._counter("events_total", "Events and labels by what became of them.", fate=FATES)
         self._dead_letters = self._counter("dead_letters_total", "Records that could not be used.", reason=REASONS)
-        self._forgets = {
+        self._by_fate = {
             "forget_requests": self._counter("forget_requests_total", "Commands to forget that were obeyed."),
             "forgotten_rows": self._counter("forgotten_rows_total", "Rows that were erased by them, of every part."),
         }
@@ -209,14 +209,16 @@ class Telemetry:
                 self._stage_seconds.add((took,), stage)
         self._consumed.inc(turn.records)
         for fate, count in turn.counts.items():
-            (self._forgets.get(fate) or self._events.labels(fate)).inc(count)
+            if fate not in self._by_fate:
+                self._by_fate[fate] = self._events.labels(fate)
+            self._by_fate[fate].inc(count)
         joined, late = Fate.JOINED, Fate.LATE
         self._label_delay.add([each.delay_s for each in turn.outcomes if each.fate is joined or each.fate is late])
         if turn.predictions:
             self._delay.set(time.time() - turn.predictions[-1].time_s)
             if self._served:
                 some = turn.predictions[:: max(1, len(turn.predictions) // SCORES_PER_TURN)]
-                self._served.add([float(each.scores.served.max()) for each in some[:SCORES_PER_TURN]])
+                self._served.add([max(each.scores.served.tolist()) for each in some[:SCORES_PER_TURN]])
         for letter in turn.dead_letters:
             self._dead_letters.labels(letter.reason if letter.reason in REASONS else "other").inc()
         for signal in turn.signals:

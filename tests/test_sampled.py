@@ -45,7 +45,7 @@ def test_a_feature_that_moves_or_goes_missing_is_told_by_name() -> None:
     for step in range(2 * ROWS):
         late = step >= ROWS
         payload = {"still": rng.normal(), "moved": rng.normal() + 2.0 * late, "swapped": f"{late}{rng.integers(4)}"}
-        watched.add(featurizer.encode(payload | ({} if late and step % 2 else {"gone": "a"})))
+        watched.add([featurizer.encode(payload | ({} if late and step % 2 else {"gone": "a"}))])
     told = watched.read()
     assert told["feature:still:psi"] < 0.1 < 0.25 < min(told["feature:moved:psi"], told["feature:swapped:psi"])
     assert told["feature:gone:missing_ratio"] == 0.5
@@ -55,13 +55,13 @@ def test_a_feature_that_moves_or_goes_missing_is_told_by_name() -> None:
 def test_nothing_is_said_of_too_few_events() -> None:
     watched, featurizer = drift()
     for _ in range(100):
-        watched.add(featurizer.encode({"n": 1.0}))
+        watched.add([featurizer.encode({"n": 1.0})])
     assert watched.read() == {}
 
 
 def test_a_wide_configuration_is_watched_in_part() -> None:
     watched, featurizer = drift(**{f"f{n}": "categorical" for n in range(100)})
-    watched.add(featurizer.encode({"f0": "a"}))
+    watched.add([featurizer.encode({"f0": "a"})])
     assert len(watched.names) == 64
 
 
@@ -94,6 +94,7 @@ def test_live_weights_beat_those_frozen_at_the_start_on_the_same_labels(tmp_path
 
 def test_the_share_asked_for_is_taken_however_turns_are_cut(tmp_path: Path) -> None:
     worker, sampled = sampled_run(tmp_path, 7)
+    sampled.read()
     assert sampled.frozen
     held = sampled.frozen.metrics["live"].read()["examples"]
     assert held == -(-worker.readings()["examples"] // 7)

@@ -1,5 +1,5 @@
-"""A worker's events a second: with a model, in memory and on Kafka (`worker_clicks`, `worker_clicks_kafka`); and what
-Kafka costs, with next to no model.
+"""A worker's events a second: with a model, in memory and on Kafka (`worker_clicks`, `worker_clicks_kafka`); what its
+metrics cost (`worker_telemetry`), and what Kafka costs, with next to no model.
 
 The bar compares the worker on a broker with the sum of its parts: a bare loop of the same client (consume, decode, add
 a field, encode, produce) and the same worker on topics in memory. What the connector does beyond the client's own work
@@ -20,7 +20,7 @@ import orjson
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from streamcl import connect
-from streamcl.bench import peer_python, worker_clicks, worker_clicks_kafka
+from streamcl.bench import peer_python, worker_clicks, worker_clicks_kafka, worker_telemetry
 from streamcl.bench.brokers import Broker, chosen
 from streamcl.bench.clock import Clock, Taken, timed
 from streamcl.bench.options import Options
@@ -31,7 +31,7 @@ from streamcl.records import Message
 from streamcl.worker import build
 
 READS = frozenset({"via", "task"})
-TASKS = ("clicks", "clicks-kafka", "kafka")
+TASKS = ("clicks", "telemetry", "clicks-kafka", "kafka")
 PEERS = ("quix", "bytewax", "faust")
 FULL, QUICK = (60_000, 5), (5_000, 3)
 PATIENCE_S = 300.0
@@ -54,7 +54,11 @@ def run(options: Options) -> Report:
     if "clicks" in tasks:
         rows, bars = worker_clicks.measure(options.quick)
         notes += worker_clicks.NOTES
-    if tasks != ("clicks",):
+    if "telemetry" in tasks:
+        found, wanted = worker_telemetry.measure(options.quick)
+        rows, bars = rows + found, bars + wanted
+        notes += worker_telemetry.NOTES
+    if set(tasks) & {"clicks-kafka", "kafka"}:
         with chosen(options.via) as broker:
             shape["broker"] = broker.kind
             if "clicks-kafka" in tasks:

@@ -154,13 +154,13 @@ class Clicks:
             for i, (row, y) in enumerate(zip(made.categories.tolist(), made.y.tolist(), strict=True))
         ]
         self.new_topic, self.url = new_topic, new_topic()
-        sink = connect.open_sink(self.url, self._config({}))
+        sink = connect.open_sink(self.url, self.config({}))
         for start in range(0, count, 1000):
             sink.send([Message(value) for value in self.messages[start : start + 1000]])
             sink.flush()
         sink.close()
 
-    def _config(self, settings: Mapping[str, Any]) -> Config:
+    def config(self, settings: Mapping[str, Any]) -> Config:
         table = {
             "name": f"bench-clicks-{next(_names)}",
             "events": {"url": self.url, "id": "id", "key": "user", "time": "time", "label": LABEL},
@@ -171,7 +171,7 @@ class Clicks:
         return Config.parse({**table, **settings}, "bench")
 
     def built(self, engine: str, settings: Mapping[str, Any], plain: bool = False) -> Worker:
-        worker = build(self._config({**settings, "worker": {"engine": engine}, "predictions": self.new_topic()}))
+        worker = build(self.config({**settings, "worker": {"engine": engine}, "predictions": self.new_topic()}))
         if self.url.startswith("memory:") and worker.outlets.predictions:
             worker.outlets.predictions.close()
             worker.outlets.predictions = Drain()
