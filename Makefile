@@ -7,10 +7,10 @@ STAMP := $(VENV)/.setup
 BENCH ?= stream --quick
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench peers clean
+.PHONY: help setup demo test lint generate bench peers clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with everything in it, at the versions of requirements.lock
 
@@ -31,6 +31,9 @@ lint: setup ## Check style, types and import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+generate: setup ## Write alerts, dashboards, the runbook and the table of metrics from the code
+	$(BIN)/python -m deploy
 
 bench: setup ## Run a benchmark: make bench BENCH='stream --json'
 	$(BIN)/streamcl bench $(BENCH)

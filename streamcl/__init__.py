@@ -55,13 +55,17 @@ Table of contents, in the order of the journey (start with `worker`):
     outlets        where results go: predictions, outcomes, dead letters, deltas
     channel        where deltas go and come from: a folder, an object store, a topic
     readings       what parts say about themselves, as Prometheus families
+    sampled        from a sample: how far features have moved, and what frozen weights would have served
+    memory_limit   how much memory a process may take
     telemetry      turns to Prometheus
+    logs           lines on stderr: text, or JSON
     outcomes       what was learned after a snapshot: the error memory of a replica
     follow         a replica's way from a snapshot to the newest delta
     replica        the newest snapshot of a worker, followed
     openapi        the endpoint's description, for programs and for people
     listen         HTTP connections: limits, deadlines, order
     traffic        what an endpoint tells Prometheus
+    families       every metric that there is, for its table
     endpoint       what is asked over HTTP, and its answers
     live           the worker's own endpoint
     serve          the endpoint on its socket, its key and its certificate

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from streamcl import __version__, channel, connect, garbage, inspection, plasticity, summary
+from streamcl import __version__, channel, connect, garbage, inspection, logs, plasticity, summary
 from streamcl import reshard as resharding
 from streamcl.backtest import build as backtest
 from streamcl.backtest import order_of, pair, redirected
@@ -77,9 +76,7 @@ WarmStart = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: turns errors that a user can cure into one line and an exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
-    logging.getLogger("kafka").setLevel(logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.begin()
     try:
         app(args=arguments)
     except StreamclError as error:
@@ -127,6 +124,7 @@ def run(
     settings = _with_shards(_begun_with(Config.load(config), warm_start), shards)
     if serve is not None:
         settings = _with_serve(settings, in_worker=True, port=serve)
+    logs.go_on_as(settings.telemetry.log_format)
     with contextlib.closing(Telemetry(settings)) as telemetry, contextlib.ExitStack() as signals:
         membership = signals.enter_context(contextlib.closing(_membership(settings)))
         past = _bootstrap(settings, history or ()) if bootstrap or history else None
@@ -341,7 +339,9 @@ def serve(
 
     Key, certificate and limits stand in the config's [serve].
     """
-    serve_forever(_with_serve(Config.load(config), host=host, port=port))
+    settings = _with_serve(Config.load(config), host=host, port=port)
+    logs.go_on_as(settings.telemetry.log_format)
+    serve_forever(settings)
 
 
 def _begun_with(config: Config, path: Path | None) -> Config:

@@ -35,7 +35,8 @@ from streamcl.worker import Worker, build
 
 log = logging.getLogger(__name__)
 
-_READINGS_EVERY_S = 1.0  # windowed metrics sort their window: once a second is often enough
+_READINGS_EVERY_S, _READINGS_SHARE = 1.0, 1 / 300
+"""Windowed metrics sort their window: once a second is often enough, and less often where that takes long."""
 
 
 class Stoppable(Protocol):
@@ -89,7 +90,7 @@ class Life:
     saved: Snapshot | None
     since: float
     sampled: Sampled | None = None
-    told: float = 0.0
+    tells_at: float = 0.0
     failed: Counter[str] = field(default_factory=Counter)
 
 
@@ -302,8 +303,10 @@ class Host:
         lag = worker.source.lag()
         if life.sampled:
             life.sampled.add(turn)
-        if time.monotonic() - life.told > _READINGS_EVERY_S:
-            readings, life.told = worker.readings() | _beside(life, any(lag.values())), time.monotonic()
+        if (began := time.monotonic()) >= life.tells_at:
+            readings = worker.readings() | _beside(life, any(lag.values()))
+            now = time.monotonic()
+            life.tells_at = now + max(_READINGS_EVERY_S, (now - began) / _READINGS_SHARE)
         self.telemetry.observe(
             turn, seconds=seconds, lag=lag, readings=readings, stages=worker.pace.stages, shard=seat.index
         )

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from streamcl import garbage
+from streamcl import garbage, logs
 from streamcl.config import Config, changes
 from streamcl.console import Json, out
 from streamcl.host import FixedShards, Host, stopping
@@ -73,6 +73,7 @@ def run(
     shard = settings.shard.model_copy(update={"indices": tuple(range(settings.shard.count))})
     told = settings.telemetry.model_copy(update={"port": listens})
     settings = settings.model_copy(update={"telemetry": told, "shard": shard})
+    logs.go_on_as(settings.telemetry.log_format)
     with contextlib.closing(Telemetry(settings, "shadow")) as telemetry:
         make = partial(_open, live)
         host = Host(settings, FixedShards(settings), telemetry, bootstrap=Beginning(from_start=from_start), build=make)

@@ -293,7 +293,8 @@ class Telemetry:
             listener = socket.create_server((place.host, place.port), family=_family(place.host))
         except OSError as error:
             raise TelemetryError(f"telemetry: can't listen on {place.host}:{place.port}: {error.strerror}") from error
-        self._server = uvicorn.Server(uvicorn.Config(self.app(), log_level="warning", access_log=False, lifespan="off"))
+        settings = uvicorn.Config(self.app(), log_level="warning", log_config=None, access_log=False, lifespan="off")
+        self._server = uvicorn.Server(settings)  # None: our own handlers
         # A daemon: a scrape that hangs must not keep a worker from leaving.
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="telemetry", daemon=True)
         self._thread.start()

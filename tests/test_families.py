@@ -73,7 +73,7 @@ def exported(config: Config) -> dict[str, Metric]:
     for number, _ in enumerate(host.run()):
         for seat in host.seats.values():
             if seat.life:
-                seat.life.told = 0.0  # tell with every turn
+                seat.life.tells_at = 0.0  # tell with every turn
         if number % 20 == 0:
             metrics = [metric for metric in telemetry.registry.collect() if metric.samples]
             found |= {f"{m.name}_total" if m.type == "counter" else m.name: m for m in metrics}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from deploy.tools import ToolError, tool
 from streamcl import telemetry
 from streamcl.config import Config
 from streamcl.drift import DriftDetector
@@ -21,6 +20,7 @@ from streamcl.readings import BOUNDARIES, LAYERS, PARTS, PERCENTILES, QUALITY, S
 from streamcl.records import DeadLetter, Origin, Record, Signal, Stream, Turn
 from streamcl.stations import Drift
 from streamcl.telemetry import FATES, REASONS, Telemetry, TelemetryError
+from tests.components import lack
 
 EVENTS_0 = Stream("events", 0)
 READINGS = {
@@ -305,16 +305,23 @@ def test_close_ends_the_server() -> None:
 def test_few_modules_import_the_client() -> None:
     package = Path(telemetry.__file__).parent
     users = {path.name for path in package.rglob("*.py") if "prometheus_client" in path.read_text()}
-    assert users == {"endpoint.py", "readings.py", "telemetry.py", "traffic.py"}
+    assert users == {
+        "endpoint.py",
+        "families.py",
+        "readings.py",
+        "telemetry.py",
+        "traffic.py",
+        "worker_telemetry.py",
+    }
 
 
-@pytest.mark.skipif(
-    shutil.which("promtool") is None and "prometheus" not in os.environ.get("STREAMCL_REQUIRE", ""),
-    reason="promtool is not on PATH",
-)
 def test_promtool_finds_no_fault(watching: tuple[Telemetry, httpx.Client]) -> None:
     watcher, client = watching
+    try:
+        promtool = tool("promtool")
+    except ToolError as error:
+        lack("prometheus", str(error))
     watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: 5}, readings=READINGS)
     text = client.get("/metrics").text
-    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
