@@ -77,6 +77,8 @@ def alerts(scale: float = 1.0) -> list[Alert]:
     labelled = f"sum {BY} (rate(streamcl_events_total{{{LABELLED}}}[{t(15 * minute)}]))"
     known = f"(max {BY} (streamcl_join_hit_ratio) > 0 or sum {BY} (streamcl_events_total{{{LABELLED}}}) > 0)"
     stopped = f"({labelled} == 0 and {ON} {predicted} > 0 and {ON} {known})"
+    # What was told last stands on while nothing comes: that is no news of the model.
+    learning = f'sum {BY} (rate(streamcl_events_total{{fate="learned"}}[{t(15 * minute)}])) > 0'
     bad_labels = (
         f'sum {BY} (increase(streamcl_dead_letters_total{{reason=~"non_finite|quarantined_label"}}[{t(15 * minute)}]))'
     )
@@ -91,7 +93,11 @@ def alerts(scale: float = 1.0) -> list[Alert]:
         return f"({joined} / {ON} {all_})"
 
     steady = {_s("ready"): "1x200", _s("brokers_away"): "0x200"}
-    flowing = {_s("events_consumed_total"): "0+6000x200", _s("events_total", 'fate="predicted"'): "0+3000x200"}
+    flowing = {
+        _s("events_consumed_total"): "0+6000x200",
+        _s("events_total", 'fate="predicted"'): "0+3000x200",
+        _s("events_total", 'fate="learned"'): "0+3000x200",
+    }
     joining = {
         _s("events_total", 'fate="joined"'): "0+600x200",
         _s("events_total", 'fate="expired"'): "0+2400x200",
@@ -284,7 +290,7 @@ def alerts(scale: float = 1.0) -> list[Alert]:
             "critical",
             f'(max {BY} (avg_over_time(streamcl_sampled_log_loss{{weights="live"}}[{t(30 * minute)}])) > 1.02 * '
             f'max {BY} (avg_over_time(streamcl_sampled_log_loss{{weights="frozen"}}[{t(30 * minute)}])))'
-            f" unless {ON} {stopped} unless {ON} ({storm})",
+            f" and {ON} {learning} unless {ON} {stopped} unless {ON} ({storm})",
             30 * minute,
             "Learning does harm: the weights that the process began with would do better.",
             "{{ $labels.instance }}: over the same labels live weights lose {{ $value }} nats, frozen ones at least 2 %"
@@ -313,7 +319,8 @@ def alerts(scale: float = 1.0) -> list[Alert]:
             "StreamclCalibrationOff",
             "warning",
             f'max {BY} (abs(log2(avg_over_time(streamcl_calibration{{window="recent",role!="shadow"}}'
-            f"[{t(15 * minute)}])))) > 0.32 unless {ON} {stopped} unless {ON} ({storm}) unless {ON} {bad_labels} > 0",
+            f"[{t(15 * minute)}])))) > 0.32 and {ON} {learning} "
+            f"unless {ON} {stopped} unless {ON} ({storm}) unless {ON} {bad_labels} > 0",
             30 * minute,
             "Scores are more than a quarter too high or too low on average.",
             "{{ $labels.instance }}: served scores and labels differ by a factor of 2 to the {{ $value }} in the recent"
@@ -332,7 +339,7 @@ def alerts(scale: float = 1.0) -> list[Alert]:
             "warning",
             f'(max {BY} (avg_over_time(streamcl_ne{{window="recent",role!="shadow"}}[{t(15 * minute)}])) > 1.2 * '
             f'max {BY} (quantile_over_time(0.5, streamcl_ne{{window="recent",role!="shadow"}}[{t(24 * hour)}])))'
-            f" unless {ON} {stopped} unless {ON} ({storm})",
+            f" and {ON} {learning} unless {ON} {stopped} unless {ON} ({storm})",
             30 * minute,
             "The normalised loss is a fifth above its median of the day.",
             "{{ $labels.instance }}: NE is {{ $value }} in the recent window.",

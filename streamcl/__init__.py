@@ -58,6 +58,7 @@ Table of contents, in the order of the journey (start with `worker`):
     sampled        from a sample: how far features have moved, and what frozen weights would have served
     memory_limit   how much memory a process may take
     telemetry      turns to Prometheus
+    traces         OpenTelemetry's spans of a few events
     logs           lines on stderr: text, or JSON
     outcomes       what was learned after a snapshot: the error memory of a replica
     follow         a replica's way from a snapshot to the newest delta

@@ -31,6 +31,7 @@ from streamcl.recovery import Keeper, store_of
 from streamcl.sampled import Sampled
 from streamcl.snapshot import Snapshot
 from streamcl.telemetry import Telemetry
+from streamcl.traces import Traces
 from streamcl.worker import Worker, build
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,7 @@ class Host:
         self.stopping = False
         self.stood = False  # some shard has
         self.error: StreamclError | None = None
+        self.traces = Traces(config) if config.telemetry.trace_share else None
 
     def stop(self) -> None:
         """End `run` once every shard has finished its turn and saved. Safe to call from a signal handler."""
@@ -198,6 +200,8 @@ class Host:
         finally:
             for seat in self.seats.values():
                 seat.close()
+            if self.traces:
+                self.traces.close()
 
     def _over(self) -> bool:
         return all(seat.ended for seat in self.seats.values()) and (self.stopping or bool(self.seats))
@@ -310,6 +314,8 @@ class Host:
         self.telemetry.observe(
             turn, seconds=seconds, lag=lag, readings=readings, stages=worker.pace.stages, shard=seat.index
         )
+        if self.traces:
+            self.traces.add(turn, seconds)
         reason = "repeating the logged order" if not worker.caught_up else "no broker is connected"
         self.telemetry.ready(worker.caught_up and seat.hears(), reason, seat.index)
         for each in turn.signals:

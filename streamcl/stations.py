@@ -407,6 +407,9 @@ class Telemetry(Station):
     host: str = Free("127.0.0.1", description="where /metrics, /healthz and /readyz listen")
     port: int = Free(9464, ge=0, le=65535, description="0 switches it off")
     log_format: Literal["text", "json"] = Free("text", description="of the lines on stderr; json: an object a line")
+    trace_share: float = Free(
+        0.0, ge=0, le=1, description="share of the keys whose events are traced, by OpenTelemetry; needs streamcl[otel]"
+    )
     sample_every: int = Free(
         64, ge=0, description="one labelled event in so many is looked at for drift of features; 0: none"
     )
