@@ -205,10 +205,23 @@ def named_table(value: Any) -> Any:
 Table = Annotated[Dynamic | None, BeforeValidator(named_table)]
 
 
+class RowOptimizer(Station):
+    """How rows of a field are learned; what it leaves out is as [optimizer] says."""
+
+    kind: Literal["sgd", "adagrad", "adam", "ftrl"] | None = New(None, description="default: that of [optimizer]")
+    learning_rate: float | None = Stop(None, gt=0, description="default: that of all rows")
+    l1: float | None = Stop(None, ge=0, description="FTRL only")
+    l2: float | None = Stop(None, ge=0, description="times the weight, part of its gradient")
+
+
 class Category(Station):
     """What features of rows have in common."""
 
     buckets: int = New(1 << 16, ge=2, le=1 << 26, description="rows of a hashed table (count)")
+    embedding_dim: int | None = New(
+        None, ge=0, description="numbers of its rows that are used, the rest is zero; default: all, model.embedding_dim"
+    )
+    optimizer: RowOptimizer | None = New(None, description="of its rows; default: as all rows")
     table: Table = New(
         None,
         description="hashed, or dynamic: a row for each id, without collisions, admitted and dropped; its settings",
