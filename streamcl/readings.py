@@ -18,14 +18,23 @@ QUALITY = {
     "no_change_accuracy": "Accuracy of predicting the label before; what a model has to beat.",
     "base_rate": "Share of positive labels.",
     "auc": "Area under the ROC curve; over the whole stream to within auc_bound.",
+    "ece": "Distance of score and label, mean over 15 parts of equally many examples by score; 0 is calibrated.",
+    "ne_recalibrated": "NE after the one shift of all logits that was best for the window before.",
     "mae": "Mean absolute error, in the label's unit.",
     "rmse": "Root mean squared error, in the label's unit.",
     "baseline_rmse": "Root mean squared error of predicting the mean so far; what a model has to beat.",
 }
 QUALITY |= {f"base_{name}": f"{text} As if there were no error memory." for name, text in QUALITY.items()}
-"""Readings that come twice: over the whole stream, and over the recent window under a name that ends in `_window`."""
-WINDOWS = {"whole": "", "recent": "_window", "since": "_since"}
-"""What a metric is over, and how its reading ends: all labels, the recent ones, those since a shadow began."""
+"""Readings that come several times: over the whole stream, and over the others of `WINDOWS`, as far as defined."""
+WINDOWS = {"whole": "", "recent": "_window", "decayed": "_decayed", "since": "_since"}
+"""What a metric is over, and how its reading ends: all labels, the recent ones, all of them by a weight that decays,
+those since a shadow began.
+"""
+DECILES = {
+    "decile_calibration": "Calibration within a tenth of the recent window's examples; the first has the lowest scores."
+}
+DECILES |= {f"{of}_decile_calibration": text for text in DECILES.values() for of in ("base", "live")}
+"""Readings that come once for each tenth, under a name that ends in its number, from 1 to 10."""
 PARTS = {
     "deltas_sent": ("deltas_sent", "Deltas published since the shard was built (count)."),
     "deltas_sent_bytes": ("deltas_sent_bytes", "The same in bytes."),
@@ -121,6 +130,8 @@ TASKS = {name: f"{text} Of a further task." for name, text in QUALITY.items()}
 """Readings of a further task, under `task_NAME.`; a name that ends in `_window` is of the recent window."""
 _NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
+    (re.compile(r"(?P<name>(?:base_|live_)?decile_calibration)_(?P<decile>\d+)"), "", DECILES),
+    (re.compile(r"task_(?P<task>\w+)\.(?P<name>decile_calibration)_(?P<decile>\d+)"), "task_", DECILES),
     (re.compile(r"task_(?P<task>\w+)\.(?P<name>\w+)"), "task_", TASKS),
     (re.compile(r"boundary_(?P<boundary>\d+)_(?P<name>\w+)"), "boundary_", BOUNDARIES),
     (re.compile(r"table:(?P<field>.+):(?P<name>evicted):(?P<reason>\w+)"), "table_", TABLES),

@@ -18,6 +18,10 @@ Change = Literal["free", "stop", "new"]
 Task = Literal["binary", "multiclass", "regression"]
 
 
+HALF_LIFE = 10_000.0
+"""Of the decayed metrics: examples (count)."""
+
+
 def Free(default: Any = ..., **kwargs: Any) -> Any:
     """A field that may change under a live checkpoint."""
     return Field(default, json_schema_extra={"change": "free"}, **kwargs)
@@ -312,6 +316,9 @@ class Sample(Station):
 
 class Metrics(Station):
     window: int = New(10_000, ge=1, description="labelled examples in the windowed metrics (count)")
+    half_life: float = Stop(
+        HALF_LIFE, gt=0, description="an example counts half in the decayed metrics after so many more (count)"
+    )
 
 
 class Drift(Station):

@@ -107,12 +107,11 @@ class Worker:
         self.outlets.answers = self.progress.published
         self.joiner = Joiner(config.join, self.counts)
         self.learner = RiverLearner(config) if config.river else Learner(config)
-        self.metrics = Prequential(config.task, config.metrics.window, config.model.classes)
+        judge = config.task, config.metrics.window, config.model.classes, config.metrics.half_life
+        self.metrics = Prequential(*judge)
+        self.task_metrics = TaskMetrics(config.tasks, judge[1], judge[3]) if config.tasks else None
         # Of what would have been served without the error memory.
-        self.task_metrics = TaskMetrics(config.tasks, config.metrics.window) if config.tasks else None
-        self.base_metrics = (
-            Prequential(config.task, config.metrics.window, config.model.classes) if config.error_memory else None
-        )
+        self.base_metrics = Prequential(*judge) if config.error_memory else None
         self.drift = DriftDetector(config.drift)
         self.boundaries = Boundaries(config)
         self.verdicts = Verdicts(config)

@@ -117,6 +117,20 @@ def test_readings_become_gauges_and_the_window_a_label(watching: tuple[Telemetry
     assert value(series, "dormant_ratio") == 0.1
 
 
+def test_what_decays_is_a_window_and_a_tenth_of_the_scores_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    readings = {"ne_decayed": 0.75, "ne_recalibrated_window": 0.5, "ece_window": 0.25, "decile_calibration_10": 2.0}
+    readings |= {"base_decile_calibration_1": 3.0, "task_like.decile_calibration_2": 4.0}
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=readings)
+    series = scrape(client)
+    assert value(series, "ne", window="decayed") == 0.75
+    assert value(series, "ne_recalibrated", window="recent") == 0.5
+    assert value(series, "ece", window="recent") == 0.25
+    assert value(series, "decile_calibration", decile="10") == 2
+    assert value(series, "base_decile_calibration", decile="1") == 3
+    assert value(series, "task_decile_calibration", task="like", decile="2") == 4
+
+
 def test_a_reading_that_became_undefined_leaves_no_stale_series(watching: tuple[Telemetry, httpx.Client]) -> None:
     watcher, client = watching
     watcher.observe(turn(), seconds=0.02, lag={}, readings=READINGS)
