@@ -204,6 +204,17 @@ def test_a_waiting_ticket_keeps_its_segment_and_an_old_snapshot_knows_of_none(se
     assert ("segment" in state["tickets"]) == any(segments)
 
 
+def test_a_waiting_ticket_keeps_what_metrics_tell_it_apart_by() -> None:
+    """Each its own: which fields are kept may have changed while it waited."""
+    first, second = joiner(), joiner()
+    told = [{}, {"device": "ios"}, {"device": "web", "request.id": "r"}]
+    for offset, traits in enumerate(told):
+        first.add(replace(ticket(str(offset), 0.0, offset), traits=traits))
+    second.load_state_dict(first.state_dict())
+    assert [t.traits for t in second.tickets.values()] == told
+    assert digest(second.state_dict()) == digest(first.state_dict())
+
+
 @effort(max_examples=150, deadline=None)
 @given(ACTIONS)
 def test_every_ticket_has_exactly_one_fate(actions: list[Action]) -> None:

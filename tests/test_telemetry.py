@@ -234,6 +234,30 @@ def test_a_dynamic_table_s_readings_have_its_field_as_a_label(watching: tuple[Te
     assert value(series, "table_evicted", field="user.id", reason="lru") == 6
 
 
+def test_a_value_of_a_field_is_a_label_whatever_is_in_it(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    values = ["ios", "other", 'a:b"c\\', "two\nlines", "{}"]
+    readings = {f"segment:device.os:{value}:{name}": 0.5 for value in values for name in ("auc", "log_loss", "events")}
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=readings)
+    series = scrape(client)
+    for name in ("segment_auc", "segment_log_loss", "segment_events"):
+        assert {(dict(pairs)["field"], dict(pairs)["value"]) for at, pairs in series if at == f"streamcl_{name}"} == {
+            ("device.os", each) for each in values
+        }
+
+
+def test_how_lists_are_ranked_has_k_as_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    readings = {"ranking_ndcg_at_5": 0.5, "ranking_recall_at_20": 0.25, "ranking_lists": 7.0, "gauc_window": 0.75}
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=readings | {"ranking_left_out": 0.125})
+    series = scrape(client)
+    assert value(series, "ranking_ndcg", k="5") == 0.5
+    assert value(series, "ranking_recall", k="20") == 0.25
+    assert value(series, "ranking_closed_lists") == 7
+    assert value(series, "ranking_left_out") == 0.125
+    assert value(series, "gauc", window="recent") == 0.75
+
+
 def test_a_layer_s_readings_are_one_family_with_a_text_and_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
     watcher, client = watching
     readings = {"layer_0_dormant_ratio": 0.25, "layer_11_dormant_ratio": 0.5, "layer_1_unit_age_steps_p90": 7.0}
