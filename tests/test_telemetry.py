@@ -12,15 +12,17 @@ from pathlib import Path
 
 import httpx
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from streamcl import telemetry
 from streamcl.config import Config
 from streamcl.drift import DriftDetector
 from streamcl.readings import BOUNDARIES, LAYERS, PARTS, PERCENTILES, QUALITY, STAGES
-from streamcl.records import DeadLetter, Origin, Record, Signal, Stream, Turn
+from streamcl.records import DeadLetter, Fate, Origin, Record, Signal, Stream, Turn
 from streamcl.stations import Drift
 from streamcl.telemetry import FATES, REASONS, Telemetry, TelemetryError
+from tests.metrics.sliced import outcome
 
 EVENTS_0 = Stream("events", 0)
 READINGS = {
@@ -101,6 +103,21 @@ def test_a_turn_is_counted_by_fate_reason_and_source(watching: tuple[Telemetry, 
     assert value(series, "turn_seconds_bucket", le="0.025") == 2
     assert value(series, "position", input="events", partition="0") == 11
     assert value(series, "lag_records", input="events", partition="0") == 5
+
+
+def test_how_late_labels_are_is_a_histogram_of_those_that_were_joined(
+    watching: tuple[Telemetry, httpx.Client],
+) -> None:
+    watcher, client = watching
+    fates = [(Fate.JOINED, 0.5), (Fate.JOINED, 30.0), (Fate.LATE, 7200.0), (Fate.EXPIRED, 1800.0), (Fate.INLINE, 0.0)]
+    told = [replace(outcome(1.0, 0.5), fate=fate, delay_s=delay_s) for fate, delay_s in fates]
+    watcher.observe(replace(turn(), outcomes=tuple(told)), seconds=0.02, lag={}, readings={"join_hit_ratio": 0.75})
+    series = scrape(client)
+    assert value(series, "label_delay_seconds_count") == 3
+    assert value(series, "label_delay_seconds_sum") == 7230.5
+    assert value(series, "label_delay_seconds_bucket", le="1.0") == 1
+    assert value(series, "label_delay_seconds_bucket", le="60.0") == 2
+    assert value(series, "join_hit_ratio") == 0.75
 
 
 def test_readings_become_gauges_and_the_window_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
