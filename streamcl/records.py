@@ -240,7 +240,10 @@ class Forgotten(Struct, frozen=True, gc=False):
 
 def mark(text: str) -> int:
     """A hash by which a row knows its owner's key or id again: 64 bits, signed; 0 stands for "", which is nobody's."""
-    return int.from_bytes(xxhash.xxh3_64_digest(text.encode()), "big", signed=True) or 1 if text else 0
+    if not text:
+        return 0
+    value: int = xxhash.xxh3_64_intdigest(text.encode())
+    return (value if value < 1 << 63 else value - (1 << 64)) or 1
 
 
 class Fate(StrEnum):

@@ -19,12 +19,14 @@ KEY = "key"
 Features = Mapping[str, Any]
 Trait = Callable[[Ticket], str]
 """The text of a ticket; "" where its event said none."""
+KEYED: Trait = attrgetter("key")
+"""That of its key."""
 
 
 def trait(name: str, events: Events, features: Features) -> Trait:
     """What reads it from a ticket."""
     if _is_key(name, events, features):
-        return attrgetter("key")
+        return KEYED
     if name == events.segment:
         return attrgetter("segment")
     return lambda ticket: ticket.traits.get(name, "")

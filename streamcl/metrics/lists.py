@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from streamcl.config import Config
 from streamcl.metrics.losses import finite
@@ -18,30 +19,40 @@ from streamcl.records import Outcome, Selector, mark
 from streamcl.traits import trait
 
 
-def list_metrics(labels: ArrayLike, scores: ArrayLike, k: int) -> tuple[float, float, float]:
-    """NDCG, recall and reciprocal rank of the first k of one list, highest scores first; each from 0 to 1.
+def ranks_of_positives(labels: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """Ascending, counted from 1, which is the highest score's.
 
-    With y_i the label at rank i, counted from 1, and P positives in all:
+    Among equal scores negatives come first: a model that tells nothing apart is told so, and the order in which the
+    events came, often that in which they were shown, can't leak in.
+
+    Args:
+        labels, scores: (n,) each, 0 or 1, and finite.
+    """
+    ranked = sorted(zip([-score for score in scores], labels, strict=True))
+    return [rank for rank, (_, label) in enumerate(ranked, 1) if label]
+
+
+def first_of_list(ranks: Sequence[int], k: int) -> tuple[float, float, float]:
+    """NDCG, recall and reciprocal rank of the first k of one list, by the ranks of its positives; each from 0 to 1.
+
+    With y_i the label at rank i, and P positives in all, which are one or more:
 
         NDCG@k     sum(y_i / log2(i + 1), i <= k) / sum(1 / log2(i + 1), i <= min(k, P))
         recall@k   sum(y_i, i <= k) / P
         MRR@k      1 / rank of the first positive, or 0 where that is beyond k
 
-    Among equal scores negatives come first: a model that tells nothing apart is told so, and the order in which the
-    events came, often that in which they were shown, can't leak in.
-
-    Shape:
-        labels (n,) 0 or 1, at least one of them 1; scores (n,) finite.
-
     Source:
         Jarvelin and Kekalainen 2002, doi 10.1145/582415.582418, for NDCG, here with log2(i + 1) as the discount.
     """
-    y = np.asarray(labels, np.float64)
-    y = y[np.lexsort((y, -np.asarray(scores, np.float64)))]
-    gains = 1.0 / np.log2(np.arange(2, min(k, len(y)) + 2))
-    positives, ranks = int(y.sum()), np.flatnonzero(y[:k])
-    ndcg = float((y[:k] * gains).sum() / gains[:positives].sum())
-    return ndcg, len(ranks) / positives, 1.0 / (1.0 + float(ranks[0])) if len(ranks) else 0.0
+    found = ranks[: bisect_right(ranks, k)]
+    gain = sum(1.0 / math.log2(rank + 1) for rank in found)
+    return gain / _most_gain(min(k, len(ranks))), len(found) / len(ranks), 1.0 / found[0] if found else 0.0
+
+
+@lru_cache(maxsize=4096)
+def _most_gain(count: int) -> float:
+    """Of so many positives, when they come first."""
+    return sum(1.0 / math.log2(rank + 1) for rank in range(1, count + 1))
 
 
 class Open(NamedTuple):
@@ -53,7 +64,7 @@ class Open(NamedTuple):
 
 
 class Lists:
-    """Means of `list_metrics` over the last `metrics.ranking.window` closed lists, each list weighing the same.
+    """Means of `first_of_list` over the last `metrics.ranking.window` closed lists, each list weighing the same.
 
     A list is what has been labelled of one value of `metrics.ranking.group_by`. It is closed once it holds `max_items`
     examples, or once `max_open` other lists have begun behind it; of one value that comes again then, another list
@@ -95,7 +106,7 @@ class Lists:
                 self._close(next(iter(self._open)))
             held = self._open[name] = Open([], [], [])
         held.labels.append(outcome.label)
-        held.scores.append(float(outcome.ticket.scores.served[0]))
+        held.scores.append(outcome.ticket.scores.served.item())
         held.owners.append(mark(outcome.ticket.key))
         if len(held.labels) == self._config.max_items:
             self._close(name)
@@ -104,7 +115,8 @@ class Lists:
         labels, scores, _ = self._open.pop(name)
         told = [0.0] * len(self._names)
         if both := 0.0 < sum(labels) < len(labels):
-            told = [value for k in self._config.k for value in list_metrics(labels, scores, k)]
+            ranks = ranks_of_positives(labels, scores)
+            told = [value for k in self._config.k for value in first_of_list(ranks, k)]
         self._closed.append((float(len(labels)), float(both), *told))
         self._count += 1
 

@@ -16,7 +16,7 @@ from streamcl.metrics.losses import finite, log_losses, ratio
 from streamcl.metrics.ranking import exact_auc
 from streamcl.protocols import State
 from streamcl.records import Outcome, Selector, mark
-from streamcl.traits import trait
+from streamcl.traits import KEYED, trait
 
 Floats = NDArray[np.float64]
 
@@ -93,14 +93,17 @@ class Slices:
         kept = list(compress(outcomes, map(math.isfinite, losses)))
         rows = (self._written + np.arange(len(kept))) % self._size
         last = slice(max(0, len(kept) - self._size), None)  # of which no two go to one row
-        numbers = [(each.label, float(each.ticket.scores.served[0]), each.weight) for each in kept]
-        self._numbers[rows[last]] = np.array(numbers, np.float64).reshape(-1, 3)[last]
+        tickets = [each.ticket for each in kept]
+        columns = [each.label for each in kept], [t.scores.served.item() for t in tickets], [e.weight for e in kept]
+        for column, values in enumerate(columns):
+            self._numbers[rows[last], column] = values[last]
         if group := self._group:
-            marks = [(mark(group(each.ticket)), mark(each.ticket.key)) for each in kept]
-            self._marks[rows[last]] = np.array(marks, np.int64).reshape(-1, 2)[last]
+            owners = [mark(ticket.key) for ticket in tickets]
+            groups = owners if group is KEYED else [mark(group(ticket)) for ticket in tickets]
+            self._marks[rows[last], 0], self._marks[rows[last], 1] = groups[last], owners[last]
         for column, (name, read) in enumerate(self._fields.items()):
             place = self._values[name].place
-            self._places[rows[last], column] = [place(read(each.ticket)) for each in kept][last]
+            self._places[rows[last], column] = [place(read(ticket)) for ticket in tickets][last]
         self._written += len(kept)
 
     def _held(self) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamcl.metrics.lists import Lists, list_metrics
+from streamcl.metrics.lists import Lists, first_of_list, ranks_of_positives
 from streamcl.records import Outcome, Selector
 from streamcl.state import digest
 from streamcl.testing import check_stateful
@@ -43,12 +43,13 @@ def by_hand(items: Items, k: int) -> tuple[float, float, float]:
 @given(st.lists(ITEM, min_size=1, max_size=12).filter(lambda items: any(y for y, _ in items)), st.integers(1, 15))
 def test_a_list_is_judged_by_definition(items: Items, k: int) -> None:
     labels, scores = zip(*items, strict=True)
-    assert list_metrics(labels, scores, k) == pytest.approx(by_hand(items, k), rel=1e-12)
+    assert first_of_list(ranks_of_positives(labels, scores), k) == pytest.approx(by_hand(items, k), rel=1e-12)
 
 
 def test_a_model_that_tells_nothing_apart_ranks_positives_last() -> None:
-    assert list_metrics([1, 0, 0], [0.5, 0.5, 0.5], 2) == (0.0, 0.0, 0.0)
-    assert list_metrics([1, 0, 0], [0.5, 0.5, 0.5], 3) == pytest.approx((0.5, 1.0, 1 / 3))
+    ranks = ranks_of_positives([1, 0, 0], [0.5, 0.5, 0.5])
+    assert first_of_list(ranks, 2) == (0.0, 0.0, 0.0)
+    assert first_of_list(ranks, 3) == pytest.approx((0.5, 1.0, 1 / 3))
 
 
 Steps = list[tuple[str, int, float]]
