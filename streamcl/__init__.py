@@ -21,6 +21,7 @@ Table of contents, in the order of the journey (start with `worker`):
     connect        URL to connector, name to codec: through entry points
     decode         record to event or label
     commands       record to an order to the shard itself: to forget
+    traits         what of an event its metrics are told apart by
     derived        kinds of features made of other fields, of event time, of the past
     features       event to arrays
     past           what the engine keeps of the past stream, and the features read from it

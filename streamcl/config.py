@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import orjson
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from streamcl import derived, plugin
+from streamcl import derived, plugin, traits
 from streamcl.architectures import Model, faults
 from streamcl.architectures import Task as FurtherTask
 from streamcl.derived import KINDS, Feature
@@ -183,6 +183,12 @@ class Config(Station):
     @model_validator(mode="after")
     def _derived_fit(self) -> Self:
         if fault := derived.fault(self.features, self.task):
+            raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_fit(self) -> Self:
+        if fault := traits.fault(self.metrics, self.events, self.features, self.task, self.sample.negatives):
             raise ValueError(fault)
         return self
 

@@ -18,6 +18,10 @@ Change = Literal["free", "stop", "new"]
 Task = Literal["binary", "multiclass", "regression"]
 
 
+HALF_LIFE = 10_000.0
+"""Of the decayed metrics: examples (count)."""
+
+
 def Free(default: Any = ..., **kwargs: Any) -> Any:
     """A field that may change under a live checkpoint."""
     return Field(default, json_schema_extra={"change": "free"}, **kwargs)
@@ -323,8 +327,45 @@ class Sample(Station):
     negatives: float = Stop(1.0, gt=0, le=1, description="share of the negatives that are learned from")
 
 
+class Ranking(Station):
+    """Metrics of lists, such as what a request was answered with; off without `group_by`.
+
+    A list is what has been labelled of one value of `group_by`. It is closed once it holds `max_items`, or once
+    `max_open` others have begun behind it; only then is it judged. With labels that wait for their window there must
+    be room for the lists of a whole window, or a list's positives, which come early, are judged without its negatives.
+    """
+
+    group_by: FieldPath | None = Stop(
+        None, description="field that names the list an event was shown in (request, session); events.key, or another"
+    )
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Stop(
+        (5, 20), min_length=1, max_length=8, description="how many of a list's first count (count)"
+    )
+    max_items: int = Stop(500, ge=2, description="a list with so many labelled events is closed (count)")
+    max_open: int = Stop(1000, ge=1, description="lists that are open at once; the one that began first goes (count)")
+    window: int = Stop(1000, ge=1, description="closed lists in the metrics (count)")
+
+
 class Metrics(Station):
+    """What is measured beside the metrics of a task. A part whose settings change begins anew."""
+
     window: int = New(10_000, ge=1, description="labelled examples in the windowed metrics (count)")
+    half_life: float = Stop(
+        HALF_LIFE, gt=0, description="an example counts half in the decayed metrics after so many more (count)"
+    )
+    group_by: FieldPath | None = Stop(
+        None, description="gAUC within the values of this categorical feature, of events.key or events.segment"
+    )
+    segments: tuple[FieldPath, ...] = Stop(
+        (), max_length=8, description="metrics for each value of these categorical features, or of events.segment"
+    )
+    max_segments: int = Stop(
+        20,
+        ge=1,
+        le=1000,
+        description="values of such a field that have series of their own, first come; others share one",
+    )
+    ranking: Ranking = Ranking()
 
 
 class Drift(Station):

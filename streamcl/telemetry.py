@@ -1,7 +1,8 @@
 """Turns to Prometheus, and health: `/metrics`, `/livez` (also `/healthz`) and `/readyz` beside the loop, on a thread.
 
-Names begin with `streamcl_`, units are base units, counters end in `_total`; no key, user or id is ever a label. What
-may be incremented exists at 0 from the start, or the first increase would go unseen.
+Names begin with `streamcl_`, units are base units, counters end in `_total`; no key, user or id is ever a label, and of
+the values of a field no more than `metrics.max_segments`, where `metrics.segments` asks for them. What may be
+incremented exists at 0 from the start, or the first increase would go unseen.
 """
 
 from __future__ import annotations
