@@ -267,7 +267,7 @@ def _figures(told: Mapping[str, Any], latest: Mapping[str, float], task: str) ->
             f"Last checkpoint{worst}",
             "none yet" if saved["age_s"] is None else f"{_age(saved['age_s'])} ago",
         ),
-        ("checkpoint_bytes", "Its size", f"{saved['bytes'] / 1e6:,.1f} MB" if saved["bytes"] else UNKNOWN),
+        ("checkpoint_bytes", "Checkpoint size", f"{saved['bytes'] / 1e6:,.1f} MB" if saved["bytes"] else UNKNOWN),
         ("position", "Next offset", ", ".join(positions) or UNKNOWN),
         ("uptime", "Running for", running),
     ]

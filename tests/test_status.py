@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -217,6 +218,27 @@ def test_the_charts_are_those_of_the_lock_file() -> None:
         name: each["version"] for name, each in locked.items() if name
     }
     assert all(each["integrity"].startswith("sha512-") for name, each in locked.items() if name)
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2's relative luminance of #rgb or #rrggbb."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_what_is_read_stands_out_from_what_is_behind_it(scheme: int) -> None:
+    """WCAG 2.2, AA: 4.5 : 1 for text, 3 : 1 for lines and the mark of the focus."""
+    style = (status.WEB / "assets" / "status.css").read_text()
+    colours = dict(re.findall(r"--(\S+): (#\w+);", re.findall(r":root \{.*?\}", style, re.DOTALL)[scheme]))
+    pairs = [(text, behind, 4.5) for text in ("ink", "soft", "model") for behind in ("page", "sheet")]
+    pairs += [(text, f"{text}-page", 4.5) for text in ("ok", "bad", "wait")]
+    pairs += [(line, "sheet", 3.0) for line in ("model", "frozen", "other", "live", "constant", "drift", "focus")]
+    for text, behind, least in pairs:
+        lighter, darker = sorted((luminance(colours[text]), luminance(colours[behind])), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= least, (text, behind)
 
 
 def test_samples_are_taken_beside_the_loop(watching: tuple[Telemetry, httpx.Client]) -> None:

@@ -14,7 +14,7 @@ const fromZero = (u, low, high) => [0, high ? high * 1.1 : 1];
 
 // A line: name in `series`, what people read, colour, dashes, scale.
 const CHARTS = [
-  { id: "loss", title: "Loss", note: "recent window; the lower the better", wide: true, say: number, range: padded, marks: true,
+  { id: "loss", title: "Loss", note: "recent window, the lower the better; ▼\u00a0drift\u00a0alarm", wide: true, say: number, range: padded, marks: true,
     none: "No label has been learned from yet.", lines: [
       ["loss_constant", "a constant", "constant", [2, 4]], ["loss_frozen", "frozen baseline", "frozen", [8, 4]],
       ["loss_without_memory", "without error memory", "other", [8, 3, 2, 3]], ["loss_live", "live model", "live", [8, 4]],
@@ -141,7 +141,7 @@ function draw(chart, there, place) {
     width: width(place), height: chart.wide ? 250 : 180,
     scales: { x: { range: shown }, y: { range: chart.range }, s: { range: fromZero } },
     axes: [
-      axis("x", null, { values: fine, space: 70 }),
+      axis("x", null, { values: fine, space: 70, size: 28 }),
       axis("y", (at) => chart.say === share ? `${Number((100 * at).toFixed(1))} %` : at >= 1e4 ? compact.format(at) : Number(at.toPrecision(6)), { size: 56 }),
       ...(right ? [axis("s", (at) => `${number(at)} s`, { side: 1, size: 56, grid: { show: false } })] : []),
     ],
@@ -151,6 +151,7 @@ function draw(chart, there, place) {
         label, dash, scale: scale ?? "y", stroke: colour(name), width: 2, points: { show: false },
         value: (u, value) => (scale ? seconds : chart.say)(value) })),
     ],
+    legend: { markers: { dash: (u, at) => u.series[at].dash ? "dashed" : "solid" } },
     cursor: { sync: { key: "time" }, drag: { x: false, y: false }, points: { size: 7 } },
     hooks: {
       draw: chart.marks ? [marks] : [],
@@ -221,18 +222,19 @@ function bars(counts, place) {
   place.ariaLabel = `Dead letters by reason, a bar chart: ${counts.map(([, count], at) => `${words[at]} ${count}`).join(", ")}.`;
   place.onkeydown = place.onblur = null;
   return new uPlot({
-    width: width(place), height: Math.max(120, 34 * counts.length + 40), legend: { show: false }, cursor: { show: false },
+    width: width(place), height: 34 * counts.length + 30, legend: { show: false }, cursor: { show: false },
     padding: [0, 50, 0, 0],
     scales: { x: { time: false, ori: 1, dir: -1, range: [-0.5, counts.length - 0.5] }, y: { ori: 0, dir: 1, range: [0, most] } },
     axes: [
       axis("x", (at) => words[at], { side: 3, size: 130, grid: { show: false }, ticks: { show: false }, splits: () => counts.map((_, at) => at) }),
-      axis("y", (at) => Number.isInteger(at) ? compact.format(at) : "", { side: 2, space: 60 }),
+      axis("y", (at) => Number.isInteger(at) ? compact.format(at) : "", { side: 2, space: 60, size: 28 }),
     ],
     series: [{}, { fill: colour("model"), width: 0, points: { show: false }, paths: uPlot.paths.bars({ size: [0.6, 26] }) }],
     hooks: { draw: [(u) => {
       u.ctx.save();
       u.ctx.fillStyle = colour("ink");
       u.ctx.font = `${12 * devicePixelRatio}px system-ui, sans-serif`;
+      u.ctx.textAlign = "left";
       u.ctx.textBaseline = "middle";
       counts.forEach(([, count], at) => u.ctx.fillText(whole(count), u.valToPos(count, "y", true) + 6 * devicePixelRatio, u.valToPos(at, "x", true)));
       u.ctx.restore();
