@@ -61,7 +61,7 @@ _POSITION, _END = len(COLUMNS), len(COLUMNS) + 1  # sums over the streams, for `
 
 @dataclass(slots=True)
 class Facts:
-    """Of a shard, since this process has it. Times are of the clock on the wall."""
+    """Of a shard, since this process has it. Times are those of `History.now`."""
 
     records: int = 0
     dead_letters: Counter[str] = field(default_factory=Counter)
@@ -80,14 +80,21 @@ class History:
 
     Attributes:
         facts: By shard.
+        began: When it was made (s).
     """
 
     def __init__(self, samples: int = SAMPLES) -> None:
         self.samples = samples
         self.facts: dict[int, Facts] = {}
+        self.began = time.time()
+        self._lead_s = self.began - time.monotonic()
         self._times = np.full(samples, np.nan)
         self._rows: dict[int, Floats] = {}
         self._taken = 0
+
+    def now(self) -> float:
+        """Seconds since 1970, by the clock on the wall when this was made; it never jumps or goes back."""
+        return self._lead_s + time.monotonic()
 
     def observe(self, shard: int, turn: Turn) -> None:
         facts = self._of(shard)
@@ -97,11 +104,11 @@ class History:
         for signal in turn.signals:
             if signal.kind == "drift":
                 facts.alarms += 1
-                facts.alarm_times.append(time.time())
+                facts.alarm_times.append(self.now())
 
     def saved(self, shard: int, size_bytes: int) -> None:
         facts = self._of(shard)
-        facts.saved_at, facts.saved_bytes = time.time(), size_bytes
+        facts.saved_at, facts.saved_bytes = self.now(), size_bytes
 
     def left(self, shard: int) -> None:
         self.facts.pop(shard, None)
@@ -110,7 +117,7 @@ class History:
         return self.facts.get(shard) or self.facts.setdefault(shard, Facts())
 
     def sample(self, now: float, told: Mapping[int, Reported]) -> None:
-        """Take in what each shard has said last."""
+        """Take in what each shard has said last; `now` is later than the time before."""
         place, before = self._taken % self.samples, self._times[self._taken % self.samples - 1]
         for shard in self._rows.keys() - told.keys():
             del self._rows[shard]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from html import escape
@@ -86,7 +85,6 @@ class Status:
         self.told = told
         self.unready, self.dead = unready, dead
         self.history = History()
-        self.began = time.time()
 
     def mount(self) -> Mount:
         """The pages, for what no other route answers."""
@@ -105,7 +103,7 @@ class Status:
 
     async def _sample(self) -> None:
         while True:
-            self.history.sample(time.time(), dict(self.told))
+            self.history.sample(self.history.now(), dict(self.told))
             await asyncio.sleep(INTERVAL_S)
 
     # On the loop of the samples, so that none is read that is half written.
@@ -126,9 +124,9 @@ class Status:
     def describe(self, shard: int | None = None, since: float = 0.0) -> dict[str, Any]:
         """JSON-ready. Of one shard, or of all of this process; `series` begins after `since`, and has null for unknown.
 
-        Times are seconds since 1970 on this machine's clock; `figures` are the same numbers in words.
+        Times are those of `History.now`; `figures` are the same numbers in words.
         """
-        told, now = dict(self.told), time.time()
+        told, now = dict(self.told), self.history.now()
         chosen = [index for index in sorted(told) if shard in (None, index)]
         known = dict(self.history.facts)
         facts = {index: known.get(index, Facts()) for index in chosen}
@@ -139,7 +137,7 @@ class Status:
             "role": self.role,
             "version": __version__,
             "time": now,
-            "began": self.began,
+            "began": self.history.began,
             "live": {"ok": not (dead := self.dead()), "reason": dead},
             "ready": {"ok": not (unready := self.unready()), "reason": unready},
             "shard": shard,
@@ -247,7 +245,7 @@ def _figures(told: Mapping[str, Any], latest: Mapping[str, float], task: str) ->
     positions = [f"{name}-{part}: {at:,}" for name, parts in told["position"].items() for part, at in parts.items()]
     rows = [
         ("records", "Records read since the start", f"{told['records']:,}"),
-        ("events_per_s", "Records per second", _number(latest, "events_per_s")),
+        ("events_per_s", "Records per second", _number(latest, "events_per_s", "{:,.1f}".format)),
         ("lag_records", "Records that wait", _number(latest, "lag_records", "{:,.0f}".format)),
         (
             "lag_s",

@@ -45,7 +45,7 @@ def tell(watcher: Telemetry, *shards: int, lag: int = 5) -> None:
     for shard in shards:
         watcher.restored(0, "none", shard)
         watcher.observe(turn(), seconds=0.02, lag={EVENTS_0: lag}, readings=READINGS, shard=shard)
-    watcher.status.history.sample(time.time(), watcher.status.told)
+    watcher.status.history.sample(watcher.status.history.now(), watcher.status.told)
 
 
 def test_a_program_gets_what_the_page_shows(watching: tuple[Telemetry, httpx.Client]) -> None:

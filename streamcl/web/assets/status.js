@@ -122,7 +122,7 @@ function lines(chart, place) {
   plot.made.setData([held.time, ...there.map(([name]) => held[name])]);
   latest(plot.made);
   const now = there.map(([name, words,,, scale]) => `${words} ${(scale === "s" ? seconds : chart.say)(held[name].at(-1))}`);
-  const drifts = chart.marks ? `; ${told.drift_alarms} drift alarms` : "";
+  const drifts = chart.marks ? `; drift alarms since the start: ${told.drift_alarms}` : "";
   place.ariaLabel = `${chart.title}, a chart of the last ${Math.round((shown()[1] - shown()[0]) / 60)} minutes. Now: ${now.join(", ")}${drifts}. Arrow keys read it.`;
 }
 
@@ -152,7 +152,7 @@ function draw(chart, there, place) {
         value: (u, value) => (scale ? seconds : chart.say)(value) })),
     ],
     legend: { markers: { dash: (u, at) => u.series[at].dash ? "dashed" : "solid" } },
-    cursor: { sync: { key: "time" }, drag: { x: false, y: false }, points: { size: 7 } },
+    cursor: { sync: { key: "time" }, y: false, drag: { x: false, y: false }, points: { size: 7 } },
     hooks: {
       draw: chart.marks ? [marks] : [],
       setCursor: [(u) => u.cursor.idx == null && latest(u)],
