@@ -42,9 +42,10 @@ def _windowed(prefix: str) -> Column:
 COLUMNS = {
     "events_per_s": Column("sum"),
     "lag_records": Column("sum"),
-    "lag_s": Column("max"),
+    "lag_s": Column("max", ("lag_s",)),
     "loss": _windowed(""),
-    "loss_frozen": _windowed("frozen_"),
+    "loss_frozen": Column("mean", ("sampled:frozen:log_loss", "sampled:frozen:rmse")),
+    "loss_sampled": Column("mean", ("sampled:live:log_loss", "sampled:live:rmse")),
     "loss_constant": Column("mean", ("baseline_rmse_window",)),
     "loss_without_memory": _windowed("base_"),
     "loss_live": _windowed("live_"),
@@ -73,7 +74,7 @@ class Facts:
 
 
 class History:
-    """A ring of samples for each shard, 216 kB. `observe`, `saved` and `left` are for the loop, the rest for one other.
+    """A ring of samples for each shard, 230 kB. `observe`, `saved` and `left` are for the loop, the rest for one other.
 
     Args:
         samples: That are kept, the newest (count).
@@ -134,7 +135,8 @@ class History:
             row[:_POSITION] = [values.get(name, math.nan) for name in COLUMNS]
             row[_POSITION] = position = sum(reported.position.values())
             row[_END] = position + sum(reported.lag.values())
-            row[list(COLUMNS).index("lag_s")] = self._behind_s(self._rows[shard])
+            if "lag_s" not in values:
+                row[list(COLUMNS).index("lag_s")] = self._behind_s(self._rows[shard])
 
     def _behind_s(self, rows: Floats) -> float:
         """Since when the inputs have held more than has been read (s); NaN when that was before the first sample.

@@ -102,6 +102,19 @@ def test_behind_is_how_long_the_inputs_have_held_more_than_was_read(position: in
     np.testing.assert_allclose(history.series([0])["lag_s"][-1], behind_s)
 
 
+def test_what_the_worker_says_of_its_lag_goes_before_what_can_be_seen_from_here() -> None:
+    history = History(2)
+    history.sample(0.0, {0: reported(0, 9, lag_s=7.0)})
+    assert history.series([0])["lag_s"][0] == 7.0
+
+
+def test_frozen_weights_are_shown_beside_the_live_ones_on_the_same_sample() -> None:
+    history = History(2)
+    history.sample(0.0, {0: reported(**{"sampled:frozen:log_loss": 0.6, "sampled:live:log_loss": 0.5})})
+    series = history.series([0])
+    assert (series["loss_frozen"][0], series["loss_sampled"][0]) == (0.6, 0.5)
+
+
 def test_facts_are_counted_by_shard_and_alarms_are_bounded() -> None:
     history = History(2)
     history.observe(0, turn(4, ("schema", "schema", "future"), drifts=1))

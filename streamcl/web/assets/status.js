@@ -16,7 +16,8 @@ const fromZero = (u, low, high) => [0, high ? high * 1.1 : 1];
 const CHARTS = [
   { id: "loss", title: "Loss", note: "recent window, the lower the better; ▼\u00a0drift\u00a0alarm", wide: true, say: number, range: padded, marks: true,
     none: "No label has been learned from yet.", lines: [
-      ["loss_constant", "a constant", "constant", [2, 4]], ["loss_frozen", "frozen baseline", "frozen", [8, 4]],
+      ["loss_constant", "a constant", "constant", [2, 4]], ["loss_frozen", "frozen weights, sampled", "frozen", [8, 4]],
+      ["loss_sampled", "this model, sampled", "model", [2, 2]],
       ["loss_without_memory", "without error memory", "other", [8, 3, 2, 3]], ["loss_live", "live model", "live", [8, 4]],
       ["loss", "this model", "model"]] },
   { id: "lag", title: "Lag", note: "what waits in the inputs", say: whole, range: fromZero, none: "Nothing has been read yet.",
