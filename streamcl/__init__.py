@@ -57,6 +57,7 @@ Table of contents, in the order of the journey (start with `worker`):
     channel        where deltas go and come from: a folder, an object store, a topic
     readings       what parts say about themselves, as Prometheus families
     telemetry      turns to Prometheus
+    status         the status page, of the hour that `history` keeps
     outcomes       what was learned after a snapshot: the error memory of a replica
     follow         a replica's way from a snapshot to the newest delta
     replica        the newest snapshot of a worker, followed

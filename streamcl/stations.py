@@ -458,5 +458,6 @@ class Delivery(Station):
 
 
 class Telemetry(Station):
-    host: str = Free("127.0.0.1", description="where /metrics, /healthz and /readyz listen")
+    host: str = Free("127.0.0.1", description="where /metrics, /healthz, /readyz and the status page listen")
     port: int = Free(9464, ge=0, le=65535, description="0 switches it off")
+    page: bool = Free(True, description="a status page at /, and what it shows at /v1/status, both without a key")

@@ -169,4 +169,6 @@ def _inline(value: Any) -> str:
     """JSON's strings and numbers are TOML's."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k} = {_inline(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
     return json.dumps(value)
