@@ -21,6 +21,14 @@ ITEMS = 46
 NUMBERS = tuple(f"i{place}" for place in range(1, 14))
 IDS = tuple(f"c{place}" for place in range(1, 27))
 
+SHOWN: dict[str, Any] = {
+    **dict.fromkeys(("item", "position", *USER), "categorical"),
+    "affinity": "numeric",
+    "affinities": {"kind": "bag", "max_items": ITEMS, "pooling": "sum"},
+}
+NUMBERED: dict[str, Any] = {**dict.fromkeys(NUMBERS, "numeric"), **dict.fromkeys(IDS, "categorical")}
+"""Features of the two."""
+
 
 def log_rows(name: str, folder: Path | None) -> Dataset:
     """The log `name`. Raises DataError naming the file, or the package that reads it, where that is missing."""
@@ -47,12 +55,7 @@ def open_bandit(path: Path) -> Dataset:
             rows = list(csv.DictReader(file))
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: {error}") from error
-    features = {
-        **dict.fromkeys(("item", "position", *USER), "categorical"),
-        "affinity": "numeric",
-        "affinities": {"kind": "bag", "max_items": ITEMS, "pooling": "sum"},
-    }
-    return Dataset("obd", features, [_shown(row) for row in rows])
+    return Dataset("obd", SHOWN, [_shown(row) for row in rows], weight=WEIGHT)
 
 
 def _shown(row: dict[str, str]) -> dict[str, Any]:
@@ -91,4 +94,4 @@ def criteo(paths: list[Path]) -> Dataset:
             lists = {name: columns[name][place] for name in (*NUMBERS, *IDS)}  # one value in each, or none
             known = {name: one[0] for name, one in lists.items() if one}
             payloads.append({**known, TIME: float(len(payloads)), LABEL: int(label[0])})
-    return Dataset("criteo", {**dict.fromkeys(NUMBERS, "numeric"), **dict.fromkeys(IDS, "categorical")}, payloads)
+    return Dataset("criteo", NUMBERED, payloads)
