@@ -66,7 +66,7 @@ def run(options: Options) -> Report:
     labels, topic = data.labels(), Topic(data, options.via)
     ours = {name: [_ours(topic, name, preset, seed) for seed in seeds] for name in dict.fromkeys((method, *METHODS))}
     others = _peers(logged(data), presets.PRIORS[stream])
-    rivals = [name for name in (VW, VW_FTRL, RIVER) if name in others]
+    rivals = [name for name in others if name.startswith((VW, VW_FTRL, RIVER))]  # as they are, and tuned
     rest = [name for name in others if name not in (*rivals, NO_CHANGE)]
     traces = [*itertools.chain(*ours.values()), *others.values()]
     headline = _mean([_measure(trace, labels) for trace in ours[method]])
