@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup
 BENCH ?= stream --quick
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint generate bench peers clean
+.PHONY: help setup demo test lint generate bench peers browser clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ peers: ## Make .venv-peers with the engines that `bench worker` compares with: t
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet quixstreams==3.28.1 bytewax==0.21.1 faust-streaming==0.15.3 \
 		$$(grep -E '^(numpy|orjson|torch)==' requirements.lock)
+
+browser: ## Install the browser that tests look at the status page with; Debian and its kin, as root
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
 clean: ## Remove caches and what the demo and builds left; .venv stays
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist demo-out

@@ -21,6 +21,7 @@ Table of contents, in the order of the journey (start with `worker`):
     connect        URL to connector, name to codec: through entry points
     decode         record to event or label
     commands       record to an order to the shard itself: to forget
+    traits         what of an event its metrics are told apart by
     derived        kinds of features made of other fields, of event time, of the past
     features       event to arrays
     past           what the engine keeps of the past stream, and the features read from it
@@ -60,6 +61,7 @@ Table of contents, in the order of the journey (start with `worker`):
     telemetry      turns to Prometheus
     traces         OpenTelemetry's spans of a few events
     logs           lines on stderr: text, or JSON
+    status         the status page, of the hour that `history` keeps
     outcomes       what was learned after a snapshot: the error memory of a replica
     follow         a replica's way from a snapshot to the newest delta
     replica        the newest snapshot of a worker, followed

@@ -125,6 +125,9 @@ class Model(Station):
     classes: int = New(2, ge=2, description="classes of a multiclass task; labels are 0 .. classes-1")
     init_scale: float = New(0.01, gt=0, description="standard deviation of a fresh embedding")
     dtype: Literal["float32", "float64"] = New("float32", description="of weights and of what the optimiser holds")
+    prior: float | None = New(
+        None, gt=0, lt=1, description="rate of positives that a fresh binary model answers, by its bias; none: 1/2"
+    )
     warm_start: Path | None = Free(
         None,
         description="weights that a first start begins with: a file, or a snapshot's folder; see streamcl.warm_start",
@@ -151,6 +154,10 @@ class Model(Station):
 def faults(model: Model, features: Mapping[str, Any], task: str) -> Iterator[str]:
     """What of a model's settings doesn't fit the features or the task, each with its path."""
     numeric = {name for name, feature in features.items() if isinstance(feature, Numeric)}
+    if model.prior is not None and (task != "binary" or ":" in model.kind):
+        yield "model.prior: " + (
+            f"a {task} task has no rate" if task != "binary" else f"{model.kind} sets its own bias"
+        )
     if model.kind == "din":
         yield from _of_din(model.din, features.keys() - numeric)
     if model.kind in ("shared_bottom", "mmoe") and not model.hidden:

@@ -1,7 +1,8 @@
 """Commands: records that steer a shard from inside its stream, so that recovery and replay repeat them in place.
 
 There is one, `forget`. It reaches what is held of single events: waiting tickets, labels that wait, closed ids, replay
-memory, error memory, the window of the diagnostics; and after it no checkpoint of before is kept. It does not reach
+memory, error memory, the window of the diagnostics, what metrics group by; and after it no checkpoint of before is
+kept. It does not reach
 
 - what the weights, optimiser, running means and deviations, metrics, drift detectors and the choice of lambda have
   taken from an event: they hold sums, which are nobody's;

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import orjson
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from streamcl import derived, plugin
+from streamcl import derived, plugin, traits
 from streamcl.architectures import Model, faults
 from streamcl.architectures import Task as FurtherTask
 from streamcl.derived import KINDS, Feature
@@ -38,6 +38,7 @@ from streamcl.services import Kafka, Registry, Serve
 from streamcl.signalling import BOUNDARIES, Boundary, ClockBoundary
 from streamcl.stations import (
     Categorical,
+    Category,
     Change,
     Checkpoint,
     Delivery,
@@ -186,6 +187,12 @@ class Config(Station):
         return self
 
     @model_validator(mode="after")
+    def _metrics_fit(self) -> Self:
+        if fault := traits.fault(self.metrics, self.events, self.features, self.task, self.sample.negatives):
+            raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
     def _commands_fit(self) -> Self:
         if self.commands is None:
             return self
@@ -327,7 +334,28 @@ class Config(Station):
         for name, feature in self.features.items() if self.river is not None else ():
             if getattr(feature, "table", None) is not None:
                 raise ValueError(f"features.{name}.table: a River model has no rows; leave it out")
+        for name, feature in self.features.items():
+            if isinstance(feature, Category) and (fault := self._row_fault(feature)):
+                raise ValueError(f"features.{name}.{fault}")
         return self
+
+    def _row_fault(self, feature: Category) -> str | None:
+        """What does not fit of a field's own settings for its rows."""
+        dim, own, whole = feature.embedding_dim, feature.optimizer, self.optimizer
+        if self.river is not None and (dim is not None or own is not None):
+            return f"{'optimizer' if dim is None else 'embedding_dim'}: a River model has no rows; leave it out"
+        if dim is not None and self.model.kind == "logistic":
+            return "embedding_dim: a logistic model has no embeddings; leave it out"
+        if dim is not None and dim > self.model.embedding_dim:
+            return f"embedding_dim: {dim} is more than model.embedding_dim {self.model.embedding_dim}"
+        if own is None:
+            return None
+        kind = own.kind or whole.kind
+        if kind != "sgd" and any(rule.kind == "upgd" for rule in self.plasticity):
+            return f"optimizer.kind: upgd is a form of SGD, which {kind} would undo; set sgd"
+        if feature.table is not None and (kind != whole.kind or kind == "ftrl"):
+            return "optimizer: beside a dynamic table it can have another learning_rate or l2, but not of or with ftrl"
+        return None
 
     @model_validator(mode="after")
     def _plugins_fit(self) -> Self:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from streamcl import traits
 from streamcl.config import Config
 from streamcl.derived import Read
 from streamcl.features import ABSENT, FLOAT32_MAX, Featurizer, category, kind_of, lookup, number
@@ -46,6 +47,8 @@ class Decoder:
         read += [f.weights for f in config.features.values() if isinstance(f, Bag) and f.weights]
         named = [p for p in self.event_paths.values() if p] + [tuple(name.split(".")) for name in read]
         named += [path for path, _ in self.tasks if path and labels is None]
+        self.traits = {n: tuple(n.split(".")) for n in traits.kept(config.metrics, events, config.features)}
+        named += self.traits.values()
         self.known = frozenset(path[0] for path in named)
         # Names of what isn't nested: nearly every event has a short text or a plain number there, which takes no
         # function to see. Whatever is otherwise goes the long way.
@@ -101,7 +104,13 @@ class Decoder:
         also = self._also(payload) if self.tasks and label is not None else ()
         weight = self._weight(payload) if paths["weight"] else 1.0
         features = self.featurizer.encode(payload)
-        return Event(identity, key, time_s, features, record.origin, label, segment, also, weight)
+        told = self._traits(payload) if self.traits else {}
+        return Event(identity, key, time_s, features, record.origin, label, segment, also, weight, told)
+
+    def _traits(self, payload: Mapping[str, Any]) -> dict[str, str]:
+        """Of those fields that are there."""
+        found = ((name, _text(payload, path, "the value")) for name, path in self.traits.items())
+        return {name: text for name, text in found if text}
 
     def _weight(self, payload: Mapping[str, Any]) -> float:
         path = self.event_paths["weight"]

@@ -245,7 +245,7 @@ def _engine(state: State, fresh: Learner, moves: _Moves) -> State:
         before, first = _split(state["slots"][str(i)], known), _split(begun, params)
         slots[str(i)] = torch.cat([moves.param(n, before[n], first[n]).reshape(-1) for n in params]).view_as(begun)
     table = moves.table(state["table"], fresh.engine.table)
-    rows = enumerate(fresh.engine.row_update.slots(table))
+    rows = enumerate(fresh.engine.fresh_slots(table))
     row_slots = {str(i): moves.table(state["row_slots"][str(i)], begun) for i, begun in rows}
     return {**state, "params": params, "slots": slots, "table": table, "row_slots": row_slots}
 

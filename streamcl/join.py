@@ -530,6 +530,8 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
     }
     recalled = _recalled_to_state([t.scores for t in tickets])
     notes = _notes_to_state([t.scores.notes for t in tickets])
+    names = sorted({name for t in tickets if t.traits for name in t.traits})
+    traits = [{"name": name, "texts": [t.traits.get(name, "") for t in tickets]} for name in names]
     return {
         "id": [t.id for t in tickets],
         "key": [t.key for t in tickets],
@@ -540,6 +542,7 @@ def tickets_to_state(tickets: Sequence[Ticket]) -> State:
         **{name: np.stack(column) if column else np.zeros((0, 0)) for name, column in columns.items()},
         **({"segment": [t.segment for t in tickets]} if any(t.segment for t in tickets) else {}),
         **({"weight": np.array([t.weight for t in tickets])} if any(t.weight != 1.0 for t in tickets) else {}),
+        **({"traits": traits} if traits else {}),
         **({"recalled": recalled} if recalled else {}),
         **({"notes": notes} if notes else {}),
     }
@@ -579,6 +582,10 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
             recalled[i] += (Recalled(key, given, labels, scores, float(support), int(version)),)
     segments = state.get("segment") or [""] * len(state["id"])
     keys = state.get("key", [""] * len(state["id"]))
+    traits: list[dict[str, str]] = [{} for _ in state["id"]]
+    for column in state.get("traits", ()):
+        for held, text in zip(traits, column["texts"], strict=True):
+            held.update({column["name"]: text} if text else {})
     shares = state["weight"].tolist() if "weight" in state else [1.0] * len(state["id"])
     notes: list[dict[str, NDArray[Any]]] = [{} for _ in state["id"]]
     for column in state.get("notes", ()):
@@ -595,4 +602,5 @@ def tickets_from_state(state: State) -> Iterator[Ticket]:
             segment=segments[i],
             key=keys[i],
             weight=shares[i],
+            traits=traits[i],
         )

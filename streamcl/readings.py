@@ -20,6 +20,10 @@ QUALITY = {
     "no_change_accuracy": "Accuracy of predicting the label before; what a model has to beat.",
     "base_rate": "Share of positive labels.",
     "auc": "Area under the ROC curve; over the whole stream to within auc_bound.",
+    "gauc": "AUC within the groups of metrics.group_by, weighted by their examples.",
+    "gauc_left_out": "Share of the examples whose group is unknown, or has one class only: they are not in gauc.",
+    "ece": "Distance of score and label, mean over 15 parts of equally many examples by score; 0 is calibrated.",
+    "ne_recalibrated": "NE after the one shift of all logits that was best for the window before.",
     "mae": "Mean absolute error, in the label's unit.",
     "rmse": "Root mean squared error, in the label's unit.",
     "baseline_rmse": "Root mean squared error of predicting the mean so far; what a model has to beat.",
@@ -27,9 +31,16 @@ QUALITY = {
 ALONE = dict(QUALITY)
 """Without what would have been served: of tasks and of samples."""
 QUALITY |= {f"base_{name}": f"{text} As if there were no error memory." for name, text in QUALITY.items()}
-"""Readings that come twice: over the whole stream, and over the recent window under a name that ends in `_window`."""
-WINDOWS = {"whole": "", "recent": "_window", "since": "_since"}
-"""What a metric is over, and how its reading ends: all labels, the recent ones, those since a shadow began."""
+"""Readings that come several times: over the whole stream, and over the others of `WINDOWS`, as far as defined."""
+WINDOWS = {"whole": "", "recent": "_window", "decayed": "_decayed", "since": "_since"}
+"""What a metric is over, and how its reading ends: all labels, the recent ones, all of them by a weight that decays,
+those since a shadow began.
+"""
+DECILES = {
+    "decile_calibration": "Calibration within a tenth of the recent window's examples; the first has the lowest scores."
+}
+DECILES |= {f"{of}_decile_calibration": text for text in DECILES.values() for of in ("base", "live")}
+"""Readings that come once for each tenth, under a name that ends in its number, from 1 to 10."""
 PARTS = {
     "deltas_sent": ("deltas_sent", "Deltas published since the shard was built (count)."),
     "deltas_sent_bytes": ("deltas_sent_bytes", "The same in bytes."),
@@ -82,6 +93,10 @@ PARTS = {
     "source_retries": ("poll_retries", "Polls that failed, brokers being away (count)."),
     "source_away": ("brokers_away", "1 while no broker of the inputs is connected, else 0."),
     "source_commit_failures": ("commit_failures", "Times that progress could not be shown to lag tools (count)."),
+    "ranking_open": ("ranking_open_lists", "Lists that are not closed (count)."),
+    "ranking_lists": ("ranking_closed_lists", "Lists that have been closed since the start of the stream (count)."),
+    "ranking_list_events": ("ranking_list_events", "Examples of a list, mean over the recent closed ones (count)."),
+    "ranking_left_out": ("ranking_left_out", "Share of the recent closed lists that have one class only."),
     "gradient_norm": ("gradient_norm", "Norm of the dense parameters' gradient, mean over recent sampled steps."),
     "dense_weight_magnitude": ("dense_weight_magnitude", "Mean absolute value of the dense parameters."),
     "diagnostics_examples": ("diagnostics_examples", "Sampled examples that a layer's figures are made of (count)."),
@@ -134,6 +149,17 @@ TABLES = {
     "evicted": "Rows that went since it began, by reason: ttl, lru, forget (count).",
 }
 """Readings of a dynamic table, under `table:FIELD:`."""
+SEGMENTS = {
+    "events": "Labelled examples of the recent window with this value (count).",
+    **{name: f"{QUALITY[name]} Of those." for name in ("log_loss", "ne", "calibration", "auc", "base_rate")},
+}
+"""Readings of a value of a field, under `segment:FIELD:VALUE:`."""
+RANKING = {
+    "ndcg": "NDCG of the first k of a list; mean over the recent closed lists.",
+    "recall": "Share of a list's positives among its first k; mean over them.",
+    "mrr": "1 / rank of a list's first positive, 0 beyond k; mean over them.",
+}
+"""Readings of lists, under `ranking_`; a name ends in `_at_K`."""
 PERCENTILES = {
     "unit_age_steps": "Learning steps since a unit of the layer was made anew, or since the rule began.",
     "unit_utility": "Utility of a unit of the layer; comparable within a layer only.",
@@ -155,12 +181,16 @@ TASKS = {
 """Readings of a further task, under `task_NAME.`; a name that ends in `_window` is of the recent window."""
 _NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
+    (re.compile(r"(?P<name>(?:base_|live_)?decile_calibration)_(?P<decile>\d+)"), "", DECILES),
+    (re.compile(r"task_(?P<task>\w+)\.(?P<name>decile_calibration)_(?P<decile>\d+)"), "task_", DECILES),
     (re.compile(r"task_(?P<task>\w+)\.(?P<name>\w+)"), "task_", TASKS),
     (re.compile(r"boundary_(?P<boundary>\d+)_(?P<name>\w+)"), "boundary_", BOUNDARIES),
     (re.compile(r"feature:(?P<feature>.+):(?P<name>\w+)"), "feature_", FEATURES),
     (re.compile(r"sampled:(?P<weights>\w+):(?P<name>\w+)"), "sampled_", WEIGHTS),
     (re.compile(r"table:(?P<field>.+):(?P<name>evicted):(?P<reason>\w+)"), "table_", TABLES),
     (re.compile(r"table:(?P<field>.+):(?P<name>\w+)"), "table_", TABLES),
+    (re.compile(r"segment:(?P<field>.+?):(?P<value>.*):(?P<name>\w+)", re.DOTALL), "segment_", SEGMENTS),
+    (re.compile(r"ranking_(?P<name>\w+)_at_(?P<k>\d+)"), "ranking_", RANKING),
     (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)_p(?P<percentile>\d\d)"), "", PERCENTILES),
     (re.compile(r"layer_(?P<layer>\d+)_(?P<name>\w+)"), "", LAYERS),
 )

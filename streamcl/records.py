@@ -51,6 +51,9 @@ class Origin(NamedTuple):
 
 Headers = tuple[tuple[str, bytes], ...]
 
+Traits = Mapping[str, str]
+"""Fields that metrics tell events apart by, as texts; see `streamcl.traits`."""
+
 
 class Record(Struct, frozen=True, gc=False):
     """What a source delivers, undecoded.
@@ -104,6 +107,7 @@ class Event(Struct, frozen=True, gc=False):
     also: tuple[float, ...] = ()
     """Labels of the further tasks, in the order of their names, NaN where one is not known."""
     weight: float = 1.0
+    traits: Traits = {}
 
 
 class Label(Struct, frozen=True, gc=False):
@@ -179,6 +183,7 @@ class Ticket(Struct, frozen=True, gc=False):
     """Whose event it is; "" where that is not known, as in a ticket of an old snapshot."""
     weight: float = 1.0
     """How much it counts, in learning and in metrics."""
+    traits: Traits = {}
 
 
 class Selector(Struct, frozen=True, gc=False):
@@ -235,7 +240,10 @@ class Forgotten(Struct, frozen=True, gc=False):
 
 def mark(text: str) -> int:
     """A hash by which a row knows its owner's key or id again: 64 bits, signed; 0 stands for "", which is nobody's."""
-    return int.from_bytes(xxhash.xxh3_64_digest(text.encode()), "big", signed=True) or 1 if text else 0
+    if not text:
+        return 0
+    value: int = xxhash.xxh3_64_intdigest(text.encode())
+    return (value if value < 1 << 63 else value - (1 << 64)) or 1
 
 
 class Fate(StrEnum):

@@ -109,7 +109,11 @@ def _told_of(ticket: Ticket) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def _text(id: str, what: Held) -> bytes:
-    return (f"{id}{what.key}{what.segment}" if isinstance(what, Ticket) else id).encode()
+    """What follows the segment, where it ends, is JSON: a file is as it was before tickets had traits."""
+    if isinstance(what, Closed):
+        return id.encode()
+    told = f"{id}{what.key}{what.segment}".encode()
+    return told + orjson.dumps(what.traits) if what.traits else told
 
 
 class _Block(NamedTuple):
@@ -330,7 +334,9 @@ class Row:
         end = at + head[8]
         id, key = buffer[self._segment.text : at].decode(), buffer[at:end].decode()
         segment = buffer[end : end + head[9]].decode() if head[9] else ""
-        return Ticket(id, self.time_s, Encoded(ids, weights, dense), scores, self.origin, segment, key, head[1])
+        rest = buffer[end + head[9] :].rstrip(b"\0")
+        told = segment, key, head[1], orjson.loads(rest) if rest else {}
+        return Ticket(id, self.time_s, Encoded(ids, weights, dense), scores, self.origin, *told)
 
     def entry(self) -> Named:
         """As it was given to be sealed."""

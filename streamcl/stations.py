@@ -18,6 +18,10 @@ Change = Literal["free", "stop", "new"]
 Task = Literal["binary", "multiclass", "regression"]
 
 
+HALF_LIFE = 10_000.0
+"""Of the decayed metrics: examples (count)."""
+
+
 def Free(default: Any = ..., **kwargs: Any) -> Any:
     """A field that may change under a live checkpoint."""
     return Field(default, json_schema_extra={"change": "free"}, **kwargs)
@@ -205,10 +209,23 @@ def named_table(value: Any) -> Any:
 Table = Annotated[Dynamic | None, BeforeValidator(named_table)]
 
 
+class RowOptimizer(Station):
+    """How rows of a field are learned; what it leaves out is as [optimizer] says."""
+
+    kind: Literal["sgd", "adagrad", "adam", "ftrl"] | None = New(None, description="default: that of [optimizer]")
+    learning_rate: float | None = Stop(None, gt=0, description="default: that of all rows")
+    l1: float | None = Stop(None, ge=0, description="FTRL only")
+    l2: float | None = Stop(None, ge=0, description="times the weight, part of its gradient")
+
+
 class Category(Station):
     """What features of rows have in common."""
 
     buckets: int = New(1 << 16, ge=2, le=1 << 26, description="rows of a hashed table (count)")
+    embedding_dim: int | None = New(
+        None, ge=0, description="numbers of its rows that are used, the rest is zero; default: all, model.embedding_dim"
+    )
+    optimizer: RowOptimizer | None = New(None, description="of its rows; default: as all rows")
     table: Table = New(
         None,
         description="hashed, or dynamic: a row for each id, without collisions, admitted and dropped; its settings",
@@ -310,8 +327,45 @@ class Sample(Station):
     negatives: float = Stop(1.0, gt=0, le=1, description="share of the negatives that are learned from")
 
 
+class Ranking(Station):
+    """Metrics of lists, such as what a request was answered with; off without `group_by`.
+
+    A list is what has been labelled of one value of `group_by`. It is closed once it holds `max_items`, or once
+    `max_open` others have begun behind it; only then is it judged. With labels that wait for their window there must
+    be room for the lists of a whole window, or a list's positives, which come early, are judged without its negatives.
+    """
+
+    group_by: FieldPath | None = Stop(
+        None, description="field that names the list an event was shown in (request, session); events.key, or another"
+    )
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Stop(
+        (5, 20), min_length=1, max_length=8, description="how many of a list's first count (count)"
+    )
+    max_items: int = Stop(500, ge=2, description="a list with so many labelled events is closed (count)")
+    max_open: int = Stop(1000, ge=1, description="lists that are open at once; the one that began first goes (count)")
+    window: int = Stop(1000, ge=1, description="closed lists in the metrics (count)")
+
+
 class Metrics(Station):
+    """What is measured beside the metrics of a task. A part whose settings change begins anew."""
+
     window: int = New(10_000, ge=1, description="labelled examples in the windowed metrics (count)")
+    half_life: float = Stop(
+        HALF_LIFE, gt=0, description="an example counts half in the decayed metrics after so many more (count)"
+    )
+    group_by: FieldPath | None = Stop(
+        None, description="gAUC within the values of this categorical feature, of events.key or events.segment"
+    )
+    segments: tuple[FieldPath, ...] = Stop(
+        (), max_length=8, description="metrics for each value of these categorical features, or of events.segment"
+    )
+    max_segments: int = Stop(
+        20,
+        ge=1,
+        le=1000,
+        description="values of such a field that have series of their own, first come; others share one",
+    )
+    ranking: Ranking = Ranking()
 
 
 class Drift(Station):
@@ -404,8 +458,9 @@ class Delivery(Station):
 
 
 class Telemetry(Station):
-    host: str = Free("127.0.0.1", description="where /metrics, /healthz and /readyz listen")
+    host: str = Free("127.0.0.1", description="where /metrics, /healthz, /readyz and the status page listen")
     port: int = Free(9464, ge=0, le=65535, description="0 switches it off")
+    page: bool = Free(True, description="a status page at /, and what it shows at /v1/status, both without a key")
     log_format: Literal["text", "json"] = Free("text", description="of the lines on stderr; json: an object a line")
     trace_share: float = Free(
         0.0, ge=0, le=1, description="share of the keys whose events are traced, by OpenTelemetry; needs streamcl[otel]"

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from streamcl.config import Config
@@ -47,6 +48,6 @@ def table(result: Mapping[str, Any]) -> Table:
     title = f"{result['name']}, shard {result['shard']}: {result['records']} records"
     made = Table("what", "value", title=title, title_justify="left")
     for name, value in {**result["counts"], **result["metrics"]}.items():
-        made.add_row(name, f"{value:.6g}")
+        made.add_row(escape(name), f"{value:.6g}")  # a segment's value may look like markup
     made.add_row("state digest", str(result["state_digest"]))
     return made

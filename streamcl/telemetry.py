@@ -1,7 +1,8 @@
-"""Turns to Prometheus, and health: `/metrics`, `/livez` (also `/healthz`) and `/readyz` beside the loop, on a thread.
+"""Turns to Prometheus, health, the status page: `/metrics`, `/livez` (also `/healthz`), `/readyz`, `/`; on a thread.
 
-Names begin with `streamcl_`, units are base units, counters end in `_total`; no key, user or id is ever a label. What
-may be incremented exists at 0 from the start, or the first increase would go unseen.
+Names begin with `streamcl_`, units are base units, counters end in `_total`; no key, user or id is ever a label, and of
+the values of a field no more than `metrics.max_segments`, where `metrics.segments` asks for them. What may be
+incremented exists at 0 from the start, or the first increase would go unseen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from streamcl import __version__
 from streamcl.config import Config
@@ -32,6 +33,7 @@ from streamcl.progress import STAGES
 from streamcl.protocols import StreamclError
 from streamcl.readings import Reported, Shards, Tally
 from streamcl.records import Fate, Stream, Turn
+from streamcl.status import Status
 
 FATES = (
     "predicted",
@@ -107,6 +109,7 @@ class Telemetry:
         self._make_checkpoints()
         self._reasons: dict[int | None, str] = {None: "starting"}
         self._beat_s = time.monotonic()
+        self.status = Status(config, role, self._shards.by_index, self.why, self.still)
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -226,6 +229,7 @@ class Telemetry:
                 known = signal.source in self._drifts or len(self._drifts) < MOST_SOURCES
                 self._drifts.add(source := signal.source if known else "other")
                 self._drift.labels(source).inc()
+        self.status.history.observe(shard, turn)
         reported = self._shards.by_index.setdefault(shard, Reported())
         reported.position = turn.position
         reported.lag = lag or reported.lag
@@ -241,6 +245,7 @@ class Telemetry:
         self._save_seconds.observe(seconds)
         self._of(self._save_bytes, shard).set(size_bytes)
         self._of(self._saved_at, shard).set_to_current_time()
+        self.status.history.saved(shard, size_bytes)
 
     def checkpoint_failed(self, cause: str, count: int = 1) -> None:
         """A checkpoint could not be written, for one of `SAVE_FAULTS`."""
@@ -266,6 +271,7 @@ class Telemetry:
         """A shard is not in this process any more: its series go with it."""
         self._shards.by_index.pop(shard, None)
         self._reasons.pop(shard, None)
+        self.status.history.left(shard)
         for gauge in (self._save_bytes, self._saved_at) if self._shards.labels else ():
             with contextlib.suppress(KeyError):
                 gauge.remove(str(shard))
@@ -284,6 +290,11 @@ class Telemetry:
         told = {shard: reason for shard, reason in dict(self._reasons).items() if reason}
         return "; ".join(r if s is None or not labelled else f"shard {s}: {r}" for s, r in told.items())
 
+    def still(self) -> str:
+        """Why the process is not live; "" when it is."""
+        still_s = time.monotonic() - self._beat_s
+        return f"the loop has not turned for {still_s:.0f} s" if still_s > LIVE_S else ""
+
     def start(self) -> str | None:
         """Listen on `telemetry.host` and `telemetry.port`; returns the URL, or None when the port is 0."""
         place = self.config.telemetry
@@ -293,7 +304,7 @@ class Telemetry:
             listener = socket.create_server((place.host, place.port), family=_family(place.host))
         except OSError as error:
             raise TelemetryError(f"telemetry: can't listen on {place.host}:{place.port}: {error.strerror}") from error
-        settings = uvicorn.Config(self.app(), log_level="warning", log_config=None, access_log=False, lifespan="off")
+        settings = uvicorn.Config(self.app(), log_level="warning", log_config=None, access_log=False)
         self._server = uvicorn.Server(settings)  # None: our own handlers
         # A daemon: a scrape that hangs must not keep a worker from leaving.
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name="telemetry", daemon=True)
@@ -309,7 +320,10 @@ class Telemetry:
         """The endpoints, for a server of one's own."""
         routes = [("/metrics", self._serve_metrics), ("/readyz", self._serve_ready)]
         routes += [("/livez", self._serve_live), ("/healthz", self._serve_live)]
-        return Starlette(routes=[Route(path, endpoint) for path, endpoint in routes])
+        served: list[BaseRoute] = [Route(path, endpoint) for path, endpoint in routes]
+        if not self.config.telemetry.page:
+            return Starlette(routes=served)
+        return Starlette(routes=[*served, self.status.mount()], lifespan=self.status.lifespan)
 
     def _serve_metrics(self, _: Request) -> Response:
         return Response(prometheus.generate_latest(self.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
@@ -318,8 +332,7 @@ class Telemetry:
         return _health(self.why())
 
     def _serve_live(self, _: Request) -> Response:
-        still_s = time.monotonic() - self._beat_s
-        return _health(f"the loop has not turned for {still_s:.0f} s" if still_s > LIVE_S else "")
+        return _health(self.still())
 
 
 def _health(reason: str) -> Response:

@@ -258,6 +258,8 @@ def _fill(learner: Learner, config: Config, weights: Weights, path: Path) -> Non
             sums = torch.zeros(len(touched), width, dtype=torch.float64).index_add_(0, place, value.double())
             rows = engine.table[touched]
             rows[:, columns] = (sums / torch.bincount(place)[:, None]).to(rows.dtype)
+            if engine.by_field is not None and bool(rows[~engine.by_field.keep(touched)].any()):
+                raise _wrong(path, name, value, "numbers behind the field's embedding_dim must be 0")
             engine.put_rows(touched, rows)
     _standardise(learner, config, weights, path)
     # Averages, anchors and the like begin where the weights are now.

@@ -27,7 +27,7 @@ from streamcl.gate import Gate
 from streamcl.join import Joiner
 from streamcl.learner import Learner
 from streamcl.lineage import Lineage
-from streamcl.metrics import Prequential, TaskMetrics
+from streamcl.metrics import Lists, Prequential, Slices, TaskMetrics
 from streamcl.outlets import Outlets
 from streamcl.past import past_of
 from streamcl.progress import Counts, Due, Pace, Progress, Work
@@ -109,12 +109,12 @@ class Worker:
         self.outlets.answers = self.progress.published
         self.joiner = Joiner(config.join, self.counts)
         self.learner = RiverLearner(config) if config.river else Learner(config)
-        self.metrics = Prequential(config.task, config.metrics.window, config.model.classes)
+        judge = config.task, config.metrics.window, config.model.classes, config.metrics.half_life
+        self.metrics = Prequential(*judge)
+        self.task_metrics = TaskMetrics(config.tasks, judge[1], judge[3]) if config.tasks else None
+        self.slices, self.lists = Slices(config), Lists(config)
         # Of what would have been served without the error memory.
-        self.task_metrics = TaskMetrics(config.tasks, config.metrics.window) if config.tasks else None
-        self.base_metrics = (
-            Prequential(config.task, config.metrics.window, config.model.classes) if config.error_memory else None
-        )
+        self.base_metrics = Prequential(*judge) if config.error_memory else None
         self.drift = DriftDetector(config.drift)
         self.boundaries = Boundaries(config)
         self.verdicts = Verdicts(config)
@@ -248,6 +248,7 @@ class Worker:
         restated = self.learner.restated(command.who)
         rows = self.joiner.forget(command.who, restated) | self.learner.forget(command.who)
         rows |= {"past": self.past.forget(command.who)} if self.past else {}
+        rows |= self.slices.forget(command.who) | self.lists.forget(command.who)
         self.counts["forget_requests"] += 1
         self.counts["forgotten_rows"] += sum(rows.values())
         work.forgotten.append(Forgotten(command.id, record.origin, command.time_s, rows))
@@ -259,7 +260,8 @@ class Worker:
         features, scores = self.learner.answer(event)
         work.predictions.append(Prediction(event.id, event.key, event.time_s, scores, event.origin))
         self.counts["predicted"] += 1
-        ticket = Ticket(event.id, event.time_s, features, scores, event.origin, event.segment, event.key, event.weight)
+        told = event.segment, event.key, event.weight, event.traits
+        ticket = Ticket(event.id, event.time_s, features, scores, event.origin, *told)
         if event.label is not None:
             self.counts["inline"] += 1
             return Outcome(ticket, event.label, Fate.INLINE, 0.0, event.also)
@@ -302,6 +304,8 @@ class Worker:
         outcomes = [outcome for outcome in outcomes if self.verdicts.counts(outcome)]
         labels, weights = [outcome.label for outcome in outcomes], [outcome.weight for outcome in outcomes]
         losses = self.metrics.add(labels, [outcome.ticket.scores.served for outcome in outcomes], weights)
+        self.slices.update(outcomes, losses)
+        self.lists.update(outcomes, losses)
         if self.task_metrics:
             self.task_metrics.update(outcomes)
         if self.base_metrics:
@@ -380,7 +384,8 @@ class Worker:
         state = {"base_metrics": self.base_metrics.state_dict()} | state if self.base_metrics else state
         state = {name: part for name, part in state.items() if name in parts or name not in ("base_metrics", "deltas")}
         state = {"deltas": {}} | state if self.deltas else state  # without: they begin here
-        state = {"boundaries": {}, "lineage": {}} | state  # so do those that a snapshot doesn't know
+        unknown: State = {"boundaries": {}, "lineage": {}, "slices": {}, "lists": {}}
+        state = unknown | state  # so do those that a snapshot doesn't know
         state = {"past": {}} | state if self.past else state
         if parts.keys() != state.keys():
             raise StreamclError(f"the snapshot holds {sorted(state)}, this worker {sorted(parts)}")
@@ -389,7 +394,8 @@ class Worker:
 
     def readings(self) -> dict[str, float]:
         """What the parts say about themselves, for telemetry and people. Never part of the state."""
-        readers = (self.metrics, self.drift, self.boundaries, self.joiner, self.learner, *filter(None, [self.past]))
+        judges = self.metrics, self.slices, self.lists, self.drift, self.boundaries
+        readers = (*judges, self.joiner, self.learner, *filter(None, [self.past]))
         merged = {name: value for part in readers for name, value in part.read().items()}
         out = self.outlets
         connectors = {"sink": out.predictions, "outcomes_sink": out.outcomes, "source": self.source}

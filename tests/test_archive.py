@@ -184,7 +184,9 @@ def tickets(draw: st.DrawFn) -> Ticket:
     scores = Scores(output, floats(classes), draw(st.integers(0, 1 << 62)), tuple(recalled), notes)
     origin = Origin(draw(st.sampled_from([EVENTS, "past"])), draw(st.integers(-3, 3)), draw(st.integers(0, 1 << 62)))
     time_s = draw(st.floats(-1e15, 1e15))
-    return Ticket(draw(st.text(min_size=1)), time_s, features, scores, origin, draw(TEXTS), draw(TEXTS))
+    traits = draw(st.dictionaries(st.sampled_from(["device", "a.ß"]), TEXTS.filter(bool), max_size=2))
+    texts = draw(TEXTS), draw(TEXTS)
+    return Ticket(draw(st.text(min_size=1)), time_s, features, scores, origin, *texts, traits=traits)
 
 
 def flat(entries: Sequence[Named]) -> list[Any]:

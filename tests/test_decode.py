@@ -243,3 +243,22 @@ def test_decoding_twice_gives_the_same() -> None:
     one, two = (event(made, payload) for _ in range(2))
     assert (one.id, one.key, one.time_s, one.origin, one.label) == (two.id, two.key, two.time_s, two.origin, two.label)
     assert [a.tobytes() for a in one.features] == [a.tobytes() for a in two.features]
+
+
+def test_an_event_keeps_the_texts_that_metrics_tell_it_apart_by() -> None:
+    """Those of key and segment it has anyway; what they are read from is no unknown field."""
+    data = {
+        "name": "t",
+        "events": {"url": "memory://a/events", "id": "id", "label": "y", "key": "user", "segment": "task"},
+        "features": {"user": "categorical", "device.os": "categorical"},
+        "metrics": {"group_by": "user", "segments": ["device.os", "task"], "ranking": {"group_by": "request.id"}},
+    }
+    made = Decoder(Config.parse(data), JSON())
+    payload = {"user": "u", "task": "a", "device": {"os": 7}, "request": {"id": "r"}, "other": 1}
+    assert event(made, payload).traits == {"device.os": "7", "request.id": "r"}
+    assert event(made, {"user": "u", "device": {"os": None}}).traits == {}
+    assert made.unknown_fields(payload) == {"other"}
+    assert refusal(made, {"id": "e", "request": {"id": ["hunter2"]}}) == (
+        "schema",
+        "field 'request.id': a category must be a string, integer or boolean, not list",
+    )

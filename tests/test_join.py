@@ -132,6 +132,18 @@ def test_more_tickets_than_allowed_drop_the_one_that_came_first() -> None:
     assert [o.ticket.id for o in at(join, 50.0)] == ["2", "3"]
 
 
+def test_the_hit_ratio_is_the_share_of_ended_windows_that_a_label_came_for() -> None:
+    join = joiner()
+    assert "join_hit_ratio" not in join.read()
+    for offset in range(5):
+        join.add(ticket(str(offset), 0.0, offset))
+    join.label(label("0", 1.0))
+    assert join.read()["join_hit_ratio"] == 1.0
+    list(at(join, 100.0))
+    assert join.counts["expired"] == 4
+    assert join.read()["join_hit_ratio"] == 0.2
+
+
 def test_an_id_that_comes_back_after_overflow_keeps_its_own_deadline() -> None:
     join = joiner(max_tickets=1)
     join.add(ticket("a", 0.0, 0))
@@ -202,6 +214,17 @@ def test_a_waiting_ticket_keeps_its_segment_and_an_old_snapshot_knows_of_none(se
     assert tuple(t.segment for t in second.tickets.values()) == segments
     assert digest(second.state_dict()) == digest(state)
     assert ("segment" in state["tickets"]) == any(segments)
+
+
+def test_a_waiting_ticket_keeps_what_metrics_tell_it_apart_by() -> None:
+    """Each its own: which fields are kept may have changed while it waited."""
+    first, second = joiner(), joiner()
+    told = [{}, {"device": "ios"}, {"device": "web", "request.id": "r"}]
+    for offset, traits in enumerate(told):
+        first.add(replace(ticket(str(offset), 0.0, offset), traits=traits))
+    second.load_state_dict(first.state_dict())
+    assert [t.traits for t in second.tickets.values()] == told
+    assert digest(second.state_dict()) == digest(first.state_dict())
 
 
 @effort(max_examples=150, deadline=None)

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from streamcl.config import Config
+from streamcl.config import Config, ConfigError
 from streamcl.engine.eager import Eager
 from streamcl.features import Featurizer
+from streamcl.learner import Learner
 from streamcl.models import FFM, FM, MODELS, DCNv2, DeepFM, Logistic, XDeepFM, build_model
 from streamcl.models.tower import Shape
 from streamcl.state import digest
@@ -173,6 +174,35 @@ def test_every_parameter_is_finite_and_the_first_score_is_the_prior(kind: str) -
     engine = Eager(config(kind), layout_of(config(kind)))
     assert all(bool(torch.isfinite(p).all()) for p in engine.dense.params.values())
     assert abs(engine.predict(torch.tensor([[5]]), torch.ones(1, 1), torch.ones(1, 1)).item()) < 1e-6
+
+
+BUILT_IN: dict[str, dict[str, Any]] = {
+    **{kind: {} for kind in (*KINDS, "xdeepfm", "autoint", "shared_bottom", "mmoe", "recurrent")},
+    "din": {"din": {"attends": {"seen": "a"}}},
+    "two_tower": {"two_tower": {"user": ["seen", "n"], "item": ["a"]}},
+}
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_a_fresh_model_answers_the_prior_that_it_is_given(kind: str) -> None:
+    seen = {"kind": "bag", "buckets": 20, "max_items": 2}
+    made = config(
+        kind, features={"a": SMALL, "seen": seen, "n": "numeric"}, prior=0.02, init_scale=1e-4, **BUILT_IN[kind]
+    )
+    scores = Learner(made).predict(Featurizer(made).encode({"a": "x", "seen": ["y"], "n": 3.0}))
+    assert scores.served[0] == pytest.approx(0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"task": "regression"}, "model.prior: a regression task has no rate"),
+        ({"kind": "some.module:Class"}, "model.prior: some.module:Class sets its own bias"),
+    ],
+)
+def test_a_prior_that_means_nothing_is_refused(more: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        config(**more, prior=0.02)
 
 
 def test_hidden_weights_are_hes_uniform_and_heads_are_zero() -> None:

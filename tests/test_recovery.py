@@ -166,7 +166,7 @@ def test_the_learned_hash_names_exactly_the_records_that_were_learned_from(items
 
 
 STREAM = [item for id in range(40) for item in (view(id, float(id)), *([click(id, id + 2.0)] if id % 3 == 0 else []))]
-PARTS = ("boundaries", "counts", "drift", "joiner", "learner", "lineage", "metrics", "progress")
+PARTS = ("boundaries", "counts", "drift", "joiner", "learner", "lineage", "lists", "metrics", "progress", "slices")
 
 
 def test_the_parts_that_remember_are_these(tmp_path: Path) -> None:
@@ -179,7 +179,8 @@ def test_a_part_left_out_of_the_snapshot_would_be_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
 ) -> None:
     fill(STREAM)
-    config = settings(tmp_path, boundaries=[{"kind": "clock", "every_events": 1000}])
+    metrics = {"window": 16, "group_by": "user", "ranking": {"group_by": "user"}}
+    config = settings(tmp_path, boundaries=[{"kind": "clock", "every_events": 1000}], metrics=metrics)
     die_after(config, 6)
     worker = build(config)
     part = type(worker.parts()[forgotten])

@@ -47,3 +47,11 @@ def test_a_table_shows_counts_metrics_and_the_digest(tmp_path: Path) -> None:
     Console(file=text, width=120).print(summary.table(told))
     for word in ("shop, shard 0: 20 records", "learned", "log_loss", told["state_digest"]):
         assert word in text.getvalue()
+
+
+def test_a_reading_s_name_is_no_markup(tmp_path: Path) -> None:
+    [(worker, readings)] = ended(tmp_path, 1).items()
+    result = summary.of_shard(worker, {**readings, "segment:device:[/]:events": 3.0})
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summary.table(result))
+    assert "segment:device:[/]:events" in console.file.getvalue()  # type: ignore[attr-defined]

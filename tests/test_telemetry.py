@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from deploy.tools import ToolError, tool
@@ -17,10 +18,11 @@ from streamcl import telemetry
 from streamcl.config import Config
 from streamcl.drift import DriftDetector
 from streamcl.readings import BOUNDARIES, LAYERS, PARTS, PERCENTILES, QUALITY, STAGES
-from streamcl.records import DeadLetter, Origin, Record, Signal, Stream, Turn
+from streamcl.records import DeadLetter, Fate, Origin, Record, Signal, Stream, Turn
 from streamcl.stations import Drift
 from streamcl.telemetry import FATES, REASONS, Telemetry, TelemetryError
 from tests.components import lack
+from tests.metrics.sliced import outcome
 
 EVENTS_0 = Stream("events", 0)
 READINGS = {
@@ -103,6 +105,21 @@ def test_a_turn_is_counted_by_fate_reason_and_source(watching: tuple[Telemetry, 
     assert value(series, "lag_records", input="events", partition="0") == 5
 
 
+def test_how_late_labels_are_is_a_histogram_of_those_that_were_joined(
+    watching: tuple[Telemetry, httpx.Client],
+) -> None:
+    watcher, client = watching
+    fates = [(Fate.JOINED, 0.5), (Fate.JOINED, 30.0), (Fate.LATE, 7200.0), (Fate.EXPIRED, 1800.0), (Fate.INLINE, 0.0)]
+    told = [replace(outcome(1.0, 0.5), fate=fate, delay_s=delay_s) for fate, delay_s in fates]
+    watcher.observe(replace(turn(), outcomes=tuple(told)), seconds=0.02, lag={}, readings={"join_hit_ratio": 0.75})
+    series = scrape(client)
+    assert value(series, "label_delay_seconds_count") == 3
+    assert value(series, "label_delay_seconds_sum") == 7230.5
+    assert value(series, "label_delay_seconds_bucket", le="1.0") == 1
+    assert value(series, "label_delay_seconds_bucket", le="60.0") == 2
+    assert value(series, "join_hit_ratio") == 0.75
+
+
 def test_readings_become_gauges_and_the_window_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
     watcher, client = watching
     watcher.observe(turn(), seconds=0.02, lag={}, readings=READINGS | {"lag_records": 5.0, "dormant_ratio": 0.1})
@@ -115,6 +132,20 @@ def test_readings_become_gauges_and_the_window_a_label(watching: tuple[Telemetry
     assert value(series, "drift_loss_mean") == 0.4
     assert not any(name == "streamcl_drift_alarms" for name, _ in series)
     assert value(series, "dormant_ratio") == 0.1
+
+
+def test_what_decays_is_a_window_and_a_tenth_of_the_scores_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    readings = {"ne_decayed": 0.75, "ne_recalibrated_window": 0.5, "ece_window": 0.25, "decile_calibration_10": 2.0}
+    readings |= {"base_decile_calibration_1": 3.0, "task_like.decile_calibration_2": 4.0}
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=readings)
+    series = scrape(client)
+    assert value(series, "ne", window="decayed") == 0.75
+    assert value(series, "ne_recalibrated", window="recent") == 0.5
+    assert value(series, "ece", window="recent") == 0.25
+    assert value(series, "decile_calibration", decile="10") == 2
+    assert value(series, "base_decile_calibration", decile="1") == 3
+    assert value(series, "task_decile_calibration", task="like", decile="2") == 4
 
 
 def test_a_reading_that_became_undefined_leaves_no_stale_series(watching: tuple[Telemetry, httpx.Client]) -> None:
@@ -218,6 +249,30 @@ def test_a_dynamic_table_s_readings_have_its_field_as_a_label(watching: tuple[Te
     assert value(series, "table_rows", field="user") == 4
     assert value(series, "table_evicted", field="user.id", reason="ttl") == 5
     assert value(series, "table_evicted", field="user.id", reason="lru") == 6
+
+
+def test_a_value_of_a_field_is_a_label_whatever_is_in_it(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    values = ["ios", "other", 'a:b"c\\', "two\nlines", "{}"]
+    readings = {f"segment:device.os:{value}:{name}": 0.5 for value in values for name in ("auc", "log_loss", "events")}
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=readings)
+    series = scrape(client)
+    for name in ("segment_auc", "segment_log_loss", "segment_events"):
+        assert {(dict(pairs)["field"], dict(pairs)["value"]) for at, pairs in series if at == f"streamcl_{name}"} == {
+            ("device.os", each) for each in values
+        }
+
+
+def test_how_lists_are_ranked_has_k_as_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:
+    watcher, client = watching
+    readings = {"ranking_ndcg_at_5": 0.5, "ranking_recall_at_20": 0.25, "ranking_lists": 7.0, "gauc_window": 0.75}
+    watcher.observe(turn(), seconds=0.02, lag={}, readings=readings | {"ranking_left_out": 0.125})
+    series = scrape(client)
+    assert value(series, "ranking_ndcg", k="5") == 0.5
+    assert value(series, "ranking_recall", k="20") == 0.25
+    assert value(series, "ranking_closed_lists") == 7
+    assert value(series, "ranking_left_out") == 0.125
+    assert value(series, "gauc", window="recent") == 0.75
 
 
 def test_a_layer_s_readings_are_one_family_with_a_text_and_a_label(watching: tuple[Telemetry, httpx.Client]) -> None:

@@ -112,7 +112,8 @@ def features_of(row: int) -> Encoded:
 
 
 def test_three_ways_of_learning_from_a_tenth_of_the_negatives_are_calibrated_alike() -> None:
-    """Within 5 %: some 2,200 positives, their number with a deviation of 2 %, and a step that goes on moving."""
+    """Within 2 % of each other; and within 5 % of the truth, as some 2,200 positives, whose number has a deviation of
+    2 %, and a step that goes on moving allow."""
     common: dict[str, Any] = {"join": {}, "optimizer": {"kind": "adagrad", "learning_rate": 0.3}}
     shifted = Learner(config(**common, sample={"negatives": W}))
     sampled, weighted = Learner(config(**common)), Learner(config(**common))
@@ -131,7 +132,7 @@ def test_three_ways_of_learning_from_a_tenth_of_the_negatives_are_calibrated_ali
         calibration(weighted, float),
     ]
     assert ways == pytest.approx([1.0] * 3, abs=0.05)
-    assert ways == pytest.approx([ways[0]] * 3, abs=0.05)
+    assert ways == pytest.approx([ways[0]] * 3, abs=0.02)
 
 
 def test_metrics_of_a_sampled_stream_are_those_of_the_whole() -> None:

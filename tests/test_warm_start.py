@@ -168,6 +168,19 @@ def test_what_does_not_fit_is_named_with_its_shape(tmp_path: Path, change: dict[
         begun(wide(tmp_path, model=model))
 
 
+def test_numbers_that_a_field_does_not_use_must_be_zero(tmp_path: Path) -> None:
+    given = weights()
+    save(tmp_path / "all.st", **given)
+    given["rows"]["user"][:, 1] = 0.0
+    save(tmp_path / "narrow.st", **given)
+    user = {"kind": "categorical", "buckets": 10_007, "embedding_dim": 1}
+    features = {"user": user, "price": "numeric"}
+    model = {"kind": "deepfm", "embedding_dim": 2, "hidden": [4]}
+    with pytest.raises(ConfigError, match=r"rows\.user, shape \(5, 2\): numbers behind the field.s emb"):
+        begun(wide(tmp_path, features=features, model=model | {"warm_start": str(tmp_path / "all.st")}))
+    begun(wide(tmp_path, features=features, model=model | {"warm_start": str(tmp_path / "narrow.st")}))
+
+
 def test_what_is_no_such_file_is_refused_and_nothing_is_saved(tmp_path: Path) -> None:
     for name, content in (("absent", None), ("torn", b"\x00" * 7)):
         if content is not None:

@@ -51,7 +51,8 @@ class Topic:
 
     def config(self, settings: Mapping[str, Any]) -> Config:
         """`settings` (the tables model, optimizer, replay, seed, ...) completed by what the stream looks like."""
-        shape = {"name": self.name, "events": {"url": self.url, "time": TIME, "label": LABEL}}
+        events = {"url": self.url, "time": TIME, "label": LABEL, "weight": self.data.weight}
+        shape = {"name": self.name, "events": events}
         return Config.parse({**shape, "features": self.data.features, **settings}, "bench")
 
     def run(self, name: str, settings: Mapping[str, Any], *, publish: bool = False) -> Trace:

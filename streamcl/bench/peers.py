@@ -47,7 +47,7 @@ def vw_line(features: Mapping[str, Any], payload: Mapping[str, Any]) -> str:
 
     Which row of the 2^20 a value hashes to depends on the namespace's name: collisions move the fourth digit of an AUC.
     """
-    parts = [f"|{_namespace(features, name)} {_vw_value(kind, payload[name])}" for name, kind in features.items()]
+    parts = [f"|{_namespace(features, name)} {_vw_value(kind, payload.get(name))}" for name, kind in features.items()]
     return " ".join(["1" if payload[LABEL] else "-1", *parts])
 
 
@@ -56,9 +56,11 @@ def _namespace(features: Mapping[str, Any], name: str) -> str:
 
 
 def _vw_value(kind: Any, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{item}:{weight}" for item, weight in value.items())
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return f"x:{value}" if kind == "numeric" else str(value)
+    return f"x:{value}" if kind == "numeric" and value is not None else str(value)
 
 
 RIVER_OPTIMIZERS: dict[str, Callable[[], Any]] = {
@@ -69,30 +71,40 @@ RIVER_OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 def river_logistic(optimizer: str, data: Dataset) -> Trace:
     """River's LogisticRegression on `{"user=1": 1}` dicts made beforehand; numbers pass its StandardScaler."""
+    return river(f"river logistic {optimizer}", data, RIVER_OPTIMIZERS[optimizer]())
+
+
+def river(name: str, data: Dataset, optimizer: Any, **settings: Any) -> Trace:
+    """The same with any optimiser; `settings` are those of River's LogisticRegression."""
     examples = [river_example(data.features, payload) for payload in data.payloads]
-    model: Any = linear_model.LogisticRegression(optimizer=RIVER_OPTIMIZERS[optimizer]())
-    if any(kind == "numeric" for kind in data.features.values()):
-        model = compose.Pipeline(preprocessing.StandardScaler(), model)
+    model: Any = linear_model.LogisticRegression(optimizer=optimizer, **settings)
+    if numbers := [name for name, kind in data.features.items() if kind == "numeric"]:
+        scaled: Any = preprocessing.StandardScaler()
+        if len(numbers) < len(data.features):  # a category would be scaled away where it stands: there it is always 1
+            own = compose.FuncTransformer(lambda x: {name: x[name] for name in numbers if name in x})
+            scaled = (own | scaled) + compose.Discard(*numbers)
+        model = compose.Pipeline(scaled, model)
     labels = [bool(payload[LABEL]) for payload in data.payloads]
     scores = np.empty(len(labels))
     start = time.process_time()
     for i, (x, y) in enumerate(zip(examples, labels, strict=True)):
         scores[i] = model.predict_proba_one(x).get(True, 0.5)
         model.learn_one(x, y)
-    return Trace(f"river logistic {optimizer}", scores, time.process_time() - start)
+    return Trace(name, scores, time.process_time() - start)
 
 
 def river_example(features: Mapping[str, Any], payload: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        **{
-            f"{name}={one}": 1.0 for name, kind in features.items() if kind != "numeric" for one in _each(payload[name])
-        },
-        **{name: float(payload[name]) for name, kind in features.items() if kind == "numeric"},
-    }
-
-
-def _each(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    """A value of each feature, `name=value`: 1; a number under its name. What is missing is a value, `name=None`."""
+    x: dict[str, float] = {}
+    for name, kind in features.items():
+        value = payload.get(name)
+        if kind == "numeric" and value is not None:
+            x[name] = float(value)
+        elif isinstance(value, Mapping):
+            x |= {f"{name}={item}": float(weight) for item, weight in value.items()}
+        else:
+            x |= {f"{name}={one}": 1.0 for one in (value if isinstance(value, list) else [value])}
+    return x
 
 
 def constant(labels: Sequence[float] | NDArray[np.float64]) -> Trace:

@@ -29,11 +29,15 @@ class Trace:
         return len(self.scores) / self.cpu_s if self.cpu_s > 0 else float("nan")
 
 
-def auc(labels: Floats, scores: Floats) -> float:
+def auc(labels: Floats, scores: Floats, weights: Floats | None = None) -> float:
     """Exact area under the ROC curve, ties counted half; NaN unless both classes occur.
+
+    With `weights` (N,) a pair counts the product of its events' weights.
 
     Source: the Mann-Whitney statistic with mid-ranks.
     """
+    if weights is not None:
+        return _weighted_auc(labels, scores, weights)
     positives = float(labels.sum())
     negatives = len(labels) - positives
     if positives == 0 or negatives == 0:
@@ -42,6 +46,13 @@ def auc(labels: Floats, scores: Floats) -> float:
     mid_rank = np.cumsum(count) - (count - 1) / 2
     above = float(mid_rank[place][labels > 0].sum()) - positives * (positives + 1) / 2
     return above / (positives * negatives)
+
+
+def _weighted_auc(labels: Floats, scores: Floats, weights: Floats) -> float:
+    _, place = np.unique(scores, return_inverse=True)
+    positive, negative = (np.bincount(place, weights * side) for side in (labels, 1 - labels))
+    pairs = float(positive.sum() * negative.sum())
+    return float(positive @ (np.cumsum(negative) - negative / 2)) / pairs if pairs else float("nan")
 
 
 def grouped_auc(labels: Floats, scores: Floats, groups: NDArray[np.int64]) -> float:
@@ -111,6 +122,35 @@ def quality(labels: Floats, scores: Floats) -> dict[str, float]:
         "last_half_ne": float(loss[half:].mean()) / entropy(labels[half:]),
         "accuracy": float(np.mean((scores >= 0.5) == (labels > 0.5))),
     }
+
+
+def weighted(labels: Floats, scores: Floats, weights: Floats) -> dict[str, float]:
+    """AUC, normalised entropy and log-loss with each event counted `weights` (N,) times, by their sum.
+
+    With weights of 1 / propensity: the self-normalised estimate of what they would be under a policy that shows all
+    alike (Swaminathan & Joachims 2015, *The self-normalized estimator for counterfactual learning*). Equal weights, of
+    any size, change nothing.
+    """
+    loss = float(np.average(losses(labels, scores), weights=weights))
+    rate = np.array([np.average(labels, weights=weights)])
+    return {"auc": auc(labels, scores, weights), "ne": loss / entropy(rate), "log_loss": loss}
+
+
+def resampled(labels: Floats, scores: Sequence[Floats], draws: int, seed: int = 0) -> NDArray[np.float64]:
+    """AUC and NE of each of S traces in each of B bootstrap samples, the same for all of them. # (B, S, 2)
+
+    A sample draws N events with replacement: how far the figures lie from what another such stream would give.
+    """
+    rng, count = np.random.default_rng(seed), len(labels)
+    loss = [losses(labels, each) for each in scores]
+    found = np.empty((draws, len(scores), 2))
+    for b in range(draws):
+        often = np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
+        base = entropy(np.array([often @ labels / count]))
+        found[b] = [
+            (auc(labels, each, often), often @ lost / count / base) for each, lost in zip(scores, loss, strict=True)
+        ]
+    return found
 
 
 def blocks(values: Floats, count: int = 50) -> tuple[Sequence[float], Sequence[float]]:

@@ -79,8 +79,8 @@ def retrained_deepfm(
     starts = [*np.flatnonzero(np.diff(days, prepend=days[:1])).tolist(), len(times)]
     for start, end in pairwise(starts):
         torch.manual_seed(seed)
-        mean, deviation = numbers[:start].mean(0), numbers[:start].std(0).nan_to_num(1.0).clamp(min=1e-6)
-        scaled = (numbers[:end] - mean) / deviation
+        mean, deviation = _moments(numbers[:start])
+        scaled = ((numbers[:end] - mean) / deviation).nan_to_num(0.0)  # a missing number reads as the mean
         known = [int(rows[:start, f].max()) + 1 for f in range(rows.shape[1])]
         seen = torch.where(rows[:end] < torch.tensor(known), rows[:end], 0) if known else rows[:end]
         model = DeepFM(sizes, numbers.shape[1], dim, hidden)
@@ -88,6 +88,13 @@ def retrained_deepfm(
         with torch.inference_mode():
             scores[start:end] = torch.sigmoid(model(seen[start:end], scaled[start:end])).double().numpy()
     return Trace(NAME, scores, time.process_time() - began)
+
+
+def _moments(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column, without what is missing (NaN)."""
+    mean = numbers.nanmean(0)
+    others = (~numbers.isnan()).sum(0) - 1
+    return mean.nan_to_num(0.0), (((numbers - mean) ** 2).nansum(0) / others.clamp(min=1)).sqrt().clamp(min=1e-6)
 
 
 def _train(
@@ -109,9 +116,9 @@ def _columns(data: Dataset) -> tuple[Tensor, list[int], Tensor]:
     sizes = []
     for name in (name for name, kind in kinds.items() if kind == "categorical"):
         known: dict[Any, int] = {}
-        columns.append(np.array([known.setdefault(p[name], len(known) + 1) for p in data.payloads], np.int64))
+        columns.append(np.array([known.setdefault(p.get(name), len(known) + 1) for p in data.payloads], np.int64))
         sizes.append(len(known) + 1)
     names = [name for name, kind in kinds.items() if kind == "numeric"]
-    numbers = np.array([[float(p[name]) for name in names] for p in data.payloads], np.float32)
+    numbers = np.array([[float(p.get(name, np.nan)) for name in names] for p in data.payloads], np.float32)
     rows = np.stack(columns, 1) if columns else np.zeros((len(data.payloads), 0), np.int64)
     return torch.from_numpy(rows), sizes, torch.from_numpy(numbers.reshape(len(data.payloads), len(names)))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamcl.bench import peers, presets, retrained, stream_delay, stream_tables
+from streamcl.bench import peers, presets, retrained, stream_delay, stream_logs, stream_tables
+from streamcl.bench.click_logs import LOGS
 from streamcl.bench.drive import Topic
 from streamcl.bench.options import OptionError, Options
 from streamcl.bench.quality import Floats, Trace, blocks, losses, quality
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
+from streamcl.bench.reproduced import VW, VW_FTRL, Known, reproductions
 from streamcl.bench.streams import Dataset, recorded, with_side
 
 READS = {"data", "stream", "preset", "method", "seeds", "via", "task", "events"}
 
-VW, VW_FTRL, NO_CHANGE = "vw default", "vw --ftrl", "no-change"
+NO_CHANGE = "no-change"
 
 DEFINITIONS = (
     "every score was given before its label was learned from; whole stream unless said; ne = log-loss / entropy of"
@@ -27,21 +28,6 @@ DEFINITIONS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What one stream at one size is known for, as (AUC, NE).
-
-    `asked` is what is promised. `vw` and `ftrl` are what VW 9.11.9 reaches: a run in which it does not come within
-    `TOLERANCE` of them compares us with something else than VW.
-    """
-
-    events: int | None
-    asked: tuple[float, float]
-    vw: tuple[float, float]
-    ftrl: tuple[float, float]
-
-
-TOLERANCE = 0.002
 QUICK = (
     "quick: the limits on ml-100k are lower than what VW reaches on these few events (see the aims); they were set so"
     " after one rate of .05 for everything had missed VW's, at AUC .7066 / NE .8984"
@@ -57,13 +43,16 @@ KNOWN = {
 def run(options: Options) -> Report:
     """Our model of `--method` (the headline) and the logistic one, then every peer, all on the same events.
 
-    `--task admission` and `--task delay` are others: see `stream_tables`, `stream_delay`.
+    `--task admission` and `--task delay` are others, and so are logs of single rows: see `stream_tables`,
+    `stream_delay`, `stream_logs`.
     """
     tasks = {"admission": stream_tables.run, "delay": stream_delay.run}
     if (task := options.choice("task", ("peers", *tasks), "peers")) in tasks:
         return tasks[task](options)
     start = time.perf_counter()
-    stream = options.choice("stream", ("ml-100k", "elec"), "ml-100k")
+    stream = options.choice("stream", ("ml-100k", "elec", *LOGS), "ml-100k")
+    if stream in LOGS:
+        return stream_logs.run(options)
     preset = options.choice("preset", presets.PRESETS, "default")
     method = options.choice("method", presets.METHODS, presets.HEADLINE.get(preset, "deepfm"))
     known, seeds = KNOWN[stream, options.quick], options.seed_list(1)
@@ -154,17 +143,6 @@ def _promises(headline: Mapping[str, float], known: Known, preset: str, quick: b
         Bar("auc >= vw default", headline["auc"], known.asked[0]),
         Bar("ne <= vw default", headline["ne"], known.asked[1], at_least=False),
     ]
-
-
-def reproductions(others: Mapping[str, Trace], labels: Floats, known: Known) -> list[Bar]:
-    """How far each peer is from its own known figure. A peer that is missing has not reproduced anything."""
-    bars = []
-    for name, figures in ((VW, known.vw), (VW_FTRL, known.ftrl)):
-        found = quality(labels, others[name].scores) if name in others else {"auc": math.nan, "ne": math.nan}
-        for metric, figure in zip(("auc", "ne"), figures, strict=True):
-            off = abs(found[metric] - figure)
-            bars.append(Bar(f"peer reproduces: {name} {metric} {figure:.4f}", off, TOLERANCE, at_least=False))
-    return bars
 
 
 def _aims(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Dataset:
     `payloads` hold the features, `time` (seconds, never falling) and `label` (0 or 1). `features` is the
     configuration's table of that name. `best_losses` (N,) is the expected log-loss, in nats, of the true
     probabilities, where they are known: nobody can do better on average. `impression` events in a row are shown
-    together, and their labels come together.
+    together, and their labels come together. `weight` is the field of how much an event counts, if they differ.
     """
 
     name: str
@@ -45,13 +45,14 @@ class Dataset:
     payloads: Sequence[Mapping[str, Any]]
     best_losses: Floats | None = field(default=None, repr=False)
     impression: int = 1
+    weight: str | None = None
 
     def labels(self) -> Floats:
         return np.array([payload[LABEL] for payload in self.payloads], dtype=np.float64)
 
     def first(self, count: int) -> Dataset:
         best = None if self.best_losses is None else self.best_losses[:count]
-        return Dataset(self.name, self.features, self.payloads[:count], best, self.impression)
+        return replace(self, payloads=self.payloads[:count], best_losses=best)
 
     def messages(self) -> Iterator[bytes]:
         return (orjson.dumps(payload) for payload in self.payloads)

@@ -19,7 +19,8 @@ from torch.nn import functional
 from streamcl.config import Config
 from streamcl.engine.delayed import Delayed
 from streamcl.engine.dense import Dense
-from streamcl.engine.optimizers import build_update
+from streamcl.engine.field_rows import FieldRows, said
+from streamcl.engine.optimizers import Slots, build_update
 from streamcl.engine.reloop import self_corrected
 from streamcl.engine.tables import DynamicTables
 from streamcl.engine.weights import WeightSet
@@ -92,7 +93,11 @@ class Eager:
         self.dense = Dense(self.model, build_update(config.optimizer, rate))
         self.row_rate = config.optimizer.embedding_learning_rate or ROWS_FASTER * rate
         self.row_update = build_update(config.optimizer, self.row_rate)
-        self.row_slots = self.row_update.slots(self.table)
+        self.by_field: FieldRows | None = None
+        if said(config):
+            self.by_field = FieldRows(config, layout, self.table, self.first, self.row_rate)
+            self.by_field.narrow(self.table)
+        self.row_slots = self.fresh_slots(self.table)
         self.tables = self._dynamic(config, layout) if layout.dynamic else None
         self.layers = of_towers(self.model, self.model.towers)
         self.rules: dict[str, Rule] = {} if serving else build_rules(config, self.dense, self.model, self.layers)
@@ -137,7 +142,14 @@ class Eager:
 
         self.table, self.row_slots = with_theirs(self.table), tuple(map(with_theirs, self.row_slots))
         tables.attach((self.table, *self.row_slots))
+        if self.by_field is not None:
+            self.by_field.attach((layout.rows + tables.of.base).tolist())
+            tables.keep = self.by_field.keep
         return tables
+
+    def fresh_slots(self, table: Tensor) -> Slots:
+        """Of a table (R, W) that nothing has been learned of."""
+        return (self.by_field or self.row_update).slots(table)
 
     def fresh_rows(self, ids: Tensor) -> Tensor:
         """(n, W) what these rows held before anything was learned; those of dynamic tables were not there."""
@@ -146,7 +158,7 @@ class Eager:
         for row, id in zip(rows, ids.tolist() if dim else (), strict=False):
             if self.tables is None or id < self.tables.first:
                 row[self.first :] = self.draw(dim, id * dim)
-        return rows
+        return rows if self.by_field is None else rows * self.by_field.keep(ids)
 
     def predict(self, ids: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
         """(B, O), and behind it the logits of T further tasks: (B, O + T)."""
@@ -317,6 +329,8 @@ class Eager:
         gradient.index_add_(0, torch.searchsorted(touched, ids.reshape(-1)), by_slot.reshape(-1, width))
         if self.tables is not None and len(touched) and touched[-1] == self.tables.of.void:
             touched, gradient = touched[:-1], gradient[:-1]  # what stands for no row stays zero
+        if self.by_field is not None:
+            gradient *= self.by_field.keep(touched)
         return Grads(self.dense.gradient(by_param), touched, gradient)
 
     def gradient(self, read: Rows) -> Grads:
@@ -351,16 +365,17 @@ class Eager:
         """Change rows (n, W) of the table beside the optimiser, each once; whoever follows them is told."""
         for each in self.sets.values():
             each.before(ids)
-        slots = self.row_update.moved(rows, [slot[ids] for slot in self.row_slots])
+        given = rows, [slot[ids] for slot in self.row_slots]
+        slots = self.row_update.moved(*given) if self.by_field is None else self.by_field.moved(ids, *given)
         for column, new in zip((self.table, *self.row_slots), (rows, *slots), strict=True):
             column.index_copy_(0, ids, new)
         if self.watch:
             self.watch(ids)
 
     def _move_rows(self, touched: Tensor, gradient: Tensor) -> None:
-        rows, row_slots = self.row_update.step(
-            self.table[touched], gradient, [slot[touched] for slot in self.row_slots]
-        )
+        given = self.table[touched], gradient, [slot[touched] for slot in self.row_slots]
+        by_field = self.by_field
+        rows, row_slots = self.row_update.step(*given) if by_field is None else by_field.step(touched, *given)
         for column, new in zip((self.table, *self.row_slots), (rows, *row_slots), strict=True):
             column.index_copy_(0, touched, new)
 

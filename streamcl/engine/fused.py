@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from msgspec import Struct
 
-from streamcl.engine import layout
+from streamcl.engine import field_rows, layout
 from streamcl.engine.layout import ANSWER, LEARN, REFUSE
 from streamcl.engine.scan import scan
 from streamcl.engine.views import (
@@ -75,6 +75,8 @@ def obstacle(config: Config, plugins: Sequence[object] = ()) -> str | None:
     for index, rule in enumerate(config.plasticity):
         if rule.kind != "continual_backprop" or rule.exact:
             return f"plasticity.{index}: {rule.kind}{', exact' if rule.kind == 'continual_backprop' else ''}"
+    if setting := field_rows.said(config):
+        return setting
     if config.loss.kind in ("dfm", "es_dfm"):
         return f"loss.kind: {config.loss.kind}"
     if config.loss.kind == "reloop" and config.error_memory:

@@ -24,14 +24,13 @@ Source:
 Differs from the source:
     The index probes one after the other instead of cuckoo hashing, so that deleting leaves nothing behind; the filter
     is a count-min sketch of generations with conservative update (Estan & Varghese 2002), not cells with a signature;
-    rows expire behind each event, by event time, never in a pause at a save. Tables of several fields aren't shared,
-    and all have the model's embedding_dim and optimiser: a row of another width would need a projection of its own.
+    rows expire behind each event, by event time, never in a pause at a save. Tables of several fields aren't shared.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,6 +183,7 @@ class DynamicTables:
             scale=config.model.init_scale,
             rates=rates,
         )
+        self.keep: Callable[[Tensor], Tensor] | None = None  # (n, W) bool: what rows (n,) of the engine's table use
         self.moved = np.zeros(3 * len(layout.slot_table) + int(self.of.sweep.sum()), np.int64)
         self.made = 0
 
@@ -206,6 +206,11 @@ class DynamicTables:
         """An event is about to be learned; `retract` or `complete` follows."""
         table, a, _, _ = self._data
         self.made = table_rows.admit_now(features.ids, features.weights, time_s, self.of, table, a)
+        if self.keep is not None and self.made:
+            new = self.of.made[: self.made, 0]
+            rows = torch.from_numpy(new[new >= 0] + self.first)
+            for column in self.columns[: 2 if self.of.optimizer == KINDS["ftrl"] else 1]:  # its z makes the weight
+                column[rows] *= self.keep(rows)
 
     def retract(self) -> None:
         """It was not learned: as if nobody had asked."""

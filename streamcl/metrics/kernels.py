@@ -13,6 +13,9 @@ from streamcl.metrics.losses import CLIP
 EXAMPLES, LOSS, SCORES, LABELS, HITS, PAIRS, REPEATS, WEIGHT = range(8)
 """Places in the sums of `binary_rows`."""
 
+PAST_WEIGHT, PAST_LOSS, PAST_SCORES, PAST_LABELS = range(4)
+"""Places in its decayed sums."""
+
 LIMIT = 16.0
 """Logits beyond +-16 (probabilities below 1.2e-7) share the outermost bins of a histogram."""
 
@@ -43,11 +46,14 @@ def binary_rows(
     counts: Any,
     ring: Any,
     written: Any,
+    decayed: Any,
+    keep: float,
 ) -> None:
-    """Add examples to the sums (8,), the histogram's counts (2, bins) and the window's ring (size, 4).
+    """Add examples to the sums (8,), the decayed sums (4,), a histogram's counts (2, bins), a window's ring (size, 4).
 
     labels, scores, weights (n,) float64; their losses come back in `losses` (n,); what is not finite enters nothing.
-    previous, written (1,): the label before, NaN if there is none, and the rows that the ring has seen.
+    previous, written (1,): the label before, NaN if there is none, and the rows that the ring has seen. Before each
+    example the decayed sums are multiplied by `keep`.
     """
     for i in range(len(labels)):
         label, score, weight = labels[i], scores[i], weights[i]
@@ -65,6 +71,10 @@ def binary_rows(
         sums[HITS] += weight * ((score >= 0.5) == (label >= 0.5))
         sums[PAIRS] += weight * (previous[0] == previous[0])
         sums[REPEATS] += weight * repeats
+        decayed[PAST_WEIGHT] = keep * decayed[PAST_WEIGHT] + weight
+        decayed[PAST_LOSS] = keep * decayed[PAST_LOSS] + weight * loss
+        decayed[PAST_SCORES] = keep * decayed[PAST_SCORES] + weight * score
+        decayed[PAST_LABELS] = keep * decayed[PAST_LABELS] + weight * label
         counts[np.int64(label >= 0.5), _place(score, counts.shape[1])] += weight
         row = written[0] % len(ring)
         ring[row, 0], ring[row, 1], ring[row, 2], ring[row, 3] = label, score, repeats, weight

@@ -12,7 +12,7 @@ from streamcl.metrics.multiclass import Multiclass
 from streamcl.metrics.regression import Regression
 from streamcl.protocols import State
 from streamcl.records import Outcome
-from streamcl.stations import Task
+from streamcl.stations import HALF_LIFE, Task
 
 
 class Prequential:
@@ -22,6 +22,7 @@ class Prequential:
 
     Args:
         window: labelled examples in the metrics that end in `_window` (count).
+        half_life: labelled examples after which one counts half in those that end in `_decayed`; binary only.
         classes: width of the served probabilities; multiclass only.
 
     Shape:
@@ -34,11 +35,11 @@ class Prequential:
         Gama, Sebastiao and Rodrigues 2013, doi 10.1007/s10994-012-5320-9, for prequential evaluation.
     """
 
-    def __init__(self, task: Task, window: int, classes: int) -> None:
+    def __init__(self, task: Task, window: int, classes: int, half_life: float = HALF_LIFE) -> None:
         self._unscored = 0
         self._metrics: Binary | Multiclass | Regression
         if task == "binary":
-            self._metrics = Binary(window)
+            self._metrics = Binary(window, half_life)
         elif task == "multiclass":
             self._metrics = Multiclass(window, classes)
         else:

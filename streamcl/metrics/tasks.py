@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from streamcl.metrics.prequential import Prequential
 from streamcl.protocols import State
 from streamcl.records import TASK, Outcome
+from streamcl.stations import HALF_LIFE
 
 
 class TaskMetrics:
     """By name; each is what `Prequential` is to the first. A ticket without a score of a task is left out."""
 
-    def __init__(self, names: Iterable[str], window: int) -> None:
-        self.by_name = {name: Prequential("binary", window, 2) for name in sorted(names)}
+    def __init__(self, names: Iterable[str], window: int, half_life: float = HALF_LIFE) -> None:
+        self.by_name = {name: Prequential("binary", window, 2, half_life) for name in sorted(names)}
 
     def update(self, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:

@@ -8,6 +8,14 @@ from numpy.typing import NDArray
 from streamcl.protocols import State
 
 
+def in_larger_ring(state: State, size: int) -> State:
+    """What a window with this state holds, as the state of one of `size` rows, for all of which there is room."""
+    ring, written = np.asarray(state["ring"]), int(state["written"])
+    held = np.roll(ring, -(written % len(ring)), axis=0) if written >= len(ring) else ring[:written]
+    room = np.zeros((size - len(held), ring.shape[1]))
+    return {"ring": np.concatenate((held, room)), "written": len(held)}
+
+
 class Window:
     """A ring of the last `size` rows of `width` numbers; `append` is O(1).
 

@@ -60,6 +60,10 @@ class Logistic(Network):
         self.weight = nn.Parameter(torch.zeros(shape.outputs, shape.numerics))
         self.bias = nn.Parameter(torch.zeros(shape.outputs))
 
+    @property
+    def base(self) -> nn.Parameter:
+        return self.bias
+
     def forward(self, first: Tensor, _vectors: Tensor, dense: Tensor) -> Tensor:
         out: Tensor = first.sum(1) + functional.linear(dense, self.weight, self.bias)  # (B, O)
         return out
@@ -82,6 +86,10 @@ class FM(Network):
         super().__init__(shape)
         self.linear = Logistic(shape)
         self.pairs = nn.Linear(shape.dim, shape.outputs, bias=False) if shape.outputs > 1 else None
+
+    @property
+    def base(self) -> nn.Parameter:
+        return self.linear.bias
 
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         out: Tensor = self.linear(first, vectors, dense) + pairwise(vectors, self.pairs)
@@ -122,6 +130,10 @@ class FFM(Network):
         self.lower = torch.tensor([i * others + j - 1 for i, j in pairs], dtype=torch.int64, device="cpu")
         self.upper = torch.tensor([j * others + i for i, j in pairs], dtype=torch.int64, device="cpu")
 
+    @property
+    def base(self) -> nn.Parameter:
+        return self.linear.bias
+
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         towards = vectors.reshape(len(vectors), -1, self.k)  # (B, F x (F - 1), k)
         products = (towards[:, self.lower] * towards[:, self.upper]).sum(1)  # (B, k)
@@ -151,6 +163,10 @@ class DeepFM(Network):
     @property
     def tower(self) -> MLP:
         return self.deep
+
+    @property
+    def base(self) -> nn.Parameter:
+        return self.linear.bias
 
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         pairs = pairwise(vectors, self.pairs)
@@ -186,6 +202,10 @@ class XDeepFM(Network):
     @property
     def tower(self) -> MLP:
         return self.deep
+
+    @property
+    def base(self) -> nn.Parameter:
+        return self.linear.bias
 
     def forward(self, first: Tensor, vectors: Tensor, dense: Tensor) -> Tensor:
         fields = x = vectors.transpose(1, 2)  # (B, D, F)
@@ -263,6 +283,9 @@ def build_model(config: Config, layout: Layout) -> Network:
             fresh = nn.Parameter(torch.empty_like(param, device="cpu"))
             setattr(built.get_submodule(owner), attribute, fresh)
             _initialise(name, fresh, config.seed)
+    if model.prior is not None:
+        with torch.no_grad():
+            built.base[0] = math.log(model.prior / (1.0 - model.prior))
     return built
 
 

@@ -63,6 +63,13 @@ class Network(nn.Module):
         """All hidden layers whose units may be made anew, in the order of the computation."""
         return () if self.tower is None else (self.tower,)
 
+    @property
+    def base(self) -> nn.Parameter:
+        """The bias of its output (O,) or more: what is answered where nothing else is known."""
+        if self.tower is None:
+            raise AttributeError(f"{type(self).__name__} does not say what its bias is")
+        return self.tower.head.bias
+
     def correction(self, dense: Tensor) -> Tensor | None:
         """(B, 1) or (B, O) that is added to the output in learning alone, of raw numbers among the numerics."""
         return None

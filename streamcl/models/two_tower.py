@@ -43,6 +43,10 @@ class TwoTower(Network):
     def towers(self) -> tuple[MLP, ...]:
         return self.project_user, self.item_tower
 
+    @property
+    def base(self) -> nn.Parameter:
+        return self.bias
+
     def user(self, vectors: Tensor, dense: Tensor) -> Tensor:
         """(B, width)"""
         return self._read(self.project_user, "user", vectors, dense)

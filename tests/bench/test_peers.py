@@ -73,3 +73,18 @@ def test_constant_says_the_rate_so_far() -> None:
 
 def test_no_change_says_the_label_before() -> None:
     assert peers.no_change([1, 0, 1]).scores.tolist() == [0, 1, 0]
+
+
+def test_weights_of_a_bag_and_missing_values_reach_the_peers() -> None:
+    features = {"likes": {"kind": "bag"}, "age": "numeric", "city": "categorical"}
+    payload = {"likes": {"7": 3.0}, LABEL: 0}
+    assert peers.vw_line(features, payload) == "-1 |l 7:3.0 |a None |c None"
+    assert peers.river_example(features, payload) == {"likes=7": 3.0, "age=None": 1.0, "city=None": 1.0}
+
+
+def test_river_scales_numbers_and_leaves_categories_beside_them_alone() -> None:
+    """Oracle: scaled like numbers, a category that is always 1 where it stands is 0, and teaches nothing."""
+    rows = [{"a": str(i % 2), "n": 5.0, TIME: float(i), LABEL: i % 2} for i in range(200)]
+    scores = peers.river_logistic("sgd .1", Dataset("mixed", {"a": "categorical", "n": "numeric"}, rows)).scores
+    assert scores[198] < 0.2
+    assert scores[199] > 0.8

@@ -16,6 +16,8 @@ from streamcl.bench.quality import (
     losses,
     paired_p,
     quality,
+    resampled,
+    weighted,
 )
 
 pairs = st.lists(st.tuples(st.integers(0, 1), st.sampled_from([0.1, 0.2, 0.5, 0.9])), min_size=1, max_size=30)
@@ -111,3 +113,41 @@ def test_a_difference_that_every_seed_shows_is_no_chance() -> None:
     assert paired_p(base + np.array([0.01, -0.01, 0.01, -0.01, 0.0]), base) > 0.5
     assert paired_p(base, base) == 1.0
     assert math.isnan(paired_p(base[:1], base[:1]))
+
+
+counted = st.lists(
+    st.tuples(st.integers(0, 1), st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.integers(0, 3)), min_size=2, max_size=20
+)
+
+
+@given(counted)
+def test_an_event_of_weight_three_counts_as_three(sample: list[tuple[int, float, int]]) -> None:
+    labels, scores, weights = (np.array(column, float) for column in zip(*sample, strict=True))
+    often = weights.astype(int)
+    if len({y for y, _, w in sample if w}) < 2:
+        return
+    found = weighted(labels, scores, weights)
+    plain = quality(np.repeat(labels, often), np.repeat(scores, often))
+    assert found == {name: pytest.approx(plain[name]) for name in found}
+
+
+@given(pairs, st.sampled_from([0.02, 1.0, 46.0]))
+def test_equal_weights_of_any_size_change_nothing(sample: list[tuple[int, float]], weight: float) -> None:
+    labels, scores = np.array([y for y, _ in sample], float), np.array([s for _, s in sample])
+    found, plain = weighted(labels, scores, np.full(len(labels), weight)), quality(labels, scores)
+    assert found == {name: pytest.approx(plain[name], nan_ok=True) for name in found}
+
+
+def test_samples_are_the_same_for_all_traces_and_spread_about_the_whole() -> None:
+    rng = np.random.default_rng(1)
+    labels = (rng.random(500) < 0.3).astype(float)
+    scores = np.clip(0.3 + 0.2 * labels + 0.2 * (rng.random(500) - 0.5), 0.01, 0.99)
+    found = resampled(labels, [scores, scores], 200)
+    assert found.shape == (200, 2, 2)
+    assert (found[:, 0] == found[:, 1]).all()
+    plain = quality(labels, scores)
+    spread = found[:, 0].std(0)
+    # The mean of 200 samples is within 4 of its standard errors, and of the bootstrap's own bias, a 500th.
+    assert found[:, 0].mean(0) == pytest.approx(
+        [plain["auc"], plain["ne"]], abs=float(4 * spread.max() / 200**0.5 + 2e-3)
+    )

@@ -41,3 +41,13 @@ def test_the_sum_over_pairs_is_that_of_all_products() -> None:
     biases = parameters["deep.0.bias"] + parameters["linear.bias"]
     found = model(torch.tensor([[1, 2, 3]]), torch.zeros(1, 0)) - biases
     assert float(found) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_missing_number_reads_as_the_mean_of_the_days_before() -> None:
+    rows = [{"n": float(n % 4), TIME: (n // 40) * DAY_S + n % 40, LABEL: int(n % 4 > 1)} for n in range(80)]
+    mean = sum(float(row["n"]) for row in rows[:40]) / 40
+    last = [{**rows[-1], "n": mean}, {key: value for key, value in rows[-1].items() if key != "n"}]
+    scores = [
+        retrained_deepfm(Dataset("numbers", {"n": "numeric"}, [*rows[:-1], row]), epochs=5).scores[-1] for row in last
+    ]
+    assert scores[0] == scores[1]

@@ -10,6 +10,7 @@ import pytest
 from streamcl.bench import main, peers, run, stream
 from streamcl.bench.options import OptionError, Options
 from streamcl.bench.quality import Trace
+from streamcl.bench.reproduced import VW, VW_FTRL, reproductions
 from streamcl.bench.streams import Dataset, synthetic
 from tests.bench.recorded import DATA, needs_recorded
 from tests.bench.test_report import assert_contract
@@ -51,7 +52,7 @@ def test_no_change_is_not_judged_by_probabilities(small: Dataset) -> None:
 
 def test_a_peer_that_is_missing_has_not_reproduced_its_figure() -> None:
     known = stream.KNOWN["ml-100k", True]
-    bars = stream.reproductions({}, np.array([0.0, 1.0]), known)
+    bars = reproductions({}, np.array([0.0, 1.0]), known)
     assert len(bars) == 4
     assert not any(bar.ok for bar in bars)
     assert all(math.isnan(bar.value) for bar in bars)
@@ -59,8 +60,8 @@ def test_a_peer_that_is_missing_has_not_reproduced_its_figure() -> None:
 
 def test_a_peer_off_its_figure_fails_the_run() -> None:
     labels = np.array([0.0, 1.0, 0.0, 1.0])
-    traces = {name: Trace(name, labels.copy()) for name in (stream.VW, stream.VW_FTRL)}
-    assert not any(bar.ok for bar in stream.reproductions(traces, labels, stream.KNOWN["ml-100k", True]))
+    traces = {name: Trace(name, labels.copy()) for name in (VW, VW_FTRL)}
+    assert not any(bar.ok for bar in reproductions(traces, labels, stream.KNOWN["ml-100k", True]))
 
 
 def test_without_vowpal_wabbit_its_rows_say_so_and_the_exit_code_is_one(
@@ -68,7 +69,7 @@ def test_without_vowpal_wabbit_its_rows_say_so_and_the_exit_code_is_one(
 ) -> None:
     monkeypatch.setattr(peers, "vowpal_wabbit_installed", lambda: False)
     report = run("stream", Options(quick=True, method="logistic"))
-    missing = [row for row in report.rows if row.name in (stream.VW, stream.VW_FTRL)]
+    missing = [row for row in report.rows if row.name in (VW, VW_FTRL)]
     assert ["not installed" in str(row.values["note"]) for row in missing] == [True, True]
     assert report.exit_code == 1
 

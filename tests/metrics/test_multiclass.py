@@ -62,7 +62,7 @@ def test_log_loss_and_accuracy_equal_rivers() -> None:
 
 def test_two_classes_are_the_binary_case() -> None:
     examples = drawn(300, classes=2)
-    two, binary = fed(examples, 100, classes=2).read(), Binary(100)
+    two, binary = fed(examples, 100, classes=2).read(), Binary(100, 10.0)
     labels, served = zip(*examples, strict=True)
     binary.add(np.array(labels, np.float64), np.array(served)[:, 1:], np.ones(len(labels)))
     one = binary.read()
