@@ -201,6 +201,24 @@ QUALITY = Row(
             ((by("auc", "window", labels=OURS), f"{{{{window}}}} {WHO}"),),
         ),
         Panel(
+            "gAUC and ECE, recent window",
+            "none",
+            "gAUC is AUC within groups (`metrics.group_by`): what a ranking needs, where AUC may only tell"
+            " users apart. ECE"
+            " is the distance of score and label by parts of the scores: it sees what calibration averages out. gAUC"
+            " falls alone: look at item features.",
+            ((quality("gauc"), f"gAUC {WHO}"), (quality("ece"), f"ECE {WHO}")),
+        ),
+        Panel(
+            "Ranking of lists",
+            "none",
+            "NDCG of the first k of recent closed lists (`metrics.ranking`). It falls while AUC holds: the top"
+            " is wrong;"
+            " look at what changed in how candidates are chosen.",
+            ((by("ranking_ndcg", "k"), f"NDCG at {{{{k}}}} {WHO}"),),
+            may_be_empty="only with metrics.ranking.group_by",
+        ),
+        Panel(
             "Calibration of live and frozen weights",
             "none",
             "Sum of scores over sum of labels on the same sampled labels. Frozen off and live at 1: the world has moved"

@@ -12,8 +12,8 @@ HEAD = """# Metrics
 
 What `/metrics` of a worker (`[telemetry]`) and of an endpoint that serves (`streamcl serve`, `run --serve`) export. The
 table is written by `python -m deploy` from the code. With several shards in a process, gauges of a shard carry a label
-`shard` too; in a shadow those of quality carry `role`. No key, user or id is ever a label, and a family has 256 series
-at most (`streamcl_series_dropped` counts what is left out). A plug-in's own readings come as `streamcl_NAME`.
+`shard` too; in a shadow those of quality carry `role`. No key, user or id is ever a label, and a family has 1,024
+series at most (`streamcl_series_dropped` counts what is left out). A plug-in's own readings come as `streamcl_NAME`.
 
 | metric | type | unit | labels | of | meaning | panel | alert |
 |---|---|---|---|---|---|---|---|

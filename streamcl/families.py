@@ -87,5 +87,4 @@ def _told() -> Iterator[Family]:
     """What parts tell about themselves."""
     endpoint = {f"streamcl_{readings.PARTS[key][0]}" for key in readings.OF_ENDPOINTS}
     for name, labels, text in readings.explained():
-        if not (name.startswith("streamcl_task_") and any(of in name for of in LABEL)):  # further tasks are binary
-            yield Family(name, "gauge", labels, "endpoint" if name in endpoint else "worker", text)
+        yield Family(name, "gauge", labels, "endpoint" if name in endpoint else "worker", text)

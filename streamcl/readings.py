@@ -28,9 +28,11 @@ QUALITY = {
     "rmse": "Root mean squared error, in the label's unit.",
     "baseline_rmse": "Root mean squared error of predicting the mean so far; what a model has to beat.",
 }
-ALONE = dict(QUALITY)
-"""Without what would have been served: of tasks and of samples."""
-QUALITY |= {f"base_{name}": f"{text} As if there were no error memory." for name, text in QUALITY.items()}
+ALONE = {name: text for name, text in QUALITY.items() if not name.startswith("gauc")}
+"""Without groups, and without what would have been served: of samples; and of tasks, which are binary."""
+RECENT, DECAYED = ("ece", "ne_recalibrated"), ("log_loss", "ne", "calibration", "base_rate")
+"""What is only of the recent window, and what there is of decayed weights."""
+QUALITY |= {f"base_{name}": f"{text} As if there were no error memory." for name, text in ALONE.items()}
 """Readings that come several times: over the whole stream, and over the others of `WINDOWS`, as far as defined."""
 WINDOWS = {"whole": "", "recent": "_window", "decayed": "_decayed", "since": "_since"}
 """What a metric is over, and how its reading ends: all labels, the recent ones, all of them by a weight that decays,
@@ -174,10 +176,14 @@ WEIGHTS = {name: f"{text} Of a sample of labels, for live or frozen weights." fo
 """Readings of live and of frozen weights over the same sampled labels, under `sampled:WEIGHTS:`."""
 TASKS = {
     f"{name}{suffix}": f"{text} Of a further task."
-    for name, text in {**ALONE, **{name: PARTS[name][1] for name in COUNTED}}.items()
-    for suffix in (WINDOWS.values() if name in ALONE else ("",))
-    if suffix != WINDOWS["since"]
-}
+    for suffix, has in {
+        "": ALONE.keys() - {*RECENT},
+        WINDOWS["recent"]: ALONE.keys(),
+        WINDOWS["decayed"]: {*DECAYED},
+    }.items()
+    for name, text in ALONE.items()
+    if name in has and name not in ("mae", "rmse", "baseline_rmse")
+} | {name: f"{PARTS[name][1]} Of a further task." for name in COUNTED}
 """Readings of a further task, under `task_NAME.`; a name that ends in `_window` is of the recent window."""
 _NUMBERED = (
     (re.compile(r"error_memory_(?P<stage>\d+)_(?P<name>\w+)"), "error_memory_", STAGES),
@@ -196,7 +202,7 @@ _NUMBERED = (
 )
 """Readings of which there are several, told apart by labels: every group of the pattern but the name."""
 _UNKNOWN = "Reported by a part of the worker."
-MOST_SERIES = 256
+MOST_SERIES = 1024
 """Of one family. What a plug-in or a wide configuration tells beyond it is dropped, and counted."""
 MOST_FAMILIES = 128
 """Of readings that nothing here explains: each has a family of its own."""
@@ -339,7 +345,8 @@ def explained() -> Iterator[tuple[str, tuple[str, ...], str]]:
     for pattern, prefix, texts in _NUMBERED:
         labels = tuple(group for group in pattern.groupindex if group != "name")
         for name, text in texts.items():
-            if prefix != "table_" or (name == "evicted") == ("reason" in labels):
+            slices = "decile" in labels and "task" in labels and name != "decile_calibration"
+            if not slices and (prefix != "table_" or (name == "evicted") == ("reason" in labels)):
                 yield f"streamcl_{prefix}{name}", labels, text
     for name, text in PARTS.values():
         yield f"streamcl_{name}", (), text

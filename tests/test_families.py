@@ -34,7 +34,8 @@ ELSEWHERE = {
         ),
         "told by connectors on brokers",
     ),
-    **dict.fromkeys(("feature_psi",), "needs more events than a short run has"),
+    **dict.fromkeys(("feature_psi", "sampled_ne_recalibrated"), "needs more events than a short run has"),
+    "live_decile_calibration": "of a shadow",
 }
 EVERYTHING: dict[str, Any] = {
     "telemetry": {"port": 1, "sample_every": 1},
@@ -47,6 +48,12 @@ EVERYTHING: dict[str, Any] = {
     "plasticity": [{"kind": "continual_backprop"}],
     "diagnostics": {"sample_every_steps": 1, "window": 8, "report_every_steps": 8},
     "boundaries": [{"kind": "clock", "every_s": 50.0}],
+    "metrics": {
+        "window": 16,
+        "group_by": "user",
+        "segments": ["item"],
+        "ranking": {"group_by": "user", "k": [2], "max_items": 5},
+    },
 }
 PLAIN: dict[str, Any] = {"telemetry": {"port": 1, "sample_every": 1}}
 RUNS: dict[str, dict[str, Any]] = {

@@ -44,7 +44,7 @@ def settings(broker: EmbeddedBroker, name: str, folder: Path, port: int, healthy
         "error_memory": [{"kind": "key", "key": "user"}],
         "plasticity": [{"kind": "continual_backprop"}],
         "diagnostics": {"sample_every_steps": 2, "window": 64, "report_every_steps": 200},
-        "metrics": {"window": 400},
+        "metrics": {"window": 400, "group_by": "user"},
         "drift": {"refractory_events": 50},
         "checkpoint": {"folder": str(folder), "every_events": 400, "retain": 2},
         "telemetry": {"port": port, "sample_every": 1},
