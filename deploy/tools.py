@@ -35,6 +35,7 @@ def tool(name: str) -> Path:
 def _unpack() -> None:
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise ToolError("prometheus is not on PATH, and there is no apt-get to fetch Debian's package with")
+    TOOLS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for command in (["apt-get", "download", "prometheus"], ["dpkg", "-x", "", str(TOOLS)]):
             if command[0] == "dpkg":

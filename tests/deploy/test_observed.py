@@ -20,6 +20,7 @@ from deploy.boards import BOARDS
 from deploy.catalogue import used
 from deploy.panels import Panel
 from deploy.tools import ToolError, tool
+from streamcl.families import families
 from streamcl.protocols import ConnectorError
 from tests.components import lack
 from tests.deploy.prometheus import Prometheus, patiently, prometheus
@@ -165,6 +166,12 @@ def test_every_rule_can_be_asked_and_has_data(watched: Watched, alert: Alert, qu
         watched.prometheus.query(rule.expr)
     for name in used(alert.expr):
         assert watched.prometheus.query(f'{name}{{instance="healthy"}}'), name
+
+
+def test_everything_scraped_stands_in_the_table(watched: Watched) -> None:
+    known = frozenset[str]().union(*(family.samples() for family in families()))
+    found = watched.prometheus.get("label/__name__/values", **{"match[]": '{__name__=~"(streamcl|process)_.+"}'})
+    assert set(found) <= known
 
 
 def test_grafana_finds_workers_to_choose_from(watched: Watched) -> None:
