@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamcl.bench import peers, presets, retrained, stream_delay, stream_tables
+from streamcl.bench import peers, presets, retrained, stream_delay, stream_next_click, stream_tables
 from streamcl.bench.drive import Topic
 from streamcl.bench.options import OptionError, Options
 from streamcl.bench.quality import Floats, Trace, blocks, losses, quality
@@ -57,9 +57,9 @@ KNOWN = {
 def run(options: Options) -> Report:
     """Our model of `--method` (the headline) and the logistic one, then every peer, all on the same events.
 
-    `--task admission` and `--task delay` are others: see `stream_tables`, `stream_delay`.
+    `--task admission`, `delay` and `next-click` are others: see `stream_tables`, `stream_delay`, `stream_next_click`.
     """
-    tasks = {"admission": stream_tables.run, "delay": stream_delay.run}
+    tasks = {"admission": stream_tables.run, "delay": stream_delay.run, "next-click": stream_next_click.run}
     if (task := options.choice("task", ("peers", *tasks), "peers")) in tasks:
         return tasks[task](options)
     start = time.perf_counter()
