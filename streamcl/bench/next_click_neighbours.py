@@ -18,13 +18,15 @@ from streamcl.bench.quality import Floats
 TINY = 1e-9
 """Of popularity beside co-clicks: it decides among items that were never clicked together with these."""
 LARGEST = 1e200
+LEAST = 1e-300
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a contender said: scores of all items shown (E, 1 + NEGATIVES), of candidates (S, C), and what it took (s).
+    """What a contender said: scores of all items shown (E, 1 + NEGATIVES), logarithms of odds or scores of candidates
+    (S, C), and what it took (s).
 
-    `rankings` are processor seconds of the candidates alone; `cpu_s` those of predicting and learning.
+    `rankings_s` are processor seconds of the candidates alone; `cpu_s` those of predicting and learning.
     """
 
     name: str
@@ -140,4 +142,5 @@ def follow(name: str, clicks: Clicks, examples: Examples, ranking: Ranking, mode
         before.insert(0, item)
         del before[RECENT:]
     cpu_s = time.process_time() - began - apart
+    ranks = np.log(np.maximum(ranks, LEAST))
     return Said(name, scores, ranks, cpu_s, probabilities=False, rankings_s=apart)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from streamcl.bench import run
-from streamcl.bench.next_click_events import examples_of, ranking_of
+from streamcl.bench.next_click_events import examples_of, ranked, ranking_of
 from streamcl.bench.next_click_neighbours import Said
 from streamcl.bench.options import Options
 from streamcl.bench.quality import auc
-from streamcl.bench.stream_next_click import BLOCKS, FEATURES, SETTINGS, ahead, judge, ours
+from streamcl.bench.stream_next_click import BLOCKS, FEATURES, POWERS, SETTINGS, ahead, judge, ours, power_of
 from streamcl.bench.streams import DataError
 from streamcl.state import digest
 from tests.bench.next_click_data import made, write
@@ -16,7 +16,10 @@ from tests.bench.test_report import assert_contract
 
 SMALL = {
     **SETTINGS,
-    "features": {name: {**each, "buckets": 1 << 12} if "buckets" in each else each for name, each in FEATURES.items()},
+    "features": {
+        name: {**each, "table": {**each["table"], "max_rows": 1 << 14}} if "table" in each else each
+        for name, each in FEATURES.items()
+    },
 }
 CLICKS = made(4000)
 EXAMPLES = examples_of(CLICKS, history=2000)
@@ -52,7 +55,7 @@ def test_who_is_ahead_everywhere_is_ahead_by_more_than_chance() -> None:
     ranks = rng.normal(size=RANKING.candidates.shape)
     ranks[:, 0] += 2.0
     better, worse = said(noise + 2.0 * clicked, ranks), said(noise + clicked, ranks - np.eye(1, ranks.shape[1]))
-    judged = [judge(each, EXAMPLES, RANKING, 0.0) for each in (better, worse)]
+    judged = [judge(each, EXAMPLES, RANKING) for each in (better, worse)]
     assert len(judged[0].blocks["auc"]) == BLOCKS
     found = ahead([judged[0]], judged[1])
     back = ahead([judged[1]], judged[0])
@@ -63,11 +66,16 @@ def test_who_is_ahead_everywhere_is_ahead_by_more_than_chance() -> None:
     assert not any(same.values())
 
 
-def test_candidates_are_ranked_with_their_popularity_where_that_is_asked_for() -> None:
+def test_popularity_counts_as_much_as_was_best_on_the_first_fifth() -> None:
     logits = np.random.default_rng(0).normal(size=RANKING.candidates.shape)
-    found = judge(said(np.zeros(EXAMPLES.shown.shape), logits), EXAMPLES, RANKING, 0.5).whole
-    by_hand = said(np.zeros(EXAMPLES.shown.shape), logits + 0.5 * np.log1p(RANKING.clicks))
-    assert found == judge(by_hand, EXAMPLES, RANKING, 0.0).whole
+    logits -= 0.5 * np.log1p(RANKING.clicks)
+    logits[:, 0] += 2.0
+    scores = said(np.zeros(EXAMPLES.shown.shape), logits)
+    first = len(RANKING.example) // 5
+    best = {power: sum(ranked(logits[:first] + power * np.log1p(RANKING.clicks[:first])).values()) for power in POWERS}
+    assert best[power_of(scores, RANKING)] == max(best.values()) > best[0.0]
+    power = power_of(scores, RANKING)
+    assert judge(scores, EXAMPLES, RANKING).whole.items() >= ranked(logits + power * np.log1p(RANKING.clicks)).items()
 
 
 def test_everybody_is_measured_on_the_same_clicks(tmp_path: Path) -> None:
