@@ -166,7 +166,8 @@ NOTES = (
     " pair (item and prev, unordered), and of the session's last ten items seen and pairs. Ours has besides what the"
     " engine keeps of the past stream of these, and not seen; VW crosses item and prev, in their order; the retrained"
     " DeepFM reads again, item, the last three items and their pairs",
-    "later_auc: of the second period on, where the retrained one has something to say",
+    "later_auc: of the second period on, where the retrained DeepFM has something to say: all its figures, and how far"
+    " ahead of it ours is, are of that part",
     "everybody ranks by ln(odds or score) + power x ln(1 + clicks so far); power is what was best for each, by recall"
     " and MRR together, on the first fifth of what is ranked",
     "ahead: ours, mean of seeds, less the peer's; se: of the mean of that over 50 blocks of the stream, one behind"
@@ -240,7 +241,7 @@ def run(options: Options) -> Report:
     mine = [told(ours(f"{OURS}, seed {seed}", SETTINGS, examples, ranking, seed)) for seed in seeds]
     versus, bars = [], []
     for other in others:
-        since = later if other.name.startswith(RETRAINED) else 0
+        since = _start(other, later)
         sides = [judge(each, examples, ranking, since) for each in mine]
         difference = ahead(sides, judge(other, examples, ranking, since))
         versus.append(Row(f"ahead of {other.name}", difference, table="ahead"))
@@ -264,12 +265,17 @@ def run(options: Options) -> Report:
     )
 
 
+def _start(said: Said, later: int) -> int:
+    """The first example that a contender had something to say of."""
+    return later if said.name.startswith(RETRAINED) else 0
+
+
 def _row(said: Said, examples: Examples, ranking: Ranking, later: int) -> Row:
     labels, scores = examples.labels, said.scores.ravel()
-    judged = quality(labels, scores) if said.probabilities else {}
-    found = judge(said, examples, ranking, later if said.name.startswith(RETRAINED) else 0)
+    width, start = examples.shown.shape[1], _start(said, later)
+    judged = quality(labels[width * start :], scores[width * start :]) if said.probabilities else {}
+    found = judge(said, examples, ranking, start)
     whole = found.whole
-    width = examples.shown.shape[1]
     second = auc(labels[width * later :], scores[width * later :]) if later < len(examples) else None
     values: dict[str, Value] = {
         "auc": whole["auc"],
