@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,11 +43,11 @@ class Chart:
     def render(self, values: Path | dict[str, Any], *more: dict[str, Any], release: str = RELEASE) -> Rendered:
         """With values from a file, or given, and further ones over them."""
         arguments = ["template", release, str(self.folder), "--kube-version", KUBERNETES, "--namespace", "prod"]
-        given = [values, *more]
-        for each in given:
+        given = [each for each in (values, *more) if isinstance(each, dict)]
+        assert len(given) <= 1, "Helm reads them from its input"
+        for each in (values, *more):
             arguments += ["--values", str(each) if isinstance(each, Path) else "-"]
-        text = "\n---\n".join(yaml.safe_dump(each) for each in given if isinstance(each, dict))
-        assert text.count("\n---\n") == 0, "Helm reads one of them from its input"
+        text = "".join(map(json.dumps, given))
         done = subprocess.run([self.helm, *arguments], input=text, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Failed(done.stderr)

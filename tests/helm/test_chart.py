@@ -130,6 +130,12 @@ def test_the_checksum_follows_the_config_and_nothing_else(render: Render) -> Non
     assert sums(**REPLICAS, config={"metrics": {"window": 77}}) != before
 
 
+def test_null_is_as_if_it_were_not_said(render: Render, tmp_path: Path) -> None:
+    said = {"labels": None, "events": {"key": None, "label": "clicked"}, "loss": {"unit_s": None}}
+    config = config_of(render(config=said), folder=tmp_path)
+    assert (config.labels, config.events.key, config.loss.unit_s) == (None, None, None)
+
+
 def test_workers_share_out_the_shards(render: Render, tmp_path: Path) -> None:
     manifests = render(worker={"replicas": 3}, config={"shard": {"count": 8}})
     stateful = manifests.the("StatefulSet")

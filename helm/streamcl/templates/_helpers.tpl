@@ -47,7 +47,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   "checkpoint" (dict "folder" "/var/lib/streamcl/checkpoints")
   "shard" (dict "count" 1 "assignment" "static")
 }}
-{{- $config := mergeOverwrite $base (deepCopy .Values.config) }}
+{{- $given := deepCopy .Values.config }}
+{{- range $name, $value := .Values.config }}
+{{- if kindIs "invalid" $value }}{{- $_ := unset $given $name }}{{- end }}
+{{- end }}
+{{- $config := mergeOverwrite $base $given }}
 {{- if eq $config.shard.assignment "group" }}
 {{- $_ := set $config "shard" (merge $config.shard (dict "group_instance_id_env" "POD_NAME")) }}
 {{- end }}
