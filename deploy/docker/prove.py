@@ -108,7 +108,7 @@ class Stage:
             mount -t tmpfs -o uid={uid},gid={gid},mode=0750 tmpfs {root}{self.environment["HOME"]}
             mount -t proc proc {root}/proc && mount --bind /dev {root}/dev
             exec chroot {root} setpriv --reuid={uid} --regid={gid} --clear-groups --no-new-privs --bounding-set=-all \\
-                /bin/sh -c {shlex.quote(f"cd {self.workdir} && {command}")}"""
+                /bin/sh -c {shlex.quote(f"cd {self.workdir} && {command}")}"""  # noqa: S108 - the image's, not ours
         sh("unshare", "--mount", "--pid", "--fork", "/bin/sh", "-ec", mounts, environment=self.environment)
 
 
