@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "helm" / "streamcl"
 
 
-def generated() -> dict[Path, str]:
+def files() -> dict[Path, str]:
     """What each file should hold."""
     return {
         CHART / "values.schema.json": json.dumps(schema(), indent=1) + "\n",
@@ -40,7 +40,7 @@ def generated() -> dict[Path, str]:
 
 def stale() -> Iterator[Path]:
     """Files that hold something else, and copies of what is no more."""
-    wanted = generated()
+    wanted = files()
     for path, text in wanted.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             yield path
@@ -164,8 +164,9 @@ def _comment(lines: list[str], at: int) -> tuple[str, str | None]:
 
 
 def main() -> None:
+    texts = files()
     for path in list(stale()):
-        text = generated().get(path)
+        text = texts.get(path)
         if text is None:
             path.unlink()
         else:
