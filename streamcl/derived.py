@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from streamcl.stations import Bag, Categorical, FieldPath, New, Numeric, Station, named_kind
+from streamcl.stations import Bag, Categorical, FieldPath, NamedKind, New, Numeric, Station
 
 OF = "of an event's fields with one value: categorical, time, or a cross of such"
 
@@ -117,7 +117,7 @@ Read = Categorical | Bag | Numeric
 """Read from the payload."""
 Remembering = History | Count | Rate | Elapsed
 Derived = Cross | Time | Remembering
-Feature = Annotated[Read | Derived, Field(discriminator="kind"), BeforeValidator(named_kind)]
+Feature = Annotated[Read | Derived, Field(discriminator="kind"), NamedKind]
 
 
 def bins_of(feature: Any) -> int:
