@@ -5,9 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 BENCH ?= stream --quick
+VARIANT ?= cpu
+IMAGE ?= streamcl
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' streamcl/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint generate bench peers browser clean
+.PHONY: help setup demo test lint bench generate tools dist image peers browser clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +26,7 @@ $(STAMP): pyproject.toml requirements.lock
 demo: setup ## Show a model that learns from a stream, loses its process and goes on
 	$(BIN)/streamcl demo
 
-test: setup ## Run the tests
+test: setup tools ## Run the tests
 	$(BIN)/python -m pytest
 
 lint: setup ## Check style, types and import directions
@@ -31,12 +34,26 @@ lint: setup ## Check style, types and import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-generate: setup ## Write alerts, dashboards, the runbook and the table of metrics from the code
-	$(BIN)/python -m deploy
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint deploy/docker/Dockerfile; else echo "hadolint has no wheel for this platform: skipped"; fi
 
 bench: setup ## Run a benchmark: make bench BENCH='stream --json'
 	$(BIN)/streamcl bench $(BENCH)
+
+generate: setup ## Write what of helm/, deploy/ and docs/ follows from the code
+	$(BIN)/python -m deploy
+	$(BIN)/python -m deploy.chart
+
+tools: setup ## Build Helm and compose's loader into build/tools, for the tests; needs Go
+	@$(BIN)/python -m deploy.go_tools
+
+dist: setup ## Build sdist and wheel into dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+image: setup ## Build the image: make image VARIANT=cuda IMAGE=registry/streamcl
+	docker build --file deploy/docker/Dockerfile --build-arg VERSION=$(VERSION) \
+		$(if $(filter cuda,$(VARIANT)),--build-arg TORCH=cu130) --tag $(IMAGE):$(VERSION)$(filter -cuda,-$(VARIANT)) .
 
 peers: ## Make .venv-peers with the engines that `bench worker` compares with: their dependencies and ours conflict
 	$(PYTHON) -m venv .venv-peers

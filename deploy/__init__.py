@@ -1,10 +1,15 @@
-"""What runs streamcl somewhere: alerts, dashboards and their like, generated from code.
+"""What runs streamcl elsewhere: images, a compose file, Prometheus, Grafana, the Helm chart. Not part of the package.
 
-`python -m deploy` writes every generated file, `python -m deploy --check` says which of them are not as the code is.
+`python -m deploy` writes alerts, dashboards, the runbook and the table of metrics; `python -m deploy.chart` the rest.
 
-    tools        Prometheus and promtool, from PATH or from Debian's package
-    alerts       when somebody is woken, and what they do then: rules, their tests, the runbook
-    panels       what a panel is
-    boards       three Grafana dashboards
-    catalogue    the table of metrics
+alerts     when somebody is woken, and what they do then: rules, their tests, the runbook
+panels     what a panel is
+boards     three Grafana dashboards
+catalogue  the table of metrics
+generated  every file of those, and whether it is as the code is
+chart      writes what of helm/streamcl follows from the code and from values.yaml
+values     what the chart may be told
+tools      Prometheus and promtool, from PATH or from Debian's package
+go_tools   builds the tools that only tests need
+"""
 """

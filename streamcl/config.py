@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from streamcl import derived, plugin, traits
 from streamcl.architectures import Model, faults
@@ -81,7 +81,14 @@ def table_of(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
-AnyPlugin = Annotated[SerializeAsAny[Station], BeforeValidator(plugin.options)]
+AnyPlugin = Annotated[
+    SerializeAsAny[Station], BeforeValidator(plugin.options, json_schema_input_type=str | dict[str, Any])
+]
+
+
+def _with_preset(schema: dict[str, Any]) -> None:
+    """The one key of a file that is no setting; see `Config.parse`."""
+    schema["properties"]["preset"] = {"enum": sorted(plugin.presets()), "description": "settings of a paper's method"}
 
 
 class Config(Station):
@@ -90,6 +97,8 @@ class Config(Station):
     Raises:
         ConfigError: names every fault by its path, and the nearest known name for an unknown one.
     """
+
+    model_config = ConfigDict(json_schema_extra=_with_preset)
 
     name: str = New(pattern=r"^[A-Za-z0-9._-]{1,100}$", description="of the application; prefix of its control topic")
     task: Task = New("binary", description="what a label is: 0 or 1, a class, or a number")

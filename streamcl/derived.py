@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from streamcl.stations import Bag, Categorical, FieldPath, New, Numeric, Station, named_kind
+from streamcl.stations import Bag, Categorical, FieldPath, NamedKind, New, Numeric, Station
 
 OF = "of an event's fields with one value: categorical, time, or a cross of such"
 
@@ -71,21 +71,23 @@ class History(_Kept):
 
 
 class Count(_Decayed):
-    """log(1 + how often a value came before this event), standardised."""
+    """log(1 + how often a value came before this event), standardised; of a bag: its values together."""
 
     kind: Literal["count"] = "count"
-    of: FieldPath = New(description=f"name {OF}")
+    of: FieldPath = New(description=f"name {OF}, or a bag")
     bins: int = New(0, ge=0, le=256, description="also a row for each of so many quantiles; 0: none")
 
 
 class Rate(_Decayed):
     """The mean label of a value, of the labels known before this event: (sum + weight x prior) / (count + weight).
 
+    Of a bag sum and count are those of its values together.
+
     Source: Micci-Barreca 2001, doi 10.1145/507533.507538, equation 4 with m = `weight`.
     """
 
     kind: Literal["rate"] = "rate"
-    of: FieldPath = New(description=f"name {OF}")
+    of: FieldPath = New(description=f"name {OF}, or a bag")
     weight: float = New(10.0, gt=0, description="of the prior, in labels")
     prior: float | None = New(None, description="default: the mean of all labels so far, which decays alike")
     form: Literal["rate", "logit"] = New("rate", description="logit: ln(rate / (1 - rate)); binary labels only")
@@ -115,7 +117,7 @@ Read = Categorical | Bag | Numeric
 """Read from the payload."""
 Remembering = History | Count | Rate | Elapsed
 Derived = Cross | Time | Remembering
-Feature = Annotated[Read | Derived, Field(discriminator="kind"), BeforeValidator(named_kind)]
+Feature = Annotated[Read | Derived, Field(discriminator="kind"), NamedKind]
 
 
 def bins_of(feature: Any) -> int:
@@ -143,8 +145,10 @@ def fault(features: Mapping[str, Any], task: str) -> str | None:
                 return f"{where}.of: each once"
         for setting in ("by",) if isinstance(feature, History) else ("of", "by"):
             at = getattr(feature, setting, None)
-            if isinstance(at, str) and not plain(at, features):
-                return f"{where}.{setting}: {at!r} is no categorical or time feature, nor a cross of such"
+            summed = isinstance(feature, Count | Rate) and isinstance(features.get(str(at)), Bag)
+            if isinstance(at, str) and not (summed or plain(at, features)):
+                either = "categorical, bag" if isinstance(feature, Count | Rate) else "categorical"
+                return f"{where}.{setting}: {at!r} is no {either} or time feature, nor a cross of such"
     return None
 
 

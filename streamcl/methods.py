@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from streamcl.stations import Station, Stop, named_kind
+from streamcl.stations import NamedKind, Station, Stop
 
 
 class Compensation(Station):
@@ -69,7 +69,7 @@ class KeyMemory(Compensation):
 
 
 MEMORIES: dict[str, type[Station]] = {"knn": KNNMemory, "sketch": SketchMemory, "key": KeyMemory}
-Memory = Annotated[KNNMemory | SketchMemory | KeyMemory, Field(discriminator="kind"), BeforeValidator(named_kind)]
+Memory = Annotated[KNNMemory | SketchMemory | KeyMemory, Field(discriminator="kind"), NamedKind]
 
 
 class L2(Station):
@@ -186,7 +186,7 @@ PLASTICITY: dict[str, type[Station]] = {
     "self_normalized_resets": SelfNormalizedResets,
 }
 AnyRule = L2 | L2Init | ShrinkAndPerturb | WeightClipping | UPGD | ContinualBackprop | ReDo | SelfNormalizedResets
-Plasticity = Annotated[AnyRule, Field(discriminator="kind"), BeforeValidator(named_kind)]
+Plasticity = Annotated[AnyRule, Field(discriminator="kind"), NamedKind]
 
 
 class Diagnostics(Station):

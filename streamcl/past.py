@@ -52,6 +52,25 @@ class Place:
     def of(self, ids: Any) -> int:
         return int(ids[self.slot]) - self.base
 
+    def all(self, ids: Any) -> list[int]:
+        """Of those that are there."""
+        row = int(ids[self.slot]) - self.base
+        return [row] if row else []
+
+
+class Places(Place):
+    """Of a bag, whose empty slots hold missing values."""
+
+    __slots__ = ("end",)
+
+    def __init__(self, field: Field) -> None:
+        super().__init__(field)
+        self.end = field.slot + field.slots
+
+    def all(self, ids: Any) -> list[int]:
+        base = self.base
+        return [id - base for id in ids[self.slot : self.end].tolist() if id != base]
+
 
 class Kept(Protocol):
     """What one feature keeps."""
@@ -412,12 +431,12 @@ class _Counted(Part):
         self.kept: Sums = Sums(feature.keys, feature.half_life_events or feature.half_life_s)
 
     def fill(self, ids: NDArray[Any], _weights: NDArray[Any], dense: NDArray[Any], now: float) -> None:
-        if row := self.place.of(ids):
+        if rows := self.place.all(ids):
             clock = self.past.events if self.by_event else now
-            dense[self.number] = math.log1p(self.kept.read(row, clock)[1])
+            dense[self.number] = math.log1p(sum(self.kept.read(row, clock)[1] for row in rows))
 
     def saw(self, features: Encoded, time_s: float, owner: int) -> None:
-        if row := self.place.of(features.ids):
+        for row in self.place.all(features.ids):
             self.kept.add(row, 0.0, self.past.events if self.by_event else time_s, owner)
 
 
@@ -430,22 +449,25 @@ class _Rated(Part):
         self.kept: Sums = Sums(feature.keys + 1, feature.half_life_events or feature.half_life_s)
 
     def fill(self, ids: NDArray[Any], _weights: NDArray[Any], dense: NDArray[Any], now: float) -> None:
-        row = self.place.of(ids)
-        if not row:
+        rows = self.place.all(ids)
+        if not rows:
             return
         clock = self.past.labels if self.by_event else now
         prior = self.prior
         if prior is None:
             total, weight = self.kept.read(0, clock)
             prior = total / weight if weight else 0.0
-        total, weight = self.kept.read(row, clock)
+        total, weight = self.kept.read(rows[0], clock)
+        for row in rows[1:]:
+            more = self.kept.read(row, clock)
+            total, weight = total + more[0], weight + more[1]
         rate = (total + self.weight * prior) / (weight + self.weight)
         dense[self.number] = _logit(rate) if self.logit else rate
 
     def heard(self, features: Encoded, label: float, _time_s: float, now: float, owner: int) -> None:
         clock = self.past.labels if self.by_event else now
         self.kept.add(0, label, clock, SHARED)
-        if row := self.place.of(features.ids):
+        for row in self.place.all(features.ids):
             self.kept.add(row, label, clock, owner)
 
 
@@ -472,7 +494,8 @@ def _remembering(
     if isinstance(feature, Elapsed):
         return _Since(feature, Place(fields[feature.by]), numbers[name])
     assert isinstance(feature, Count | Rate)  # noqa: S101 - these are all
-    place = Place(fields[feature.of])
+    field = fields[feature.of]
+    place = Places(field) if field.slots > 1 else Place(field)
     if isinstance(feature, Count):
         return _Counted(past, feature, place, numbers[name])
     return _Rated(past, feature, place, numbers[name])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from streamcl.stations import Drift, Station, Stop, named_kind
+from streamcl.stations import Drift, NamedKind, Station, Stop
 
 
 class Signalling(Station):
@@ -77,4 +77,4 @@ BOUNDARIES: dict[str, type[Station]] = {
     "new_class": NewClass,
 }
 AnyBoundary = SegmentBoundary | ClockBoundary | DetectorBoundary | SurpriseBoundary | NewClass
-Boundary = Annotated[AnyBoundary, Field(discriminator="kind"), BeforeValidator(named_kind)]
+Boundary = Annotated[AnyBoundary, Field(discriminator="kind"), NamedKind]

@@ -12,7 +12,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 Change = Literal["free", "stop", "new"]
 Task = Literal["binary", "multiclass", "regression"]
@@ -45,9 +54,25 @@ FieldPath = Annotated[str, Field(pattern=r"^[^.]+(\.[^.]+)*$")]
 """The name of a field of the payload; dots go into nested objects."""
 
 
-def named_kind(value: Any) -> Any:
-    """A table that says no more than its kind may be written as that."""
-    return {"kind": value} if isinstance(value, str) else value
+class _NamedKind:
+    """A table that says no more than its kind may be written as that: in configurations and in their JSON Schema."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_before_validator_function(
+            lambda value: {"kind": value} if isinstance(value, str) else value, handler(source)
+        )
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        table = handler(core)
+        if "discriminator" in table:
+            kinds: dict[str, Any] = {"enum": sorted(table["discriminator"]["mapping"])}
+        else:
+            kind = handler.resolve_ref_schema(table)["properties"]["kind"]
+            kinds = {name: kind[name] for name in ("type", "enum") if name in kind}
+        return {"anyOf": [kinds, table]}
+
+
+NamedKind = _NamedKind()
 
 
 class Payload(Station):
@@ -63,7 +88,7 @@ class Payload(Station):
     message: str | None = Stop(None, description="Protobuf: full name of the message in schema_file")
 
 
-PayloadOrKind = Annotated[Payload, BeforeValidator(named_kind)]
+PayloadOrKind = Annotated[Payload, NamedKind]
 
 
 class Events(Station):
@@ -180,7 +205,7 @@ class Dynamic(Station):
     max_bytes: int | None = New(
         None, ge=1, description="most bytes of rows, with optimiser state and bookkeeping, and of the filter"
     )
-    admission: Annotated[Admission, BeforeValidator(named_kind)] = Admission()
+    admission: Annotated[Admission, NamedKind] = Admission()
     ttl_s: float | None = New(None, gt=0, description="a row goes that nothing was learned of for so long; none: never")
     sweep: int = New(4, ge=1, le=1024, description="rows looked at for that behind each learned event (count)")
     min_keep: int = New(0, ge=0, description="ttl_s takes none below so many rows (count)")
@@ -206,7 +231,10 @@ def named_table(value: Any) -> Any:
     return named[value] if isinstance(value, str) else value
 
 
-Table = Annotated[Dynamic | None, BeforeValidator(named_table)]
+Table = Annotated[
+    Dynamic | None,
+    BeforeValidator(named_table, json_schema_input_type=Literal["hashed", "dynamic"] | Dynamic | None),
+]
 
 
 class RowOptimizer(Station):

@@ -1,7 +1,9 @@
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 
 from streamcl.config import Config, ConfigError, changes, fingerprint
@@ -235,3 +237,24 @@ def test_the_schema_is_json_without_dangling_references() -> None:
     text = json.dumps(schema, allow_nan=False)
     for reference in (part.split('"')[0] for part in text.split('"#/$defs/')[1:]):
         assert reference in schema["$defs"]
+
+
+def test_the_schema_allows_what_may_be_written() -> None:
+    schema = Config.model_json_schema()
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = tomllib.loads(readme.partition("```toml\n")[2].partition("```")[0])
+    short = {
+        "preset": "ewc",
+        "plugins": ["ewc"],
+        "plasticity": ["l2"],
+        "features": {
+            "user": {"kind": "categorical", "table": {"admission": "bloom"}},
+            "item": {"kind": "bag", "table": "dynamic"},
+        },
+    }
+    short["events"] = {**shown["events"], "codec": "avro"}
+    for data in (shown, {**shown, **short}):
+        jsonschema_rs.validate(schema, data)
+    for path, wrong in (("features", {"user": "categoric"}), ("replay", {"capcity": 3}), ("preset", "none_such")):
+        with pytest.raises(jsonschema_rs.ValidationError, match=path if path != "replay" else "capcity"):
+            jsonschema_rs.validate(schema, {**shown, path: wrong})

@@ -131,6 +131,32 @@ def test_a_given_prior_is_the_rate_of_what_is_unknown_and_a_logit_is_finite() ->
     assert math.isfinite(bare.number("r", bare.ask(0.0, item="i1")))
 
 
+def test_counts_and_rates_of_a_bag_are_those_of_its_values_together() -> None:
+    stream = Stream(
+        tags={"kind": "bag", "buckets": 1000, "max_items": 3},
+        n={"kind": "count", "of": "tags"},
+        r={"kind": "rate", "of": "tags", "weight": 2.0, "prior": 0.5},
+    )
+    heard: list[tuple[str, float]] = []
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        tags = [f"g{n}" for n in rng.choice(5, rng.integers(4), replace=False)]
+        known = [label for tag, label in heard if tag in tags]
+        ticket, label = stream.see(0.0, tags=tags), float(rng.integers(2))
+        if tags:
+            assert stream.number("n", ticket.features) == np.float32(math.log1p(len(known)))
+            assert stream.number("r", ticket.features) == np.float32((sum(known) + 1.0) / (len(known) + 2.0))
+        else:
+            assert math.isnan(stream.number("n", ticket.features))
+        stream.hear(ticket, label)
+        heard += [(tag, label) for tag in tags]
+
+
+def test_an_elapsed_time_by_a_bag_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'tags' is no categorical or time feature"):
+        Stream(tags={"kind": "bag"}, gap={"kind": "elapsed", "by": "tags"})
+
+
 def test_elapsed_is_missing_at_first_and_then_since_the_event_before() -> None:
     stream = Stream(gap={"kind": "elapsed", "by": "user"})
     assert math.isnan(stream.number("gap", stream.see(5.0, user="a").features))
@@ -221,6 +247,8 @@ ALL: dict[str, Any] = {
     "n": {"kind": "count", "of": "item", "keys": 4, "half_life_events": 9.0},
     "r": {"kind": "rate", "of": "x", "half_life_s": 9.0, "bins": 3},
     "gap": {"kind": "elapsed", "by": "user"},
+    "tags": {"kind": "bag", "buckets": 50, "max_items": 3},
+    "tag_rate": {"kind": "rate", "of": "tags", "keys": 9, "half_life_events": 9.0},
     "x": {"kind": "cross", "of": ["user", "h"]},
     "z": {"kind": "cross", "of": ["item", "r"]},
     "h": "time",
@@ -230,6 +258,7 @@ ALL: dict[str, Any] = {
 def live(stream: Stream, step: int) -> str:
     rng = np.random.default_rng(step)
     payload = {"user": f"u{rng.integers(5)}", "item": f"i{rng.integers(6)}", "price": float(rng.normal())}
+    payload["tags"] = [f"g{n}" for n in rng.integers(0, 9, rng.integers(4))]
     ticket = stream.see(step * 900.0, **payload)
     stream.hear(ticket, float(rng.integers(2)), 3.0)
     return digest(dict(ticket.features._asdict()))

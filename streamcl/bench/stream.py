@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamcl.bench import peers, presets, retrained, stream_delay, stream_logs, stream_tables
+from streamcl.bench import peers, presets, retrained, stream_delay, stream_logs, stream_next_click, stream_tables
 from streamcl.bench.click_logs import LOGS
 from streamcl.bench.drive import Topic
 from streamcl.bench.options import OptionError, Options
@@ -43,10 +43,10 @@ KNOWN = {
 def run(options: Options) -> Report:
     """Our model of `--method` (the headline) and the logistic one, then every peer, all on the same events.
 
-    `--task admission` and `--task delay` are others, and so are logs of single rows: see `stream_tables`,
-    `stream_delay`, `stream_logs`.
+    `--task admission`, `delay` and `next-click` are others, and so are logs of single rows: see `stream_tables`,
+    `stream_delay`, `stream_next_click`, `stream_logs`.
     """
-    tasks = {"admission": stream_tables.run, "delay": stream_delay.run}
+    tasks = {"admission": stream_tables.run, "delay": stream_delay.run, "next-click": stream_next_click.run}
     if (task := options.choice("task", ("peers", *tasks), "peers")) in tasks:
         return tasks[task](options)
     start = time.perf_counter()

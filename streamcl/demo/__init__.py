@@ -7,6 +7,7 @@ stage       puts them together                report    one HTML file
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import orjson
 import typer
 from rich.console import Console
 
+from streamcl.config import ConfigError
 from streamcl.demo.simulator import Settings
 from streamcl.demo.stage import Plan, Result, run
 from streamcl.demo.view import number
@@ -47,7 +49,13 @@ def main(
     in_memory: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Run the demo, write `out/report.html` and `out/summary.json`; the exit code: 0, 1 on failure, 130 on Ctrl-C."""
+    """Run the demo, write `out/report.html` and `out/summary.json`; the exit code: 0, 1 on failure, 130 on Ctrl-C.
+
+    Raises:
+        ConfigError: before anything is run, where the report can't be drawn.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("demo: its report needs matplotlib: pip install 'streamcl[demo]'")
     console = Console(stderr=as_json)
     settings = Settings(events=events or (QUICK_EVENTS if quick else EVENTS), seed=seed)
     pace = float("inf") if quick else max(1.2 * EVENTS / SECONDS, 1.0)

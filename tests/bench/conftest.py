@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from streamcl.bench.brokers import Broker, chosen
 from streamcl.protocols import ConnectorError
+from tests.components import lack
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,6 @@ def broker() -> Iterator[Broker]:
         context = chosen(None)
         found = context.__enter__()
     except ConnectorError as error:
-        if "kafka" in os.environ.get("STREAMCL_REQUIRE", "").split(","):
-            raise
-        pytest.skip(str(error))
+        lack("kafka", str(error))
     yield found
     context.__exit__(None, None, None)

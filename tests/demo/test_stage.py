@@ -13,7 +13,7 @@ import orjson
 import pytest
 from rich.console import Console
 
-from streamcl.config import Config
+from streamcl.config import Config, ConfigError
 from streamcl.demo import main, told
 from streamcl.demo import stage as demo_stage
 from streamcl.demo.report import deciles, write_report
@@ -221,3 +221,10 @@ def test_the_summary_is_told_in_sentences(result: Result) -> None:
 def test_a_drift_that_was_never_reached_is_not_counted_as_missed(result: Result) -> None:
     text = " ".join(told({**result.summary(), "impressions": 10, "alarms": []}))
     assert "true drifts found: 0 of 0" in text
+
+
+def test_it_says_what_is_not_installed_before_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"streamcl\[demo\]"):
+        main(out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

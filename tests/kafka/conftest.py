@@ -20,6 +20,7 @@ from connectors.apache import ApacheBroker
 from connectors.embedded import EmbeddedBroker
 from streamcl.config import Config
 from streamcl.protocols import ConnectorError
+from tests.components import lack
 
 _numbers = itertools.count()
 
@@ -116,7 +117,7 @@ def broker() -> Iterator[Cluster]:
     try:
         embedded = EmbeddedBroker().__enter__()
     except ConnectorError as error:
-        _lack(str(error))
+        lack("kafka", str(error))
     yield Cluster("embedded", embedded.bootstrap, pid=embedded.pid)
     embedded.__exit__(None, None, None)
 
@@ -147,17 +148,11 @@ def started(apache: ApacheBroker) -> Iterator[ApacheBroker]:
     try:
         apache.__enter__()
     except ConnectorError as error:
-        _lack(str(error))
+        lack("kafka", str(error))
     try:
         yield apache
     finally:
         apache.__exit__(None, None, None)
-
-
-def _lack(reason: str) -> None:
-    if "kafka" in os.environ.get("STREAMCL_REQUIRE", "").split(","):
-        pytest.fail(f"STREAMCL_REQUIRE names kafka, but: {reason}")
-    pytest.skip(reason)
 
 
 def toml(table: Mapping[str, Any]) -> str:
