@@ -12,4 +12,3 @@ values     what the chart may be told
 tools      Prometheus and promtool, from PATH or from Debian's package
 go_tools   builds the tools that only tests need
 """
-"""
