@@ -57,7 +57,6 @@ COLUMNS = {
 }
 """What is sampled. Readings are of the recent window; a loss is log-loss, or the root mean squared error."""
 _DORMANT = re.compile(r"layer_\d+_dormant_ratio")
-_POSITION, _END = len(COLUMNS), len(COLUMNS) + 1  # sums over the streams, for `lag_s`
 
 
 @dataclass(slots=True)
@@ -126,34 +125,12 @@ class History:
         self._taken += 1
         for shard, reported in told.items():
             if shard not in self._rows:
-                self._rows[shard] = np.full((self.samples, len(COLUMNS) + 2), np.nan)
+                self._rows[shard] = np.full((self.samples, len(COLUMNS)), np.nan)
             facts = self._of(shard)
             values = _values(reported)
             values["events_per_s"] = (facts.records - facts.sampled_records) / (now - before)
             facts.sampled_records = facts.records
-            row = self._rows[shard][place]
-            row[:_POSITION] = [values.get(name, math.nan) for name in COLUMNS]
-            row[_POSITION] = position = sum(reported.position.values())
-            row[_END] = position + sum(reported.lag.values())
-            if "lag_s" not in values:
-                row[list(COLUMNS).index("lag_s")] = self._behind_s(self._rows[shard])
-
-    def _behind_s(self, rows: Floats) -> float:
-        """Since when the inputs have held more than has been read (s); NaN when that was before the first sample.
-
-        The clients tell offsets and not times, and event time may be any: so it is the age of the inputs' ends, as they
-        were seen, that the position has reached by now.
-        """
-        order = self._order()
-        times, ends, position = self._times[order], rows[order, _END], rows[order[-1], _POSITION]
-        seen = np.flatnonzero(ends <= position)
-        if not len(seen):
-            return math.nan
-        last = int(seen[-1])
-        if last == len(ends) - 1:
-            return 0.0
-        share = (position - ends[last]) / max(ends[last + 1] - ends[last], 1.0)
-        return float(times[-1] - times[last] - share * (times[last + 1] - times[last]))
+            self._rows[shard][place] = [values.get(name, math.nan) for name in COLUMNS]
 
     def _order(self) -> NDArray[np.int64]:
         """Places of the rows that there are, the oldest first."""
@@ -164,7 +141,7 @@ class History:
         order = self._order()
         order = order[self._times[order] > since]
         rows = [self._rows[shard][order] for shard in shards if shard in self._rows]
-        stacked = np.stack(rows) if rows else np.full((1, len(order), _POSITION), np.nan)
+        stacked = np.stack(rows) if rows else np.full((1, len(order), len(COLUMNS)), np.nan)
         made = {"time": self._times[order]}
         for at, (name, column) in enumerate(COLUMNS.items()):
             made[name] = _combined(column.combine, stacked[:, :, at])

@@ -236,7 +236,6 @@ def _position(told: list[Reported]) -> dict[str, dict[str, int]]:
 def _figures(told: Mapping[str, Any], latest: Mapping[str, float], task: str) -> list[tuple[str, str, str]]:
     """(name, title, text); names of series are those of `COLUMNS`."""
     loss = "RMSE" if task == "regression" else "Log-loss"
-    waits, behind = latest.get("lag_records", math.nan), latest.get("lag_s", math.nan)
     running = _age(told["time"] - told["began"])
     saved = told["checkpoint"]
     several = len(told["shards"]) > 1 and told["shard"] is None
@@ -247,11 +246,7 @@ def _figures(told: Mapping[str, Any], latest: Mapping[str, float], task: str) ->
         ("records", "Records read since the start", f"{told['records']:,}"),
         ("events_per_s", "Records per second", _number(latest, "events_per_s", "{:,.1f}".format)),
         ("lag_records", "Records that wait", _number(latest, "lag_records", "{:,.0f}".format)),
-        (
-            "lag_s",
-            f"Behind by{worst}",
-            f"over {running}" if waits > 0 and math.isnan(behind) else _number(latest, "lag_s", _age),
-        ),
+        ("lag_s", f"Behind by{worst}", _number(latest, "lag_s", _age)),
         ("loss", f"{loss}, recent window{mean}", _number(latest, "loss")),
         ("loss_frozen", f"{loss} of frozen weights, on a sample", _number(latest, "loss_frozen")),
         ("loss_sampled", f"{loss} of this model, on that sample", _number(latest, "loss_sampled")),

@@ -62,8 +62,10 @@ def test_shards_come_together_as_sum_mean_or_worst_and_what_is_unknown_counts_fo
 ) -> None:
     history = History(4)
     for at in range(2):
-        first = reported(10, 2 * at, log_loss_window=0.2, layer_0_dormant_ratio=0.1, layer_1_dormant_ratio=0.4)
-        second = reported(5, 4 * at, log_loss_window=0.4, layer_0_dormant_ratio=0.2, calibration_window=1.5)
+        first = reported(
+            10, 2 * at, lag_s=1.0, log_loss_window=0.2, layer_0_dormant_ratio=0.1, layer_1_dormant_ratio=0.4
+        )
+        second = reported(5, 4 * at, log_loss_window=0.4, layer_0_dormant_ratio=0.2, calibration_window=1.5, lag_s=2.0)
         history.sample(2.0 * at, {0: first, 1: second})
     assert history.series([0, 1])[column][-1] == pytest.approx(expected)
 
@@ -87,25 +89,6 @@ def test_records_per_second_are_of_the_time_between_two_samples() -> None:
         history.observe(0, turn(records))
         history.sample(at, {0: reported()})
     np.testing.assert_array_equal(history.series([0])["events_per_s"], [math.nan, 5.0, 5.0])
-
-
-@pytest.mark.parametrize(
-    ("position", "lag", "behind_s"),
-    [(130, 0, 0.0), (120, 10, 10.0), (105, 25, 25.0), (100, 30, 30.0), (99, 31, math.nan)],
-)
-def test_behind_is_how_long_the_inputs_have_held_more_than_was_read(position: int, lag: int, behind_s: float) -> None:
-    """Ends 100, 110, 120, 130 were seen at 0, 10, 20, 30 s: position 105 was the end at 5 s, as far as one can tell."""
-    history = History(8)
-    for at, end in enumerate((100, 110, 120)):
-        history.sample(10.0 * at, {0: reported(90, end - 90)})
-    history.sample(30.0, {0: reported(position, lag)})
-    np.testing.assert_allclose(history.series([0])["lag_s"][-1], behind_s)
-
-
-def test_what_the_worker_says_of_its_lag_goes_before_what_can_be_seen_from_here() -> None:
-    history = History(2)
-    history.sample(0.0, {0: reported(0, 9, lag_s=7.0)})
-    assert history.series([0])["lag_s"][0] == 7.0
 
 
 def test_frozen_weights_are_shown_beside_the_live_ones_on_the_same_sample() -> None:

@@ -23,7 +23,13 @@ from streamcl.status import CARDS, Status
 from streamcl.telemetry import Telemetry
 from tests.test_telemetry import EVENTS_0, free_port, settings, turn
 
-READINGS = {"log_loss_window": 0.45, "ne_window": 0.9, "layer_0_dormant_ratio": 0.25, "join_hit_ratio": 0.5}
+READINGS = {
+    "lag_s": 2.0,
+    "log_loss_window": 0.45,
+    "ne_window": 0.9,
+    "layer_0_dormant_ratio": 0.25,
+    "join_hit_ratio": 0.5,
+}
 
 
 def sharded(port: int) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from streamcl.demo.traffic import Traffic
 from streamcl.records import Message
 from streamcl.status import CHARTS
 from streamcl.telemetry import Telemetry
+from tests.components import lack
 from tests.kafka.conftest import Cluster, toml
 from tests.test_status import sharded, tell
 from tests.test_telemetry import free_port
@@ -127,9 +127,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     programs = [shutil.which("chromium"), shutil.which("chromedriver")]
     if not all(programs) or not CHARTS.is_dir():
         reason = "chromium and chromedriver are not on PATH" if not all(programs) else "npm has not brought the charts"
-        if "browser" in os.environ.get("STREAMCL_REQUIRE", "").split(","):
-            pytest.fail(f"STREAMCL_REQUIRE names browser, but: {reason}")
-        pytest.skip(reason)
+        lack("browser", reason)
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
     quiet = ("background-networking", "component-update", "sync", "gpu", "quic")
