@@ -144,7 +144,7 @@ CHOSEN = (
     " items in fields apart or with the last ten in a bag; more counts, half-lives, bags of items); popularity:"
     " half-lives of 500 to 50,000 clicks, over all clicks so far or not; item-kNN: half-lives of 50,000 to none, depth"
     " 1 3 10, power 0 to 1, directed or not; vw on 60,000: its default, --ftrl, --ftrl_alpha; the DeepFM on the second"
-    " period: rate .001 to .02, 1 or 2 epochs"
+    " period: rate .001 to .04, 1 or 2 epochs"
 )
 Contender = Callable[[], Said]
 
@@ -158,10 +158,10 @@ SURE = 2.0
 NOTES = (
     "an example is a click, behind the first 1,000, that is not its session's first and not the first ever on its item;"
     " the four others are items of uniformly drawn earlier clicks. All five are scored before any is learned from",
-    f"{OTHERS} others are ranked beside one in {EVERY} of the clicked items, the same for all: what the session clicked"
-    " before, up to 80 items that followed its last one most often, the 60 most clicked of the last 20,000 clicks,"
-    " and items of uniformly drawn earlier clicks. A tie counts against the item, and a place behind"
-    f" {CUTOFF} counts 0",
+    f"{OTHERS} others are ranked beside one in {EVERY} of the clicked items (quick: {QUICK_EVERY}), for all the same:"
+    " what the session clicked before, up to 80 items that followed its last one most often, the 60 most clicked of"
+    " the last 20,000 clicks, and items of uniformly drawn earlier clicks. A tie counts against the item; a place"
+    f" behind {CUTOFF} counts 0",
     "fields, for everybody: item, prev (the session's last item), again (how many clicks ago the session had the item),"
     " pair (item and prev, unordered), and of the session's last ten items seen and pairs. Ours has besides what the"
     " engine keeps of the past stream of these, and not seen; VW crosses item and prev, in their order; the retrained"
