@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 MOST_FEATURES = 64
 ROWS = 1024
 """Of the sample that features are compared with, and of that which they are compared by."""
-LABELS = 2000
+LABELS = 1000
 """Sampled labels behind the figures of live and frozen weights."""
+FIRST = 1000
+"""Sampled labels before those: first steps are no harm, and labels that come late begin with positives alone."""
 BATCH = 64
 MOST_BYTES = 256 << 20
 """Of a state that is copied in order to be frozen."""
@@ -117,6 +119,9 @@ class Frozen:
         self.metrics["live"].add(labels, [each.ticket.scores.served for each in outcomes], weights)
 
     def read(self) -> dict[str, float]:
+        """Nothing before there are enough labels."""
+        if self.metrics["live"].read()["examples"] < FIRST + LABELS:
+            return {}
         return {
             f"sampled:{weights}:{name.removesuffix('_window')}": value
             for weights, metrics in self.metrics.items()

@@ -299,4 +299,5 @@ def test_learning_ignores_and_spares_the_global_generators() -> None:
 
 def test_what_it_reads_out_is_how_much_it_holds_and_has_learned() -> None:
     learner = learned(config(replay={"capacity": 5}), stream("binary", 9))
-    assert learner.read() == {"replay_rows": 5.0, "weights_version": 9.0, "diagnostics_examples": 0.0}
+    replay = {"replay_rows": 5.0, "replay_age_s": 2.0, "replay_fill": 1.0}
+    assert learner.read() == {**replay, "weights_version": 9.0, "diagnostics_examples": 0.0}

@@ -10,7 +10,7 @@ import pytest
 from streamcl.config import Config
 from streamcl.features import Featurizer
 from streamcl.recovery import Keeper, store_of
-from streamcl.sampled import LABELS, ROWS, FeatureDrift, Sampled, psi
+from streamcl.sampled import FIRST, LABELS, ROWS, FeatureDrift, Sampled, psi
 from streamcl.state import digest
 from streamcl.worker import Worker, build
 from tests.journey import Item, click, fill, settings, view
@@ -73,8 +73,8 @@ def clicks(count: int = 400) -> list[Item]:
     return items
 
 
-def sampled_run(folder: Path, every: int) -> tuple[Worker, Sampled]:
-    fill(clicks())
+def sampled_run(folder: Path, every: int, count: int = 400) -> tuple[Worker, Sampled]:
+    fill(clicks(count))
     worker = build(settings(folder, telemetry={"port": 0, "sample_every": every}))
     keeper = Keeper(worker, store_of(worker.config), beside=False)
     keeper.restore()
@@ -85,11 +85,16 @@ def sampled_run(folder: Path, every: int) -> tuple[Worker, Sampled]:
 
 
 def test_live_weights_beat_those_frozen_at_the_start_on_the_same_labels(tmp_path: Path) -> None:
-    worker, sampled = sampled_run(tmp_path, 1)
+    worker, sampled = sampled_run(tmp_path, 1, FIRST + LABELS + 100)
     told = sampled.read()
+    assert worker.readings()["examples"] >= FIRST + LABELS
     assert told["sampled:live:base_rate"] == told["sampled:frozen:base_rate"]
     assert told["sampled:live:log_loss"] < told["sampled:frozen:log_loss"]
-    assert worker.readings()["examples"] < LABELS  # all of them were sampled
+
+
+def test_nothing_is_said_of_a_model_that_has_just_begun(tmp_path: Path) -> None:
+    _, sampled = sampled_run(tmp_path, 1)
+    assert not any(name.startswith("sampled:") for name in sampled.read())
 
 
 def test_the_share_asked_for_is_taken_however_turns_are_cut(tmp_path: Path) -> None:

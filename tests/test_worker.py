@@ -93,7 +93,7 @@ BAD: list[tuple[Item, str, str]] = [
     (raw(b'{"id": "x", "ts": 5.0, "us'), "undecodable", "byte"),
     (raw(b"[1, 2]"), "undecodable", "object"),
     (raw(b"\xff\xfe{}"), "undecodable", ""),
-    (raw(b'{"id": "x", "ts": 5.0, "user": 1, "price": NaN}'), "undecodable", "byte"),
+    (raw(b'{"id": "x", "ts": 5.0, "user": 1, "price": NaN}'), "non_finite", ""),
     (event(id="absent"), "schema", "'id'"),
     (event(id=""), "schema", "'id'"),
     (event(id=[1]), "schema", "'id'"),

@@ -113,7 +113,7 @@ def _first(ready: Sequence[Stream]) -> Stream:
 def _drain(source: KafkaSource, total: int) -> Iterator[Record]:
     taken = 0
     while taken < total:
-        records = source.poll(4, 5.0)
+        records = source.poll(4, 60.0)
         assert records
         taken += len(records)
         yield from records

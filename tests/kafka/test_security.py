@@ -420,7 +420,7 @@ def test_no_secret_shows_in_logs_metrics_errors_checks_or_checkpoints(
         if file.is_file():
             shown[file.name] = file.read_bytes()
     assert b'"learned": 50' in shown["run"]
-    assert shown["run"].count(b"DEBUG:kafka.") > 20
+    assert shown["run"].count(b"DEBUG kafka.") > 20
     assert mechanism == "OAUTHBEARER" or b"check kafka.sasl_username" in shown["refusal"]
     assert any(b'"config"' in text for name, text in shown.items() if "manifest" in name)
     plain = [PASSWORD, CLIENT_SECRET, KEY_PASSWORD, token, "right-Token-text", "wrong-Horse-secret"]

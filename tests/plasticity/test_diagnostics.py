@@ -308,7 +308,7 @@ def test_what_is_learned_is_the_same_bit_for_bit_without_it(plasticity: list[Any
 def test_off_nothing_is_listened_to_or_said() -> None:
     off = learned(config(diagnostics={"sample_every_steps": 0}), stream("binary", 20))
     assert "diagnostics" not in off.state_dict()
-    assert off.read() == {"replay_rows": 20.0, "weights_version": 20.0}
+    assert off.read() == {"replay_rows": 20.0, "replay_age_s": 9.5, "replay_fill": 0.001, "weights_version": 20.0}
     assert not any(Tap in map(type, vars(module).values()) for module in off.engine.model.modules())
 
 
@@ -371,7 +371,7 @@ def test_a_replica_s_learner_neither_looks_nor_speaks() -> None:
     learner = Learner(made, serving=True)
     learner.load_state_dict(state)
     assert learner.diagnostics is None
-    assert learner.read() == {"replay_rows": 50.0, "weights_version": 50.0}
+    assert learner.read() == {"replay_rows": 50.0, "replay_age_s": 24.5, "replay_fill": 0.0025, "weights_version": 50.0}
 
 
 def test_replacements_ages_and_utilities_are_told_by_layer() -> None:
