@@ -193,6 +193,14 @@ QUALITY = Row(
             ),
         ),
         Panel(
+            "NE: live and in shadow",
+            "none",
+            "Another configuration beside the live one, on the same labels: without replay, or without a rule of"
+            " plasticity, it says what that brings. Shadow below live for a day: `streamcl shadow promote`.",
+            ((by("ne", "role", labels='window="recent",role=~"live|shadow"'), f"{{{{role}}}} {WHO}"),),
+            may_be_empty="only beside a shadow",
+        ),
+        Panel(
             "AUC",
             "none",
             "Exact over the recent window, binned over the whole stream. .5 is a coin. It falls while NE holds:"
