@@ -251,7 +251,12 @@ class Transactions:
             self._producer.begin_transaction()
 
     def send(self, topic: str, message: Message, partition: int | None = None) -> Delivery:
-        return _produce(self._producer, topic, message, {} if partition is None else {"partition": partition})
+        try:
+            return _produce(self._producer, topic, message, {} if partition is None else {"partition": partition})
+        except Fault as fault:
+            if fault.name == "FATAL":  # some answer of a broker's came before this call: a commit says which
+                self.commit()
+            raise
 
     def commit(self) -> None:
         with faults():

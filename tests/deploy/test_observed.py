@@ -85,7 +85,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             return all(expected <= fired.get(name, set()) for name, expected in EXPECTED.items())
 
         with contextlib.suppress(AssertionError):  # the tests tell what is missing
-            patiently(_flipping(traffic["drift"], everything), 60.0, "")
+            patiently(_flipping(traffic["drift"], everything), 120.0, "")
         time.sleep(5.0)  # for what fires beside
         yield Watched(seen, seen.fired(time.monotonic() - since))
 
