@@ -12,14 +12,12 @@ from streamcl.bench import peers, presets, retrained, stream_delay, stream_logs,
 from streamcl.bench.click_logs import LOGS
 from streamcl.bench.drive import Topic
 from streamcl.bench.options import OptionError, Options
-from streamcl.bench.quality import Floats, Trace, blocks, losses, quality
+from streamcl.bench.quality import Floats, Trace, blocks, losses
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
-from streamcl.bench.reproduced import VW, VW_FTRL, Known, reproductions
+from streamcl.bench.reproduced import NO_CHANGE, VW, VW_FTRL, Known, mean, measure, missing, reproductions
 from streamcl.bench.streams import Dataset, recorded, with_side
 
 READS = {"data", "stream", "preset", "method", "seeds", "via", "task", "events"}
-
-NO_CHANGE = "no-change"
 
 DEFINITIONS = (
     "every score was given before its label was learned from; whole stream unless said; ne = log-loss / entropy of"
@@ -66,13 +64,13 @@ def run(options: Options) -> Report:
     ours = {name: [_ours(topic, name, preset, seed) for seed in seeds] for name in dict.fromkeys((method, "logistic"))}
     others = _peers(data) | (_with_side(mine) if mine is not data else {})
     traces = [*(trace for runs in ours.values() for trace in runs), *others.values()]
-    headline = _mean([_measure(trace, labels) for trace in ours[method]])
+    headline = mean([measure(trace, labels) for trace in ours[method]])
     return Report(
         bench="stream",
         config={"stream": stream, "preset": preset, "quick": options.quick, **settings(method, preset)},
         seeds=seeds,
         seconds=time.perf_counter() - start,
-        rows=[Row(trace.name, _measure(trace, labels)) for trace in traces] + _missing(others),
+        rows=[Row(trace.name, measure(trace, labels)) for trace in traces] + missing(others),
         bars=[*_promises(headline, known, preset, options.quick), *reproductions(others, labels, known)],
         aims=[*presets.aims(preset, headline, options.quick), *_aims(stream, headline, others, labels, known)],
         headline={name: headline[name] for name in ("auc", "ne", "log_loss", "events", "events_per_s")},
@@ -115,24 +113,6 @@ def _with_side(data: Dataset) -> dict[str, Trace]:
     return {trace.name: trace for trace in traces}
 
 
-def _missing(others: Mapping[str, Trace]) -> list[Row]:
-    note = {"note": "not installed; it comes with streamcl[bench]"}
-    return [Row(name, note) for name in (VW, VW_FTRL) if name not in others]
-
-
-def _measure(trace: Trace, labels: Floats) -> dict[str, float]:
-    """A row's numbers; of no-change, whose scores are certainties, only what does not read them as probabilities."""
-    judged = quality(labels, trace.scores)
-    if trace.name == NO_CHANGE:
-        judged = {"accuracy": judged["accuracy"]}
-    return {**judged, "events": len(labels), "events_per_s": round(trace.events_per_s, 1)}
-
-
-def _mean(measures: list[dict[str, float]]) -> dict[str, float]:
-    means = {name: sum(m[name] for m in measures) / len(measures) for name in measures[0]}
-    return {**means, "events": measures[0]["events"]}  # a count stays one
-
-
 def _promises(headline: Mapping[str, float], known: Known, preset: str, quick: bool) -> list[Bar]:
     if (asked := presets.ASKED.get(preset)) and not quick:
         return [
@@ -156,9 +136,9 @@ def _aims(
         Bar("ne <= vw --ftrl", headline["ne"], known.ftrl[1], at_least=False),
     ]
     river = [trace for name, trace in others.items() if name.startswith("river")]
-    aims += [Bar(f"auc >= {trace.name}", headline["auc"], _measure(trace, labels)["auc"]) for trace in river]
+    aims += [Bar(f"auc >= {trace.name}", headline["auc"], measure(trace, labels)["auc"]) for trace in river]
     if stream == "elec":
-        no_change = _measure(others[NO_CHANGE], labels)
+        no_change = measure(others[NO_CHANGE], labels)
         aims.append(Bar("accuracy >= no-change", headline["accuracy"], no_change["accuracy"]))
     return aims
 

@@ -22,14 +22,14 @@ from streamcl.bench.drive import Topic
 from streamcl.bench.options import OptionError, Options
 from streamcl.bench.quality import Floats, Trace, blocks, losses, quality, resampled, weighted
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
-from streamcl.bench.reproduced import VW, VW_FTRL, Known, reproductions
+from streamcl.bench.reproduced import NO_CHANGE, VW, VW_FTRL, Known, mean, measure, missing, reproductions
 from streamcl.bench.streams import Dataset
 
 QUICK = 5_000
 FIFTH = 5
 DRAWS, QUICK_DRAWS = 1000, 100
 METHODS = ("logistic", "deepfm")
-RIVER, NO_CHANGE = "river logistic ftrl", "no-change"
+RIVER = "river logistic ftrl"
 RETRAINED_ROWS = 2_000
 
 NOTES = (
@@ -69,15 +69,15 @@ def run(options: Options) -> Report:
     rivals = [name for name in others if name.startswith((VW, VW_FTRL, RIVER))]  # as they are, and tuned
     rest = [name for name in others if name not in (*rivals, NO_CHANGE)]
     traces = [*itertools.chain(*ours.values()), *others.values()]
-    headline = _mean([_measure(trace, labels) for trace in ours[method]])
+    headline = mean([measure(trace, labels) for trace in ours[method]])
     return Report(
         bench="stream",
         config={"stream": stream, "preset": preset, "quick": options.quick, **settings(stream, method, preset)},
         seeds=seeds,
         seconds=time.perf_counter() - began,
         rows=[
-            *(Row(trace.name, _measure(trace, labels) | _ips(trace, data)) for trace in traces),
-            *_missing(others),
+            *(Row(trace.name, measure(trace, labels) | _ips(trace, data)) for trace in traces),
+            *missing(others),
             *differences(labels, ours[method], [others[name] for name in others if name != NO_CHANGE], options.quick),
         ],
         bars=[*_ahead(headline, others, rivals, labels), *reproductions(others, labels, known)],
@@ -177,29 +177,11 @@ def tuned(name: str, data: Dataset, peer: Callable[[str, Dataset, str], Trace], 
     return replace(peer(name, data, best), name=f"{name}: {best}")
 
 
-def _missing(others: Mapping[str, Trace]) -> list[Row]:
-    note = {"note": "not installed; it comes with streamcl[bench]"}
-    return [Row(name, note) for name in (VW, VW_FTRL) if name not in others]
-
-
-def _measure(trace: Trace, labels: Floats) -> dict[str, float]:
-    """A row's numbers; no-change's scores are certainties."""
-    judged = quality(labels, trace.scores)
-    if trace.name == NO_CHANGE:
-        judged = {"accuracy": judged["accuracy"]}
-    return {**judged, "events": len(labels), "events_per_s": round(trace.events_per_s, 1)}
-
-
 def _ips(trace: Trace, data: Dataset) -> dict[str, float]:
     if data.weight is None or trace.name == NO_CHANGE:
         return {}
     weights = np.array([payload[WEIGHT] for payload in data.payloads])
     return {f"ips_{name}": value for name, value in weighted(data.labels(), trace.scores, weights).items()}
-
-
-def _mean(measures: list[dict[str, float]]) -> dict[str, float]:
-    means = {name: sum(m[name] for m in measures) / len(measures) for name in measures[0]}
-    return {**means, "events": measures[0]["events"]}
 
 
 def _ahead(

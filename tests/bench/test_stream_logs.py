@@ -8,6 +8,7 @@ from streamcl.bench.click_logs import NUMBERED, SHOWN, WEIGHT
 from streamcl.bench.options import OptionError, Options
 from streamcl.bench.presets import BEST_ON_LOG
 from streamcl.bench.quality import Trace
+from streamcl.bench.reproduced import measure
 from streamcl.bench.streams import LABEL, TIME, Dataset
 
 ROWS = [
@@ -85,7 +86,7 @@ def test_peers_are_given_the_fields_that_ours_read() -> None:
 def test_weights_of_the_uniform_policy_leave_the_figures_as_they_are(small: Dataset) -> None:
     data = Dataset("obd", NUMBERED, [{**row, WEIGHT: 1.0} for row in ROWS], weight=WEIGHT)
     trace = Trace("x", np.linspace(0.1, 0.9, len(ROWS)))
-    plain = stream_logs._measure(trace, data.labels())
+    plain = measure(trace, data.labels())
     found = stream_logs._ips(trace, data)
     assert found == {f"ips_{name}": pytest.approx(plain[name]) for name in ("auc", "ne", "log_loss")}
     assert stream_logs._ips(trace, small) == {}
