@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -113,9 +113,10 @@ class Joiner:
         self.config = config
         self.counts = counts
         self.watermark = Watermark(config)
-        self.tickets: dict[str, Ticket] = {}
-        self.orphans: dict[str, Label] = {}
-        self.closed: dict[str, Closed] = {}
+        # The first of a plain dict stands behind all that have left it: 30 us away among 100,000.
+        self.tickets: OrderedDict[str, Ticket] = OrderedDict()
+        self.orphans: OrderedDict[str, Label] = OrderedDict()
+        self.closed: OrderedDict[str, Closed] = OrderedDict()
         self.alarms: list[Entry] = []
         self.early: set[str] = set()  # of those that wait: negatives for now
         self.kept: dict[str, Ticket] = {}  # of closed ids, for a late label
@@ -376,8 +377,7 @@ class Joiner:
 
     def _spill_closed(self) -> None:
         if self.config.max_tickets <= self.config.memory_tickets:
-            oldest = next(iter(self.closed))
-            del self.closed[oldest]
+            oldest, _ = self.closed.popitem(last=False)
             self.kept.pop(oldest, None)
             return
         self.settle()
@@ -414,8 +414,7 @@ class Joiner:
             id = found.row.id
             self.archive.turn(found, archive.GONE)
         else:
-            id = next(iter(self.tickets))
-            del self.tickets[id]
+            id, _ = self.tickets.popitem(last=False)
         self.early.discard(id)
         self.observed.pop(id, None)
         self.counts["overflowed"] += 1
@@ -473,8 +472,10 @@ class Joiner:
     def load_state_dict(self, state: State) -> None:
         self.watermark.value = state["watermark"]
         self.watermark.newest = {Stream(i, p): t for i, p, t in state["newest"]}
-        self.tickets = {ticket.id: ticket for ticket in tickets_from_state(state["tickets"])}
-        self.orphans = {o[0]: Label(o[0], o[1], o[2], Origin(*o[3:6]), tuple(o[6:])) for o in state["orphans"]}
+        self.tickets = OrderedDict((ticket.id, ticket) for ticket in tickets_from_state(state["tickets"]))
+        self.orphans = OrderedDict(
+            (o[0], Label(o[0], o[1], o[2], Origin(*o[3:6]), tuple(o[6:]))) for o in state["orphans"]
+        )
         self.alarms = _alarms_from_state(state["alarms"])
         self.closed = _closed_from_state(state["closed"], {id: origin for _, origin, _, id in self.alarms})
         self.early = set(state.get("early", ()))
@@ -495,13 +496,13 @@ def _closed_to_state(closed: Mapping[str, Closed]) -> State:
     }
 
 
-def _closed_from_state(state: State, origins: Mapping[str, Origin]) -> dict[str, Closed]:
+def _closed_from_state(state: State, origins: Mapping[str, Origin]) -> OrderedDict[str, Closed]:
     """Of nobody knows whom, in an old snapshot. Where its event stood, an id's alarm says."""
     count = len(state["ids"])
     owners, times = state.get("owner_key", np.zeros(count, np.int64)), state.get("time_s", np.full(count, np.nan))
     columns = (column.tolist() for column in (state["joined"], owners, times))
     found = zip(state["ids"], *columns, strict=True)
-    return {id: Closed(joined, owner, time_s, origins.get(id, UNKNOWN)) for id, joined, owner, time_s in found}
+    return OrderedDict((id, Closed(joined, owner, at, origins.get(id, UNKNOWN))) for id, joined, owner, at in found)
 
 
 def _alarms_to_state(alarms: Sequence[Entry]) -> State:

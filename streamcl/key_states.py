@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +26,8 @@ class KeyStates:
         self._begin()
 
     def _begin(self) -> None:
-        self.slots: dict[str, int] = {}  # in the order of last use
+        # In the order of last use; the first of a plain dict stands behind all that have moved.
+        self.slots: OrderedDict[str, int] = OrderedDict()
         self.free: list[int] = []
         self.rows = np.zeros((0, len(self.initial)), np.float32)
         self.times = np.zeros(0)
@@ -52,7 +55,7 @@ class KeyStates:
 
     def _slot(self) -> int:
         if len(self.slots) >= self.capacity:
-            return self.slots.pop(next(iter(self.slots)))
+            return self.slots.popitem(last=False)[1]
         if self.free:
             return self.free.pop()
         if len(self.slots) == len(self.rows):
@@ -81,5 +84,5 @@ class KeyStates:
         self._begin()
         if not state or state["rows"].shape[1:] != self.initial.shape:
             return
-        self.slots = {key: slot for slot, key in enumerate(state["keys"])}
+        self.slots = OrderedDict((key, slot) for slot, key in enumerate(state["keys"]))
         self.rows, self.times = np.array(state["rows"]), np.array(state["times"])

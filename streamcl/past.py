@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Protocol
@@ -32,44 +32,10 @@ from streamcl.features import FLOAT32_MAX, Featurizer, Field, pooled
 from streamcl.protocols import State
 from streamcl.random import below, key_of
 from streamcl.records import Encoded, Outcome, Selector, mark
+from streamcl.sums import Place, Sums
 
-SHARED = -1
-"""Owner of what events of several keys have made: it stays when one of them is forgotten, as what is learned does."""
-
-LN2 = math.log(2.0)
 MOST_ODDS = 16.0
 """Of a rate's logit."""
-
-
-class Place:
-    """Where a feature's value stands in the rows of an event: 0 is a missing one."""
-
-    __slots__ = ("base", "slot")
-
-    def __init__(self, field: Field) -> None:
-        self.slot, self.base = field.slot, field.base
-
-    def of(self, ids: Any) -> int:
-        return int(ids[self.slot]) - self.base
-
-    def all(self, ids: Any) -> list[int]:
-        """Of those that are there."""
-        row = int(ids[self.slot]) - self.base
-        return [row] if row else []
-
-
-class Places(Place):
-    """Of a bag, whose empty slots hold missing values."""
-
-    __slots__ = ("end",)
-
-    def __init__(self, field: Field) -> None:
-        super().__init__(field)
-        self.end = field.slot + field.slots
-
-    def all(self, ids: Any) -> list[int]:
-        base = self.base
-        return [id - base for id in ids[self.slot : self.end].tolist() if id != base]
 
 
 class Kept(Protocol):
@@ -84,75 +50,22 @@ class Kept(Protocol):
     def load_state_dict(self, state: State) -> None: ...
 
 
-class Sums:
-    """Decayed (sum, weight, clock, owner) of each of the last `keys` values that were written.
-
-    Args:
-        half_life: Of what was added, by a clock that the caller reads; None: for ever.
-    """
-
-    def __init__(self, keys: int, half_life: float | None) -> None:
-        self.keys = keys
-        self.rate = LN2 / half_life if half_life else 0.0
-        self.rows: dict[int, tuple[float, float, float, int]] = {}  # in the order of writing
-
-    def read(self, row: int, now: float) -> tuple[float, float]:
-        """(sum, weight) as they have decayed."""
-        found = self.rows.get(row)
-        if found is None:
-            return 0.0, 0.0
-        if not self.rate:
-            return found[0], found[1]
-        left = math.exp(-self.rate * max(now - found[2], 0.0))
-        return found[0] * left, found[1] * left
-
-    def add(self, row: int, value: float, now: float, owner: int) -> None:
-        total, weight = self.read(row, now)
-        before = self.rows.pop(row, None)
-        if before is None:
-            if len(self.rows) >= self.keys:
-                del self.rows[next(iter(self.rows))]
-        else:
-            owner = owner if before[3] == owner else SHARED
-            now = max(now, before[2])
-        self.rows[row] = total + value, weight + 1.0, now, owner
-
-    def forget(self, who: Selector) -> int:
-        """What one key alone has made begins anew, for events can't be taken out of a sum; what several have, stays."""
-        owners = who.owners
-        meant = [row for row, each in self.rows.items() if each[3] != SHARED and (owners is None or each[3] in owners)]
-        for row in meant:
-            del self.rows[row]
-        return len(meant)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def state_dict(self) -> State:
-        numbers = np.array([each[:3] for each in self.rows.values()], np.float64).reshape(-1, 3)
-        owners = np.array([each[3] for each in self.rows.values()], np.int64)
-        return {"rows": np.array(list(self.rows), np.int64), "numbers": numbers, "owners": owners}
-
-    def load_state_dict(self, state: State) -> None:
-        if not state:
-            self.rows = {}
-            return
-        columns = state["rows"].tolist(), state["numbers"].tolist(), state["owners"].tolist()
-        self.rows = {row: (*numbers, owner) for row, numbers, owner in zip(*columns, strict=True)}
-
-
 class Rings:
     """The last (row, time, owner) of each of the last `keys` values that were written, oldest first."""
 
     def __init__(self, keys: int, last: int) -> None:
         self.keys, self.last = keys, last
-        self.rings: dict[int, deque[tuple[int, float, int]]] = {}  # in the order of writing
+        self._begin()
+
+    def _begin(self) -> None:
+        # In the order of writing; a plain dict would look for its first behind all that have left.
+        self.rings: OrderedDict[int, deque[tuple[int, float, int]]] = OrderedDict()
 
     def add(self, key: int, row: int, time_s: float, owner: int) -> None:
         ring = self.rings.pop(key, None)
         if ring is None:
             if len(self.rings) >= self.keys:
-                del self.rings[next(iter(self.rings))]
+                self.rings.popitem(last=False)
             ring = deque(maxlen=self.last)
         ring.append((row, time_s, owner))
         self.rings[key] = ring
@@ -182,7 +95,7 @@ class Rings:
         }
 
     def load_state_dict(self, state: State) -> None:
-        self.rings = {}
+        self._begin()
         if state:
             entries = zip(state["rows"].tolist(), state["times"].tolist(), state["owners"].tolist(), strict=True)
             for key, length in zip(state["keys"].tolist(), state["lengths"].tolist(), strict=True):
@@ -246,7 +159,7 @@ class Edges:
 class Past:
     """Completes events by what was kept of those before; see above for who calls what, and when.
 
-    Memory: for each feature at most `keys` values, of 100 bytes or so for a sum, 100 for each entry of a history.
+    Memory: for each feature at most `keys` values, of 60 bytes or so for a sum, 100 for each entry of a history.
     """
 
     def __init__(self, config: Config, featurizer: Featurizer) -> None:
@@ -431,13 +344,12 @@ class _Counted(Part):
         self.kept: Sums = Sums(feature.keys, feature.half_life_events or feature.half_life_s)
 
     def fill(self, ids: NDArray[Any], _weights: NDArray[Any], dense: NDArray[Any], now: float) -> None:
-        if rows := self.place.all(ids):
-            clock = self.past.events if self.by_event else now
-            dense[self.number] = math.log1p(sum(self.kept.read(row, clock)[1] for row in rows))
+        _, weight, _, values = self.kept.read(ids, self.place, self.past.events if self.by_event else now)
+        if values:
+            dense[self.number] = math.log1p(weight)
 
     def saw(self, features: Encoded, time_s: float, owner: int) -> None:
-        for row in self.place.all(features.ids):
-            self.kept.add(row, 0.0, self.past.events if self.by_event else time_s, owner)
+        self.kept.add(features.ids, self.place, 0.0, self.past.events if self.by_event else time_s, owner)
 
 
 class _Rated(Part):
@@ -449,26 +361,20 @@ class _Rated(Part):
         self.kept: Sums = Sums(feature.keys + 1, feature.half_life_events or feature.half_life_s)
 
     def fill(self, ids: NDArray[Any], _weights: NDArray[Any], dense: NDArray[Any], now: float) -> None:
-        rows = self.place.all(ids)
-        if not rows:
-            return
         clock = self.past.labels if self.by_event else now
+        total, weight, _, values = self.kept.read(ids, self.place, clock)
+        if not values:
+            return
         prior = self.prior
         if prior is None:
-            total, weight = self.kept.read(0, clock)
-            prior = total / weight if weight else 0.0
-        total, weight = self.kept.read(rows[0], clock)
-        for row in rows[1:]:
-            more = self.kept.read(row, clock)
-            total, weight = total + more[0], weight + more[1]
+            of_all, count = self.kept.read_row(0, clock)
+            prior = of_all / count if count else 0.0
         rate = (total + self.weight * prior) / (weight + self.weight)
         dense[self.number] = _logit(rate) if self.logit else rate
 
     def heard(self, features: Encoded, label: float, _time_s: float, now: float, owner: int) -> None:
         clock = self.past.labels if self.by_event else now
-        self.kept.add(0, label, clock, SHARED)
-        for row in self.place.all(features.ids):
-            self.kept.add(row, label, clock, owner)
+        self.kept.add(features.ids, self.place, label, clock, owner, of_all=True)
 
 
 class _Since(Part):
@@ -477,13 +383,12 @@ class _Since(Part):
         self.kept: Sums = Sums(feature.keys, None)
 
     def fill(self, ids: NDArray[Any], _weights: NDArray[Any], dense: NDArray[Any], now: float) -> None:
-        found = self.kept.rows.get(self.place.of(ids))
-        if found is not None and math.isfinite(now):
-            dense[self.number] = math.log1p(max(now - found[2], 0.0))
+        since = self.kept.read(ids, self.place, now)[2]
+        if math.isfinite(since) and math.isfinite(now):
+            dense[self.number] = math.log1p(max(now - since, 0.0))
 
     def saw(self, features: Encoded, time_s: float, owner: int) -> None:
-        if row := self.place.of(features.ids):
-            self.kept.add(row, 0.0, time_s, owner)
+        self.kept.add(features.ids, self.place, 0.0, time_s, owner)
 
 
 def _remembering(
@@ -495,10 +400,9 @@ def _remembering(
         return _Since(feature, Place(fields[feature.by]), numbers[name])
     assert isinstance(feature, Count | Rate)  # noqa: S101 - these are all
     field = fields[feature.of]
-    place = Places(field) if field.slots > 1 else Place(field)
     if isinstance(feature, Count):
-        return _Counted(past, feature, place, numbers[name])
-    return _Rated(past, feature, place, numbers[name])
+        return _Counted(past, feature, Place(field), numbers[name])
+    return _Rated(past, feature, Place(field), numbers[name])
 
 
 def _logit(rate: float) -> float:

@@ -29,7 +29,7 @@ In order, so that a crash at any point can be answered by the same command again
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -283,7 +283,7 @@ def _joiners(config: Config, olds: Sequence[Old], count: int) -> list[Joiner]:
         new.watermark.value = min((joiner.watermark.value for joiner in made_of), default=float("-inf"))
         heapq.heapify(new.alarms)
         if len(made_of) > 1:  # the order of coming decides who is dropped first when there are too many
-            new.tickets = dict(sorted(new.tickets.items(), key=lambda item: (item[1].time_s, item[1].origin)))
+            new.tickets = OrderedDict(sorted(new.tickets.items(), key=lambda item: (item[1].time_s, item[1].origin)))
         if new.waiting > config.join.max_tickets:
             raise ReshardError(f"join.max_tickets: a new shard would begin with {new.waiting}; raise it, or --to")
     return news

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from connectors.codec import JSON
@@ -18,7 +16,7 @@ from streamcl.config import Config, ConfigError
 from streamcl.features import Featurizer
 from streamcl.learner import Learner
 from streamcl.live import LiveModel
-from streamcl.past import Past, Sums
+from streamcl.past import Past
 from streamcl.records import EVENTS, Encoded, Fate, Origin, Outcome, Scores, Selector, Ticket
 from streamcl.recovery import store_of
 from streamcl.replica import Model
@@ -207,37 +205,6 @@ def test_bins_are_quantiles_of_what_came_before() -> None:
     share = [(stream.past.kept["price.bins"].state_dict()["sample"] < edge).mean() for edge in edges]
     assert np.abs(np.array(share) - [0.25, 0.5, 0.75]).max() < 0.001
     assert np.abs(edges - [-0.674, 0.0, 0.674]).max() < 5 * 1.36 / math.sqrt(1024)
-
-
-class Slow:
-    """Decayed sums by going through everything that was ever added."""
-
-    def __init__(self, keys: int, half_life: float) -> None:
-        self.keys, self.half_life = keys, half_life
-        self.added: list[tuple[int, float, float]] = []
-        self.order: list[int] = []
-
-    def add(self, row: int, value: float, now: float) -> None:
-        self.order = [each for each in self.order if each != row] + [row]
-        if len(self.order) > self.keys:
-            gone, self.order = self.order[0], self.order[1:]
-            self.added = [each for each in self.added if each[0] != gone]
-        self.added.append((row, value, now))
-
-    def read(self, row: int, now: float) -> tuple[float, float]:
-        left = [(0.5 ** ((now - t) / self.half_life), value) for r, value, t in self.added if r == row]
-        return sum(w * value for w, value in left), sum(w for w, _ in left)
-
-
-@settings(deadline=None)
-@given(keys=st.integers(1, 4), steps=st.lists(st.tuples(st.integers(1, 6), st.booleans()), max_size=40))
-def test_sums_decay_and_give_way_as_a_list_of_everything_would(keys: int, steps: list[tuple[int, bool]]) -> None:
-    held, slow = Sums(keys, 5.0), Slow(keys, 5.0)
-    for now, (row, value) in enumerate(steps):
-        held.add(row, float(value), float(now), 1)
-        slow.add(row, float(value), float(now))
-    for row in range(1, 7):
-        assert held.read(row, len(steps)) == pytest.approx(slow.read(row, len(steps)))
 
 
 ALL: dict[str, Any] = {

@@ -10,7 +10,7 @@ import numpy as np
 from streamcl.compiled import exact, fast, fast_inlined, view
 from streamcl.engine.kernels import add_scaled, affine, dot, move, outer, pull_back, put
 from streamcl.engine.layout import NO_PAIRS, PROJECTED, SUMMED
-from streamcl.engine.table_rows import find
+from streamcl.index import find
 
 
 @exact

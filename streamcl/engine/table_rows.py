@@ -18,6 +18,7 @@ import numpy as np
 from streamcl.compiled import entry, exact
 from streamcl.engine.kernels import ADAGRAD_KIND, FTRL_KIND, put
 from streamcl.engine.optimizers import FTRL, Adagrad
+from streamcl.index import NONE, enter, find, leave
 
 AT_ONCE, COUNTED, BY_CHANCE = range(3)
 ADMITTED, BY_TTL, BY_LRU, FORGOTTEN, REFUSED, ASKED, FOUND, OOV = range(8)
@@ -25,7 +26,6 @@ ADMITTED, BY_TTL, BY_LRU, FORGOTTEN, REFUSED, ASKED, FOUND, OOV = range(8)
 events all, those that had a row, and those that added nothing.
 """
 NUMBERS = 8
-NONE = -1
 
 GOLDEN, MIX1, MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _BETA, _INITIAL = FTRL.BETA, Adagrad.INITIAL
@@ -95,46 +95,6 @@ def _mix(z: Any) -> Any:
     z = (z ^ (z >> np.uint64(30))) * MIX1
     z = (z ^ (z >> np.uint64(27))) * MIX2
     return z ^ (z >> np.uint64(31))
-
-
-@exact
-def find(key: Any, keys: Any, cells: Any) -> Any:
-    """Row of an id, or NONE."""
-    mask = len(cells) - 1
-    at = key & mask
-    while cells[at] != 0:
-        row = cells[at] - 1
-        if keys[row] == key:
-            return np.int64(row)
-        at = (at + 1) & mask
-    return NONE
-
-
-@exact
-def _enter(row: int, keys: Any, cells: Any) -> None:
-    mask = len(cells) - 1
-    at = keys[row] & mask
-    while cells[at] != 0:
-        at = (at + 1) & mask
-    cells[at] = row + 1
-
-
-@exact
-def _leave(row: int, keys: Any, cells: Any) -> None:
-    """Whatever stands behind it, and would be found sooner, moves up."""
-    mask = len(cells) - 1
-    at = keys[row] & mask
-    while cells[at] != row + 1:
-        at = (at + 1) & mask
-    cells[at] = 0
-    behind = (at + 1) & mask
-    while cells[behind] != 0:
-        home = keys[cells[behind] - 1] & mask
-        if ((behind - home) & mask) >= ((behind - at) & mask):
-            cells[at] = cells[behind]
-            cells[behind] = 0
-            at = behind
-        behind = (behind + 1) & mask
 
 
 @exact
@@ -287,7 +247,7 @@ def admit(ids: Any, weights: Any, time_s: float, tables: Any, table: Any, a: Any
             continue
         new, unused = NONE, 0
         if row >= 0:
-            _leave(row, tables.keys, tables.cells)
+            leave(row, tables.keys, tables.cells)
             tables.used[t] -= 1
         if _earns(key, t, tables):
             if tables.refuses[t] and tables.used[t] >= tables.cap[t]:
@@ -300,7 +260,7 @@ def admit(ids: Any, weights: Any, time_s: float, tables: Any, table: Any, a: Any
                 tables.high[t] += 1
         if new >= 0:
             tables.keys[new], tables.first_seen[new], tables.last_seen[new] = key, now, now
-            _enter(new, tables.keys, tables.cells)
+            enter(new, tables.keys, tables.cells)
             tables.used[t] += 1
             _begin(new, t, tables, table, a)
         if new >= 0 or row >= 0:
@@ -324,7 +284,7 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
         new, old, unused = tables.made[i, 0], tables.made[i, 1], tables.made[i, 2]
         t = _table_of(max(new, old), tables)
         if new >= 0:
-            _leave(new, tables.keys, tables.cells)
+            leave(new, tables.keys, tables.cells)
             tables.used[t] -= 1
             _wipe(new, tables, table, a, b, c)
             if unused:
@@ -332,7 +292,7 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
             else:
                 tables.freed[t] += 1  # where it was taken from it still stands
         if old >= 0:
-            _enter(old, tables.keys, tables.cells)
+            enter(old, tables.keys, tables.cells)
             tables.used[t] += 1
     for each in range(len(tables.told)):
         put(tables.told[each], tables.before[each])
@@ -342,7 +302,7 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
 def evict(row: int, reason: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> Any:
     """A row goes, with all that belongs to it; where it was in the engine's table."""
     t = _table_of(row, tables)
-    _leave(row, tables.keys, tables.cells)
+    leave(row, tables.keys, tables.cells)
     tables.used[t] -= 1
     _unlink(row, t, tables)
     _wipe(row, tables, table, a, b, c)
@@ -476,13 +436,13 @@ def evict_now(key: int, tables: Tables, table: Any, a: Any, b: Any, c: Any) -> i
 def index(rows: Any, keys: Any, cells: Any) -> None:
     """Enter these rows, whose keys are known."""
     for row in rows:
-        _enter(row, keys, cells)
+        enter(row, keys, cells)
 
 
 @entry
 def unindex(rows: Any, keys: Any, cells: Any) -> None:
     for row in rows:
-        _leave(row, keys, cells)
+        leave(row, keys, cells)
 
 
 def none(dtype: Any) -> Tables:

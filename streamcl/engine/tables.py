@@ -42,6 +42,7 @@ from streamcl.config import Config, ConfigError
 from streamcl.engine import table_rows
 from streamcl.engine.kernels import KINDS
 from streamcl.features import Featurizer, Layout
+from streamcl.index import NONE
 from streamcl.protocols import State
 from streamcl.random import key_of
 from streamcl.records import Encoded
@@ -166,8 +167,8 @@ class DynamicTables:
             older=np.zeros(total, np.int32),
             free=np.zeros(total, np.int32),
             cells=np.zeros(1 << (2 * total).bit_length(), np.int32),
-            newest=np.full(n, table_rows.NONE, np.int64),
-            oldest=np.full(n, table_rows.NONE, np.int64),
+            newest=np.full(n, NONE, np.int64),
+            oldest=np.full(n, NONE, np.int64),
             used=np.zeros(n, np.int64),
             high=np.zeros(n, np.int64),
             freed=np.zeros(n, np.int64),

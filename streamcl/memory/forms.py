@@ -8,6 +8,7 @@ somebody's events have left behind by `forget`.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any, Protocol
 
 import numpy as np
@@ -258,7 +259,9 @@ class ByKey:
         self.halving = 1.0 / config.half_life_events if config.half_life_events else 0.0
         self.shrinkage, self.least = config.shrinkage, config.min_support
         self.columns = range(1, 1 + width)
-        self.sums: dict[int, list[float]] = {}  # key -> [last touch, count, sums of values...]; oldest first
+        self.sums: OrderedDict[int, list[float]] = (
+            OrderedDict()
+        )  # key -> [last touch, count, sums of values...]; oldest first
         self.owners: dict[int, int] = {}  # key -> mark of the one owner of its records; 0 for several
         self.writes = 0
 
@@ -285,11 +288,12 @@ class ByKey:
         if name == NO_KEY:
             return False
         self.writes += 1
-        entry = self.sums.pop(name, None)
+        entry = self.sums.get(name)
         if entry is None:
             self.sums[name], self.owners[name] = [self.writes, 1.0, *values.tolist()], owner.key
             if len(self.sums) > self.config.capacity:
-                self._erase(next(iter(self.sums)))
+                gone, _ = self.sums.popitem(last=False)
+                del self.owners[gone]
             return True
         if self.owners[name] != owner.key:
             self.owners[name] = 0
@@ -299,7 +303,7 @@ class ByKey:
         for value in values.tolist():  # by hand: `zip(..., strict=True)` costs a fifth of the whole
             entry[at] = entry[at] * factor + value
             at += 1
-        self.sums[name] = entry  # the newest again
+        self.sums.move_to_end(name)
         return True
 
     def _erase(self, name: int) -> None:
@@ -326,7 +330,7 @@ class ByKey:
 
     def load_state_dict(self, state: State) -> None:
         keys = state["keys"].tolist()
-        self.sums = dict(zip(keys, state["sums"].tolist(), strict=True))
+        self.sums = OrderedDict(zip(keys, state["sums"].tolist(), strict=True))
         self.owners = dict(zip(keys, state.get("owners", np.zeros(len(keys), np.int64)).tolist(), strict=True))
         self.writes = int(state["writes"])
 
