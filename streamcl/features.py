@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from streamcl.config import Config
-from streamcl.derived import Count, Cross, Elapsed, Feature, History, Rate, Time, bins_of
+from streamcl.derived import Count, Covisits, Cross, Elapsed, Feature, History, Rate, Time, bins_of
 from streamcl.protocols import BadInput, State
 from streamcl.records import Encoded
 from streamcl.stations import Bag, Categorical, Numeric
@@ -330,7 +330,7 @@ def _numbers(name: str, feature: Feature) -> list[tuple[str, str]]:
     """Names and scales of the numbers that a feature is."""
     if isinstance(feature, Numeric):
         return [(name, feature.scale)]
-    if isinstance(feature, Count | Rate | Elapsed):
+    if isinstance(feature, Count | Rate | Covisits | Elapsed):
         return [(name, "standard")]
     return (
         [(f"{name}.{part}", "none") for part in ("sin", "cos")] if isinstance(feature, Time) and feature.cyclic else []

@@ -41,8 +41,8 @@ class Learner:
     Args:
         serving: It is to predict what another learned, and says nothing about how that one learns.
 
-    Loss of a step = live example (see `loss.kind`) + `replay.weight` * mean over `replay.per_event` replayed ones. The
-    draw comes before the writes, so an event never replays itself.
+    Loss of a step = live example (see `loss.kind`) + `replay.weight` * mean over `replay.per_event` replayed ones, each
+    times its sample weight. The draw comes before the writes, so an event never replays itself.
 
     Shape:
         `predict(features)` gives `Scores` with output (O,) and served (1,), or (C,) for multiclass.
@@ -367,8 +367,9 @@ class Learner:
         if not replayed:
             return Step(self.steps, plan, live, None, share, served=served, outcome=outcome) if live else None
         index, drawn = self.memory.pick(replayed, self.steps)
-        share = torch.cat((share, drawn.to(share) * (self.replay_weight / replayed)))
         replay, columns = self._rows(*self.memory.examples(index)), self.memory.columns_of(index)
+        drawn = drawn.to(share) * columns["sample_weight"].to(share)
+        share = torch.cat((share, drawn * (self.replay_weight / replayed)))
         replay = replay._replace(also=columns["tasks"]) if self.tasks else replay
         return Step(self.steps, plan, live, replay, share, index=index, columns=columns, served=served, outcome=outcome)
 

@@ -27,7 +27,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from streamcl.config import Config
-from streamcl.derived import Count, Cross, Elapsed, Feature, History, Rate, Remembering, Time, bins_of
+from streamcl.covisits import LEAST, Together
+from streamcl.derived import Count, Covisits, Cross, Elapsed, Feature, History, Rate, Remembering, Time, bins_of
 from streamcl.features import FLOAT32_MAX, Featurizer, Field, pooled
 from streamcl.protocols import State
 from streamcl.random import below, key_of
@@ -377,6 +378,23 @@ class _Rated(Part):
         self.kept.add(features.ids, self.place, label, clock, owner, of_all=True)
 
 
+class _Covisited(Part):
+    def __init__(self, past: Past, feature: Covisits, one: Place, bag: Place, number: int) -> None:
+        self.past, self.one, self.bag, self.number = past, one, bag, number
+        self.by_event = feature.half_life_s is None
+        half_life = feature.half_life_events or feature.half_life_s
+        self.kept: Together = Together(feature.keys, half_life, feature.power)
+
+    def fill(self, ids: NDArray[Any], _weights: NDArray[Any], dense: NDArray[Any], now: float) -> None:
+        total, values = self.kept.read(ids, self.one, self.bag, self.past.labels if self.by_event else now)
+        if values:
+            dense[self.number] = math.log(LEAST + total)
+
+    def heard(self, features: Encoded, label: float, _time_s: float, now: float, owner: int) -> None:
+        if label == 1.0:
+            self.kept.add(features.ids, self.one, self.bag, self.past.labels if self.by_event else now, owner)
+
+
 class _Since(Part):
     def __init__(self, feature: Elapsed, place: Place, number: int) -> None:
         self.place, self.number = place, number
@@ -398,6 +416,8 @@ def _remembering(
         return _Listed(feature, fields, fields[name])
     if isinstance(feature, Elapsed):
         return _Since(feature, Place(fields[feature.by]), numbers[name])
+    if isinstance(feature, Covisits):
+        return _Covisited(past, feature, Place(fields[feature.of]), Place(fields[feature.beside]), numbers[name])
     assert isinstance(feature, Count | Rate)  # noqa: S101 - these are all
     field = fields[feature.of]
     if isinstance(feature, Count):

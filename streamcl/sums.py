@@ -78,12 +78,16 @@ class Sums:
     def read_row(self, row: int, now: float) -> tuple[float, float]:
         return _read_row(self.rows, self.entries, self.cells, row, now, self.rate)  # type: ignore[no-any-return]
 
+    def make_room(self, values: int) -> None:
+        """For so many more."""
+        if self.used + values > self.room < self.keys:
+            self._take(self._state(), 2 * self.room + values)
+
     def add(
         self, ids: NDArray[np.int64], place: Place, value: float, now: float, owner: int, of_all: bool = False
     ) -> None:
         """To each of an event's values; `of_all`: to row 0 first, which is everybody's."""
-        if self.used + place.end - place.slot + 1 > self.room < self.keys:
-            self._take(self._state(), 2 * self.room + place.end - place.slot)
+        self.make_room(1 + place.end - place.slot)
         held = self.rows, self.entries, self.links, self.cells, self.ends
         self.used = _add(*held, ids, place.slot, place.end, place.base, value, now, owner, of_all, self.rate)
 
@@ -134,7 +138,7 @@ class Sums:
 
 
 @exact
-def _left(at: int, entries: Any, now: float, rate: float) -> float:
+def left_of(at: int, entries: Any, now: float, rate: float) -> float:
     """Of what was added, by now."""
     return math.exp(-rate * max(now - entries[at].clock, 0.0)) if rate > 0.0 else 1.0
 
@@ -149,7 +153,7 @@ def _read(
             values += 1
             at = find(ids[slot] - base, rows, cells)
             if at >= 0:
-                left = _left(at, entries, now, rate)
+                left = left_of(at, entries, now, rate)
                 total += entries[at].sum * left
                 weight += entries[at].weight * left
                 clock = max(clock, entries[at].clock)
@@ -161,7 +165,7 @@ def _read_row(rows: Any, entries: Any, cells: Any, row: int, now: float, rate: f
     at = find(row, rows, cells)
     if at < 0:
         return 0.0, 0.0
-    left = _left(at, entries, now, rate)
+    left = left_of(at, entries, now, rate)
     return entries[at].sum * left, entries[at].weight * left
 
 
@@ -190,14 +194,14 @@ def _put_last(at: int, links: Any, ends: Any) -> None:
 
 
 @exact
-def _write(
+def write(
     rows: Any, entries: Any, links: Any, cells: Any, ends: Any,
     row: int, value: float, now: float, owner: int, rate: float,
 ) -> None:  # fmt: skip
     at = find(row, rows, cells)
     if at >= 0:
         each = entries[at]
-        left = _left(at, entries, now, rate)
+        left = left_of(at, entries, now, rate)
         each.sum = each.sum * left + value
         each.weight = each.weight * left + 1.0
         each.clock = max(now, each.clock)
@@ -227,10 +231,10 @@ def _add(
     ids: Any, start: int, end: int, base: int, value: float, now: float, owner: int, of_all: bool, rate: float,
 ) -> Any:  # fmt: skip
     if of_all:
-        _write(rows, entries, links, cells, ends, 0, value, now, SHARED, rate)
+        write(rows, entries, links, cells, ends, 0, value, now, SHARED, rate)
     for slot in range(start, end):
         if ids[slot] != base:
-            _write(rows, entries, links, cells, ends, ids[slot] - base, value, now, owner, rate)
+            write(rows, entries, links, cells, ends, ids[slot] - base, value, now, owner, rate)
     return ends[USED]
 
 

@@ -25,6 +25,9 @@ UNFIT: list[tuple[str, dict[str, Any], str]] = [
     ("binary", {"kind": "rate", "of": "item", "half_life_s": 1.0, "half_life_events": 1.0}, "half_life_s"),
     ("binary", {"kind": "count", "of": "price"}, "features.x.of: 'price'"),
     ("binary", {"kind": "elapsed", "by": "tags"}, "features.x.by: 'tags'"),
+    ("regression", {"kind": "covisits", "of": "item", "beside": "tags"}, "features.x: covisits are of binary labels"),
+    ("binary", {"kind": "covisits", "of": "tags", "beside": "item"}, "features.x: 'tags' must be a categorical"),
+    ("binary", {"kind": "covisits", "of": "item", "beside": "tags"}, "features.x.beside: 'tags' and 'item' need"),
 ]
 
 

@@ -42,7 +42,8 @@ def journey(learner: Learner, outcomes: list[Outcome], chunk: int = 7) -> tuple[
     for i, item in enumerate(outcomes):
         event = Event(str(i), f"k{i % 5}", float(i), item.ticket.features, Origin(EVENTS, 0, i), item.label)
         features, scores = learner.answer(event)
-        tickets.append(Ticket(event.id, event.time_s, features, scores, event.origin, "", event.key))
+        weight = (1.0, 0.25, 3.0)[i % 3]
+        tickets.append(Ticket(event.id, event.time_s, features, scores, event.origin, "", event.key, weight))
         labelled = Outcome(tickets[-1], item.label, Fate.INLINE, 0.0)
         if learner.fused is None:
             taken.append(learner.learn(labelled))

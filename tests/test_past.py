@@ -216,6 +216,8 @@ ALL: dict[str, Any] = {
     "gap": {"kind": "elapsed", "by": "user"},
     "tags": {"kind": "bag", "buckets": 50, "max_items": 3},
     "tag_rate": {"kind": "rate", "of": "tags", "keys": 9, "half_life_events": 9.0},
+    "near": {"kind": "bag", "buckets": 1000, "max_items": 3},
+    "co": {"kind": "covisits", "of": "item", "beside": "near", "keys": 5, "half_life_s": 900.0},
     "x": {"kind": "cross", "of": ["user", "h"]},
     "z": {"kind": "cross", "of": ["item", "r"]},
     "h": "time",
@@ -226,6 +228,7 @@ def live(stream: Stream, step: int) -> str:
     rng = np.random.default_rng(step)
     payload = {"user": f"u{rng.integers(5)}", "item": f"i{rng.integers(6)}", "price": float(rng.normal())}
     payload["tags"] = [f"g{n}" for n in rng.integers(0, 9, rng.integers(4))]
+    payload["near"] = [f"i{n}" for n in rng.integers(0, 6, rng.integers(4))]
     ticket = stream.see(step * 900.0, **payload)
     stream.hear(ticket, float(rng.integers(2)), 3.0)
     return digest(dict(ticket.features._asdict()))

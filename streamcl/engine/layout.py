@@ -75,6 +75,7 @@ class Rows(NamedTuple):
     weights: Any
     dense: Any
     y: Any
+    sample_weights: Any
 
 
 class Renewal(NamedTuple):
@@ -170,6 +171,7 @@ class Scratch(NamedTuple):
     pull: Any  # (Bmax, D)
     products: Any  # (Bmax, D)
     y: Any  # (Bmax,)
+    share: Any  # (Bmax,) float64, what a row's loss is multiplied by
     numbers: Any  # (Bmax, N)
     place: Any  # (Bmax, S) of a slot's row among the touched
     ids: Any  # (Bmax, S)

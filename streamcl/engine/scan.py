@@ -85,10 +85,10 @@ def _observe(count: Any, mean: Any, m2: Any, scaled: Any, row: Any) -> None:
 
 
 @exact_inlined
-def _losses(count: int, weight: float, served: float, plan: Any, s: Any) -> None:
+def _losses(count: int, served: float, plan: Any, s: Any) -> None:
     """dz (B, O): the gradient of the step's loss by z."""
     for b in range(count):
-        share = weight if b == 0 else plan.share
+        share = s.share[b]
         if len(plan.class_weights):
             share *= plan.class_weights[int(s.y[b])]
         z, dz = s.z[b], s.dz[b]
@@ -231,7 +231,6 @@ def _step(
     n: int,
     count: int,
     passed: bool,
-    weight: float,
     served: float,
     net: Any,
     plan: Any,
@@ -244,7 +243,7 @@ def _step(
     """
     if not passed:
         forward(count, net.flat, plan, s)
-    _losses(count, weight, served, plan, s)
+    _losses(count, served, plan, s)
     backward(count, net, plan, s)
     touched = _touch(count, net.tables.void, s)
     rows = float(row_gradients(count, touched, plan, s))
@@ -291,6 +290,7 @@ def scan(
     kinds, all_ids, all_weights, all_dense, labels = chunk.kind, chunk.ids, chunk.weights, chunk.dense, chunk.label
     count_, mean, m2, y_count, y_mean, y_m2 = norms.count, norms.mean, norms.m2, norms.y_count, norms.y_mean, norms.y_m2
     rows_ids, rows_weights, rows_dense, rows_y = memory.ids, memory.weights, memory.dense, memory.y
+    rows_share, share = memory.sample_weights, s.share
     held, slots, source, given, asked = chunk.held, chunk.slot, chunk.source, chunk.served, found.served
     weights_of = chunk.weight
     draw, key, regression, y, norm = plan.draw, plan.key, plan.task == REGRESSION, s.y, found.norm
@@ -344,18 +344,18 @@ def scan(
             made = admit(ids, weights, times[n], tables, net.table, row_a)
             passed = passed and made == 0
         served = given[n] if source[n] < 0 else float(asked[source[n], 0])
-        y[0], count = _label(labels[n], plan, norms), 1
+        y[0], share[0], count = _label(labels[n], plan, norms), weights_of[n], 1
         for i in range(draw if held[n] else 0):
             row = below(held[n], key, steps, i)
             if len(drawn):
                 drawn[n, i] = row
             gather(count, rows_ids[row], rows_weights[row], rows_dense[row], net, plan, norms, s)
-            y[count] = _label(rows_y[row], plan, norms)
+            y[count], share[count] = _label(rows_y[row], plan, norms), plan.share * rows_share[row]
             count += 1
         while True:
             if not passed:
                 gather(0, ids, weights, dense, net, plan, norms, s)
-            taken, touched = _step(n, count, passed, weights_of[n], served, net, plan, average, found, s)
+            taken, touched = _step(n, count, passed, served, net, plan, average, found, s)
             if taken or count == 1:
                 break
             count = 1  # is it the event, or what is replayed?
@@ -387,7 +387,7 @@ def scan(
             put(rows_ids[slot], ids)
             put(rows_weights[slot], weights)
             put(rows_dense[slot], dense)
-            rows_y[slot] = labels[n - 1]
+            rows_y[slot], rows_share[slot] = labels[n - 1], weights_of[n - 1]
         if due:
             return n, DUE, logged
     return n, DONE, logged

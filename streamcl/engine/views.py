@@ -135,6 +135,7 @@ def scratch_of(plan: layout.Plan, rows: int, numbers: int, net: layout.Net) -> l
         pull=zeros(rows, plan.dim),
         products=zeros(rows, plan.dim),
         y=zeros(rows),
+        share=np.zeros(rows),
         numbers=zeros(rows, numbers),
         place=np.zeros((rows, slots), np.int64),
         ids=np.zeros((rows, slots), np.int64),
@@ -162,7 +163,7 @@ def norms_of(learner: Learner) -> layout.Norms:
 
 
 def rows_of(memory: Replay) -> layout.Rows:
-    return layout.Rows(memory.ids, memory.weights, memory.dense, memory.y)
+    return layout.Rows(memory.ids, memory.weights, memory.dense, memory.y, memory.sample_weights)
 
 
 def renewal_of(rule: ContinualBackprop | None, plan: layout.Plan, powers: Arrays) -> layout.Renewal:

@@ -11,7 +11,7 @@ Beside the example and whose it is, a row holds the columns that plug-ins need, 
     tasks       (T,) labels of the further tasks; there, whoever asks, where there are such
 
 and what plug-ins keep there of their own (`Plugin.columns`), 0 in a fresh row. `time_s`, of the event, and `key`, a
-64-bit mark of the event's key, are there for all.
+64-bit mark of the event's key, and `sample_weight` (see `Ticket.weight`) are there for all.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from streamcl.state import cut
 from streamcl.stations import Replay as ReplayConfig
 
 EXAMPLE = ("ids", "weights", "dense", "y")
+HELD = (*EXAMPLE, "sample_weights")
 COLUMNS = ("output", "hidden", "loss", "hits", "written", "last_seen")
 
-ALWAYS = ("key", "time_s", "live")
+ALWAYS = ("key", "time_s", "sample_weight", "live")
 
 Spec = Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
 """Shape of a row and dtype of the columns beside the example, by name."""
@@ -88,6 +89,7 @@ class Replay:
         self.weights = np.zeros((capacity, slots), np.float32)
         self.dense = np.zeros((capacity, numerics), np.float32)
         self.y = np.zeros(capacity, np.float32)
+        self.sample_weights = np.ones(capacity)
         self.owners = Owners(capacity)
         made = {name: np.zeros((capacity, *size), kind) for name, (size, kind) in columns.items()}
         self.columns: dict[str, NDArray[Any]] = made
@@ -122,7 +124,7 @@ class Replay:
 
     def columns_of(self, index: Tensor) -> dict[str, Tensor]:
         rows = index.numpy()
-        own = {"key": self.owners.keys, "time_s": self.owners.times}
+        own = {"key": self.owners.keys, "time_s": self.owners.times, "sample_weight": self.sample_weights}
         return {name: torch.from_numpy(column[rows]) for name, column in (own | self.columns).items()}
 
     def draw(self, n: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,7 +135,7 @@ class Replay:
         if slot is None:
             return
         self.ids[slot], self.weights[slot], self.dense[slot] = ticket.features
-        self.y[slot] = label
+        self.y[slot], self.sample_weights[slot] = label, ticket.weight
         for name, column in self.columns.items():
             column[slot] = 0
             match name:
@@ -155,7 +157,7 @@ class Replay:
         erased = self.owners.meant(who, size)
         if erased.any():
             kept = self.policy.forget(erased) if self.policy is not None else self._closed(erased)
-            for column in (*(getattr(self, name) for name in EXAMPLE), *self.columns.values()):
+            for column in (*(getattr(self, name) for name in HELD), *self.columns.values()):
                 close_ranks(column, kept, size)
             self.owners.close_ranks(kept, size)
         return int(erased.sum())
@@ -194,7 +196,7 @@ class Replay:
 
     def state_dict(self) -> State:
         size = len(self)
-        held = {name: cut(getattr(self, name)[:size]) for name in EXAMPLE}
+        held = {name: cut(getattr(self, name)[:size]) for name in HELD}
         columns = {name: cut(column[:size]) for name, column in self.columns.items()}
         held |= {"columns": columns} if columns else {}
         held |= self.owners.state_dict(size)
@@ -206,8 +208,8 @@ class Replay:
         if self.policy is not None:  # an empty one is false
             self.policy.load_state_dict(state["policy"])
         self.kept = int(state.get("kept", 0))
-        for name in EXAMPLE:
-            getattr(self, name)[: len(self)] = state[name]
+        for name in HELD:
+            getattr(self, name)[: len(self)] = state.get(name, 1.0)  # sample weights, of old snapshots
         self.owners.load_state_dict(state, len(self))
         kept = state.get("columns", {})
         for name, column in self.columns.items():

@@ -1,6 +1,7 @@
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -118,6 +119,19 @@ def test_a_restored_memory_goes_on_to_the_bit(retention: str, capacity: int, cut
     if len(whole):
         for one, two in zip(whole.draw(5, 1), restored.draw(5, 1), strict=True):
             np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+def test_a_row_weighs_as_its_event_did() -> None:
+    memory = replay()
+    for i in range(9):
+        memory.write(msgspec.structs.replace(ticket(i), weight=i / 2), 1.0)
+    index = memory.pick(20, step=0)[0]
+    weights = memory.columns_of(index)["sample_weight"]
+    assert weights.tolist() == [int(id) / 2 for id in memory.examples(index)[0][:, 0]]
+    restored = replay()
+    old = {name: column for name, column in memory.state_dict().items() if name != "sample_weights"}
+    restored.load_state_dict(old)  # of a snapshot from before it was kept
+    assert restored.columns_of(index)["sample_weight"].tolist() == [1.0] * 20
 
 
 def test_a_state_stays_what_it_was_while_the_memory_moves_on() -> None:
