@@ -47,20 +47,28 @@ CHUNK = 100
 """Clicks learned at once; never changes a score."""
 
 
+KEYS = 4_000_000
+"""What is kept of so many pairs; a session's pair that is clicked is one of 3 million on the whole stream."""
 ROWS = {"max_rows": 1 << 20, "admission": "all"}
+COVISITS = {"power": 0.25, "half_life_events": 1e6, "keys": KEYS}
+"""Labels: as many as 200,000 clicks have, which is also the item-kNN's."""
 FEATURES: dict[str, Any] = {
-    "item": {"kind": "categorical", "buckets": 1 << 16},
-    "prev": {"kind": "categorical", "buckets": 1 << 16},
+    "item": {"kind": "categorical", "buckets": 1 << 20},
+    "prev": {"kind": "categorical", "buckets": 1 << 20},
+    "seen": {"kind": "bag", "buckets": 1 << 20, "max_items": 10},
     "again": {"kind": "categorical", "buckets": 64},
     "pair": {"kind": "categorical", "table": ROWS},
     "pairs": {"kind": "bag", "max_items": 10, "pooling": "sqrtn", "table": ROWS},
     **{
-        f"{of}_rate": {"kind": "rate", "of": of, "form": "logit", "weight": 5, "prior": 0.2, "keys": 1_000_000}
+        f"{of}_rate": {"kind": "rate", "of": of, "form": "logit", "weight": 5, "prior": 0.2, "keys": KEYS}
         for of in ("item", "pair", "pairs")
     },
-    **{f"{of}_count": {"kind": "count", "of": of, "keys": 1_000_000} for of in ("item", "prev", "pairs")},
+    **{f"{of}_count": {"kind": "count", "of": of, "keys": KEYS} for of in ("item", "prev", "pair", "pairs")},
+    "together": {"kind": "covisits", "of": "item", "beside": "seen", **COVISITS},
 }
-"""The fields, and what the engine keeps of them: how often a value was clicked to how often it was shown."""
+"""The fields, and what the engine keeps of them: how often a value was clicked to how often it was shown, and
+which items were clicked together.
+"""
 SETTINGS: dict[str, Any] = {
     "features": FEATURES,
     "model": {"kind": "deepfm"},
@@ -141,7 +149,8 @@ DEEPFM: dict[str, Any] = {"periods": 1, "warm": True, "rate": 0.01}
 CHOSEN = (
     "chosen on the first fifth of the stream alone, one seed: ours on 30,000 to 60,000 examples (logistic, deepfm,"
     " dcnv2; rates .015 to .1 and of rows .05 to .2; pairs hashed or with rows of their own; pairs with the last three"
-    " items in fields apart or with the last ten in a bag; more counts, half-lives, bags of items); popularity:"
+    " items in fields apart or with the last ten in a bag; more counts, bags of items), and on the whole fifth"
+    " (half-lives of rates and counts; the highest rate of a pair; 2^20 buckets, not 2^16; co-visitation); popularity:"
     " half-lives of 500 to 50,000 clicks, over all clicks so far or not; item-kNN: half-lives of 50,000 to none, depth"
     " 1 3 10, power 0 to 1, directed or not; vw on 60,000: its default, --ftrl, --ftrl_alpha; the DeepFM on the second"
     " period: rate .001 to .04, 1 or 2 epochs"
@@ -164,7 +173,7 @@ NOTES = (
     f" behind {CUTOFF} counts 0",
     "fields, for everybody: item, prev (the session's last item), again (how many clicks ago the session had the item),"
     " pair (item and prev, unordered), and of the session's last ten items seen and pairs. Ours has besides what the"
-    " engine keeps of the past stream of these, and not seen; VW crosses item and prev, in their order; the retrained"
+    " engine keeps of the past stream of these; VW crosses item and prev, in their order; the retrained"
     " DeepFM reads again, item, the last three items and their pairs",
     "later_auc: of the second period on, where the retrained DeepFM has something to say: all its figures, and how far"
     " ahead of it ours is, are of that part",
