@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from streamcl.config import Config
 from streamcl.features import Layout
 from streamcl.learner import Learner
-from streamcl.metrics import Prequential
+from streamcl.metrics import Examples, Prequential
+from streamcl.metrics.examples import rows
 from streamcl.protocols import State
 from streamcl.records import Encoded, Outcome, Turn
 from streamcl.verdicts import Verdicts
@@ -112,11 +113,11 @@ class Frozen:
             weights: Prequential(config.task, LABELS, config.model.classes) for weights in ("live", "frozen")
         }
 
-    def add(self, outcomes: list[Outcome]) -> None:
-        labels, weights = [each.label for each in outcomes], [each.weight for each in outcomes]
-        served = [scores.served for scores in self.learner.predict_many([each.ticket.features for each in outcomes])]
-        self.metrics["frozen"].add(labels, served, weights)
-        self.metrics["live"].add(labels, [each.ticket.scores.served for each in outcomes], weights)
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        tickets, labels, live, weights = Examples.of(outcomes)
+        frozen = [scores.served for scores in self.learner.predict_many([each.features for each in tickets])]
+        self.metrics["frozen"].add(labels, rows(frozen), weights)
+        self.metrics["live"].add(labels, live, weights)
 
     def read(self) -> dict[str, float]:
         """Nothing before there are enough labels."""
@@ -162,8 +163,7 @@ class Sampled:
     def _look(self) -> None:
         some, self._waiting = self._waiting, []
         self.features.add([outcome.ticket.features for outcome in some])
-        counted = [outcome for outcome in some if self.verdicts.counts(outcome)]
-        if self.frozen and counted:
+        if self.frozen and (counted := self.verdicts.counted(some)):
             self.frozen.add(counted)
 
     def read(self) -> dict[str, float]:

@@ -80,3 +80,29 @@ def binary_rows(
         ring[row, 0], ring[row, 1], ring[row, 2], ring[row, 3] = label, score, repeats, weight
         written[0] += 1
         previous[0] = label
+
+
+@entry
+def judge_lists(ranked: Any, sizes: Any, ks: Any, gains: Any, most: Any, found: Any) -> None:
+    """Judge lists, one behind the other in `ranked` (N,), best first, odd where the label is 1; sizes, ks int64.
+
+    gains (max k,): of a positive at each rank; most: their running sums. The rows of `found` (L, 2 + 3 K), all 0, come
+    out as `lists.first_of_lists` says.
+    """
+    start = 0
+    for row in range(len(sizes)):
+        size, positives = sizes[row], 0
+        for i in range(start, start + size):
+            positives += ranked[i] & 1
+        found[row, 0], found[row, 1] = size, 0 < positives < size
+        for j in range(len(ks)) if 0 < positives < size else range(0):
+            gain, count, first = 0.0, 0, 0.0
+            for rank in range(min(ks[j], size)):
+                if ranked[start + rank] & 1:
+                    gain += gains[rank]
+                    first = first if count else 1.0 / (rank + 1)
+                    count += 1
+            found[row, 2 + 3 * j] = gain / most[min(ks[j], positives) - 1]
+            found[row, 3 + 3 * j] = count / positives
+            found[row, 4 + 3 * j] = first
+        start += size

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import compress
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.config import Config
 from streamcl.metrics.binary import weighted_metrics
+from streamcl.metrics.examples import Examples
 from streamcl.metrics.grouped import within_groups
 from streamcl.metrics.losses import finite, log_losses, ratio
 from streamcl.metrics.ranking import exact_auc
 from streamcl.protocols import State
-from streamcl.records import Outcome, Selector, mark
-from streamcl.traits import KEYED, trait
+from streamcl.records import Selector, mark
+from streamcl.traits import Trait, keys, trait
 
 Floats = NDArray[np.float64]
 
@@ -24,30 +25,56 @@ OTHER, MISSING = "other", "missing"
 """Names of the values that have no series of their own, and of none. A value that is called so shares its series."""
 LONGEST = 64
 """Characters of a value that may have a series of its own."""
+MOST_WAITING = 1 << 16
+"""Texts that wait until somebody asks (count)."""
 
 
-class Values:
+class Values(dict[str, int]):
     """Which values of a field have a place of their own: the first `most` that came, for good. The rest share the last.
 
     So as many series as that, and one more, are all that there will ever be of the field, whatever comes.
+
+    Attributes:
+        names: Of the places, in their order; by what a ticket says they are found in the dict itself.
     """
 
     def __init__(self, most: int) -> None:
+        super().__init__()
         self.most = most
-        self.places: dict[str, int] = {}
+        self.names: list[str] = []
 
-    def place(self, text: str) -> int:
+    def meet(self, texts: Iterable[str]) -> None:
+        """Give new values a place, in the order of their coming, while there is one."""
+        if len(self.names) < self.most:
+            for text in dict.fromkeys(texts):
+                self[text]
+
+    def places(self, texts: Iterable[str]) -> list[int]:
+        """Of values met."""
+        get, most = self.get, self.most
+        return [get(text, most) for text in texts]
+
+    def __missing__(self, text: str) -> int:
         value = text or MISSING
-        found = self.places.get(value)
-        if found is not None:
-            return found
-        if len(self.places) == self.most or value == OTHER or len(value) > LONGEST:
+        if len(self.names) == self.most or value == OTHER or len(value) > LONGEST:
             return self.most
-        self.places[value] = place = len(self.places)
+        place = len(self.names)
+        self.names.append(value)
+        self.update(dict.fromkeys(("", MISSING) if value == MISSING else (value,), place))
         return place
 
     def name(self, place: int) -> str:
-        return OTHER if place == self.most else list(self.places)[place]
+        return OTHER if place == self.most else self.names[place]
+
+
+class Column(NamedTuple):
+    """A text of each example, and what is kept of it: its place among the values, or a mark where there are none."""
+
+    read: Trait
+    into: NDArray[Any]  # (N, 1), or (N, 2) for both columns
+    values: Values | None
+    waiting: deque[str]
+    """Of the last rows, that have not been looked up."""
 
 
 class Slices:
@@ -56,7 +83,7 @@ class Slices:
 
     An example is one that the task's own metrics take, too. Of an event whose group is not known nothing can be ranked:
     it is left out, and counts in the share that is. Off, and without a state, while neither is configured. What is
-    computed is computed when it is read.
+    computed is computed when it is read; texts, too, are looked up then, for most examples go before anybody asks.
 
     Shape:
         A ring of N = `metrics.window` rows: numbers (N, 3) label, score, weight; marks (N, 2) of the group and of whose
@@ -85,26 +112,42 @@ class Slices:
         self._places = np.zeros((rows, len(self._fields)), np.int16)
         self._written = 0
         self._values = {name: Values(self._most) for name in self._fields}
+        # The mark of the key comes behind that of a group which may be another, and writes over it.
+        marked = [self._group, keys][: 1 if self._group is keys else 2] if self._group else []
+        self._columns = [
+            *(Column(read, self._marks[:, at:], None, deque(maxlen=self._size)) for at, read in enumerate(marked)),
+            *(
+                Column(read, self._places[:, at : at + 1], self._values[name], deque(maxlen=self._size))
+                for at, (name, read) in enumerate(self._fields.items())
+            ),
+        ]
 
-    def update(self, outcomes: Sequence[Outcome], losses: Sequence[float]) -> None:
-        """Take examples in, with what `Prequential.add` said of them: one without a finite loss is left out."""
-        if not self._on or not outcomes:
+    def update(self, examples: Examples) -> None:
+        """Take examples in, whose losses are finite."""
+        if not self._on:
             return
-        kept = list(compress(outcomes, map(math.isfinite, losses)))
-        rows = (self._written + np.arange(len(kept))) % self._size
-        last = slice(max(0, len(kept) - self._size), None)  # of which no two go to one row
-        tickets = [each.ticket for each in kept]
-        columns = [each.label for each in kept], [t.scores.served.item() for t in tickets], [e.weight for e in kept]
-        for column, values in enumerate(columns):
-            self._numbers[rows[last], column] = values[last]
-        if group := self._group:
-            owners = [mark(ticket.key) for ticket in tickets]
-            groups = owners if group is KEYED else [mark(group(ticket)) for ticket in tickets]
-            self._marks[rows[last], 0], self._marks[rows[last], 1] = groups[last], owners[last]
-        for column, (name, read) in enumerate(self._fields.items()):
-            place = self._values[name].place
-            self._places[rows[last], column] = [place(read(ticket)) for ticket in tickets][last]
-        self._written += len(kept)
+        count = len(examples.tickets)
+        first = max(0, count - self._size)  # no two from there on go to one row
+        rows = (self._written + np.arange(first, count)) % self._size
+        columns = examples.labels, examples.scores, examples.weights
+        self._numbers[rows] = np.stack(columns, 1)[first:]
+        self._written += count
+        for column in self._columns:
+            texts = column.read(examples.tickets)
+            if column.values is not None:
+                column.values.meet(texts)
+            column.waiting.extend(texts)
+        if len(self._columns[0].waiting) >= MOST_WAITING:
+            self._look_up()
+
+    def _look_up(self) -> None:
+        """Write what waits."""
+        count = len(self._columns[0].waiting)
+        rows = (self._written - count + np.arange(count)) % self._size
+        for _, into, values, waiting in self._columns:
+            found = [mark(text) for text in waiting] if values is None else values.places(waiting)
+            into[rows] = np.array(found, np.int64)[:, None]
+            waiting.clear()
 
     def _held(self) -> NDArray[np.int64]:
         """Rows of the ring, oldest first."""
@@ -115,6 +158,7 @@ class Slices:
         """`gauc_window`, `gauc_left_out_window`; `segment:FIELD:VALUE:WHAT` of the values that the window holds."""
         if not self._on:
             return {}
+        self._look_up()
         held = self._held()
         labels, scores, weights = self._numbers[held].T
         found: dict[str, float] = {}
@@ -139,6 +183,7 @@ class Slices:
         """
         if not self._group:
             return {}
+        self._look_up()
         owners = who.owners
         meant = self._marks[:, 0] != 0
         if owners is not None:
@@ -149,13 +194,14 @@ class Slices:
     def state_dict(self) -> State:
         if not self._on:
             return {}
+        self._look_up()
         return {
             "settings": dict(self._settings),
             "numbers": self._numbers.copy(),
             "marks": self._marks.copy(),
             "places": self._places.copy(),
             "written": self._written,
-            "values": [list(values.places) for values in self._values.values()],
+            "values": [list(values.names) for values in self._values.values()],
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -167,7 +213,7 @@ class Slices:
             mine[:] = state[name]
         self._written = int(state["written"])
         for values, names in zip(self._values.values(), state["values"], strict=True):
-            values.places = {name: place for place, name in enumerate(names)}
+            values.meet(names)
 
 
 def _quality(labels: Floats, scores: Floats, weights: Floats) -> dict[str, float]:
