@@ -114,10 +114,10 @@ class Frozen:
         }
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
-        tickets, labels, live, weights = Examples.of(outcomes)
-        frozen = [scores.served for scores in self.learner.predict_many([each.features for each in tickets])]
-        self.metrics["frozen"].add(labels, rows(frozen), weights)
-        self.metrics["live"].add(labels, live, weights)
+        told = Examples.of(outcomes)
+        frozen = [scores.served for scores in self.learner.predict_many([each.features for each in told.tickets])]
+        self.metrics["frozen"].add(told.labels, rows(frozen), told.weights)
+        self.metrics["live"].add(told.labels, told.served, told.weights)
 
     def read(self) -> dict[str, float]:
         """Nothing before there are enough labels."""

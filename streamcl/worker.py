@@ -316,15 +316,15 @@ class Worker:
         if not outcomes:
             return ()
         examples = Examples.of(outcomes)
-        tickets, labels, served, weights = examples
-        losses = self.metrics.add(labels, served, weights)
+        labels, weights = examples.labels, examples.weights
+        losses = self.metrics.add(labels, examples.served, weights)
         scored = examples.scored(losses)
         self.slices.update(scored)
         self.lists.update(scored)
         if self.task_metrics:
             self.task_metrics.update(outcomes)
         if self.base_metrics:
-            self.base_metrics.add(labels, rows([ticket.scores.base for ticket in tickets]), weights)
+            self.base_metrics.add(labels, rows([ticket.scores.base for ticket in examples.tickets]), weights)
         return losses
 
     def _conclude(self, due: Sequence[Due], learned: Sequence[bool], work: Work) -> None:

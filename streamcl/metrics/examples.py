@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamcl.records import Outcome, Ticket
+from streamcl.records import Outcome, Ticket, marks
+from streamcl.traits import keys
 
 Floats = NDArray[np.float64]
 
 
-class Examples(NamedTuple):
+@dataclass(frozen=True)
+class Examples:
     """n examples in the order of learning: labels and weights (n,), what was served (n, 1) or (n, C)."""
 
     tickets: Sequence[Ticket]
@@ -30,10 +34,15 @@ class Examples(NamedTuple):
         served = rows([ticket.scores.served for ticket in tickets])
         return cls(tickets, np.array(labels), served, np.array([ticket.weight for ticket in tickets]) / drawn)
 
-    @property
+    @cached_property
     def scores(self) -> Floats:
         """(n,) of a binary task."""
         return self.served[:, 0].astype(np.float64)
+
+    @cached_property
+    def owners(self) -> NDArray[np.int64]:
+        """(n,) marks of whose event each is."""
+        return marks(keys(self.tickets))
 
     def scored(self, losses: Sequence[float]) -> Examples:
         """Those whose loss is finite, as `Prequential.add` has said them."""

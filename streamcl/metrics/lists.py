@@ -15,8 +15,8 @@ from streamcl.metrics.kernels import judge_lists
 from streamcl.metrics.losses import finite
 from streamcl.metrics.window import Window
 from streamcl.protocols import State
-from streamcl.records import Selector, mark
-from streamcl.traits import keys, trait
+from streamcl.records import Selector
+from streamcl.traits import trait
 
 Floats = NDArray[np.float64]
 
@@ -76,7 +76,7 @@ class Lists:
     def _begin(self) -> None:
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # places of a list's items, in the order of beginning
         self._items = np.zeros((0, 2))  # label and score at each place; beside it
-        self._owners = np.zeros(0, np.object_)  # whose it is: a key, or the mark of one if it comes from a snapshot
+        self._owners = np.zeros(0, np.int64)  # marks of whose it is
         self._free: list[int] = []  # places
         self._closed = Window(self._config.window if self._read else 1, 2 + len(self._names))  # see `first_of_lists`
         self._count = 0
@@ -85,21 +85,24 @@ class Lists:
         """Take examples in, whose losses are finite."""
         if not self._read:
             return
-        places = self._put(examples.labels, examples.scores, keys(examples.tickets))
-        waiting, closed, nowhere = self._open, [], []
+        places = self._put(examples.labels, examples.scores, examples.owners)
+        closed: list[list[int]] = []
+        nowhere: list[int] = []
+        waiting = self._open
         known, most, longest = waiting.get, self._config.max_open, self._config.max_items
+        last, held = "", nowhere
         for name, place in zip(self._read(examples.tickets), places, strict=True):
-            held = known(name)
-            if held is None:
-                if not name:
-                    nowhere.append(place)
-                    continue
-                if len(waiting) == most:
-                    closed.append(waiting.popitem(last=False)[1])
-                held = waiting[name] = []
+            if name != last:  # what was shown together often comes together
+                last, found = name, known(name) if name else nowhere
+                if found is None:
+                    if len(waiting) == most:
+                        closed.append(waiting.popitem(last=False)[1])
+                    found = waiting[name] = []
+                held = found
             held.append(place)
-            if len(held) == longest:
+            if len(held) == longest and name:
                 closed.append(waiting.pop(name))
+                last, held = "", nowhere
         if closed:
             gone = list(chain.from_iterable(closed))
             labels, scores = self._items[gone].T
@@ -108,23 +111,19 @@ class Lists:
             self._free += gone
         self._free += nowhere
 
-    def _put(self, labels: Floats, scores: Floats, owners: Sequence[str | int]) -> list[int]:
+    def _put(self, labels: Floats, scores: Floats, owners: NDArray[np.int64]) -> list[int]:
         """Where they are now."""
         count = len(labels)
         if count > len(self._free):
             held = len(self._items)
             self._free += range(held, held + max(held, count))
             self._items = np.concatenate((self._items, np.zeros((max(held, count), 2))))
-            self._owners = np.concatenate((self._owners, np.zeros(max(held, count), np.object_)))
+            self._owners = np.concatenate((self._owners, np.zeros(max(held, count), np.int64)))
         places = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]
         at = np.array(places, np.int64)
         self._items[at, 0], self._items[at, 1], self._owners[at] = labels, scores, owners
         return places
-
-    def _marks(self, places: Sequence[int] | NDArray[np.int64]) -> list[int]:
-        """Of the owners there."""
-        return [mark(owner) if isinstance(owner, str) else owner for owner in self._owners[places].tolist()]
 
     def read(self) -> dict[str, float]:
         """`ranking_ndcg_at_5` and so on; of how many closed lists so far, how long they are, how many are left out."""
@@ -147,7 +146,9 @@ class Lists:
             return {}
         owners = who.owners
         meant = [
-            name for name, held in self._open.items() if owners is None or not owners.isdisjoint(self._marks(held))
+            name
+            for name, at in self._open.items()
+            if owners is None or not owners.isdisjoint(self._owners[at].tolist())
         ]
         gone = [place for name in meant for place in self._open.pop(name)]
         self._free += gone
@@ -163,7 +164,7 @@ class Lists:
             "sizes": np.array([len(held) for held in self._open.values()], np.int64),
             "labels": self._items[places, 0],
             "scores": self._items[places, 1],
-            "owners": np.array(self._marks(places), np.int64),
+            "owners": self._owners[places],
             "closed": self._closed.state_dict(),
             "count": self._count,
         }
@@ -173,7 +174,7 @@ class Lists:
         self._begin()
         if not self._read or state.get("settings") != self._settings:
             return
-        places = iter(self._put(state["labels"], state["scores"], state["owners"].tolist()))
+        places = iter(self._put(state["labels"], state["scores"], state["owners"]))
         for name, size in zip(state["names"], state["sizes"].tolist(), strict=True):
             self._open[name] = list(islice(places, size))
         self._closed.load_state_dict(state["closed"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +14,8 @@ from streamcl.metrics.grouped import within_groups
 from streamcl.metrics.losses import finite, log_losses, ratio
 from streamcl.metrics.ranking import exact_auc
 from streamcl.protocols import State
-from streamcl.records import Selector, mark
-from streamcl.traits import Trait, keys, trait
+from streamcl.records import Selector, marks
+from streamcl.traits import keys, trait
 
 Floats = NDArray[np.float64]
 
@@ -25,8 +23,6 @@ OTHER, MISSING = "other", "missing"
 """Names of the values that have no series of their own, and of none. A value that is called so shares its series."""
 LONGEST = 64
 """Characters of a value that may have a series of its own."""
-MOST_WAITING = 1 << 16
-"""Texts that wait until somebody asks (count)."""
 
 
 class Values(dict[str, int]):
@@ -43,14 +39,9 @@ class Values(dict[str, int]):
         self.most = most
         self.names: list[str] = []
 
-    def meet(self, texts: Iterable[str]) -> None:
-        """Give new values a place, in the order of their coming, while there is one."""
-        if len(self.names) < self.most:
-            for text in dict.fromkeys(texts):
-                self[text]
-
     def places(self, texts: Iterable[str]) -> list[int]:
-        """Of values met."""
+        if len(self.names) < self.most:
+            return [self[text] for text in texts]
         get, most = self.get, self.most
         return [get(text, most) for text in texts]
 
@@ -67,23 +58,13 @@ class Values(dict[str, int]):
         return OTHER if place == self.most else self.names[place]
 
 
-class Column(NamedTuple):
-    """A text of each example, and what is kept of it: its place among the values, or a mark where there are none."""
-
-    read: Trait
-    into: NDArray[Any]  # (N, 1), or (N, 2) for both columns
-    values: Values | None
-    waiting: deque[str]
-    """Of the last rows, that have not been looked up."""
-
-
 class Slices:
     """Of the last `metrics.window` examples: gAUC within the values of `metrics.group_by`, and log-loss, NE,
     calibration and AUC for each value of the fields in `metrics.segments`.
 
     An example is one that the task's own metrics take, too. Of an event whose group is not known nothing can be ranked:
     it is left out, and counts in the share that is. Off, and without a state, while neither is configured. What is
-    computed is computed when it is read; texts, too, are looked up then, for most examples go before anybody asks.
+    computed is computed when it is read.
 
     Shape:
         A ring of N = `metrics.window` rows: numbers (N, 3) label, score, weight; marks (N, 2) of the group and of whose
@@ -112,42 +93,21 @@ class Slices:
         self._places = np.zeros((rows, len(self._fields)), np.int16)
         self._written = 0
         self._values = {name: Values(self._most) for name in self._fields}
-        # The mark of the key comes behind that of a group which may be another, and writes over it.
-        marked = [self._group, keys][: 1 if self._group is keys else 2] if self._group else []
-        self._columns = [
-            *(Column(read, self._marks[:, at:], None, deque(maxlen=self._size)) for at, read in enumerate(marked)),
-            *(
-                Column(read, self._places[:, at : at + 1], self._values[name], deque(maxlen=self._size))
-                for at, (name, read) in enumerate(self._fields.items())
-            ),
-        ]
 
     def update(self, examples: Examples) -> None:
         """Take examples in, whose losses are finite."""
         if not self._on:
             return
-        count = len(examples.tickets)
-        first = max(0, count - self._size)  # no two from there on go to one row
-        rows = (self._written + np.arange(first, count)) % self._size
-        columns = examples.labels, examples.scores, examples.weights
-        self._numbers[rows] = np.stack(columns, 1)[first:]
+        count, tickets = len(examples.tickets), examples.tickets
+        last = slice(max(0, count - self._size), None)  # of which no two go to one row
+        rows = (self._written + np.arange(count)[last]) % self._size
+        self._numbers[rows] = np.stack((examples.labels, examples.scores, examples.weights), 1)[last]
+        if group := self._group:
+            groups = examples.owners if group is keys else marks(group(tickets))
+            self._marks[rows] = np.stack((groups, examples.owners), 1)[last]
+        for column, (values, read) in enumerate(zip(self._values.values(), self._fields.values(), strict=True)):
+            self._places[rows, column] = values.places(read(tickets))[last]
         self._written += count
-        for column in self._columns:
-            texts = column.read(examples.tickets)
-            if column.values is not None:
-                column.values.meet(texts)
-            column.waiting.extend(texts)
-        if len(self._columns[0].waiting) >= MOST_WAITING:
-            self._look_up()
-
-    def _look_up(self) -> None:
-        """Write what waits."""
-        count = len(self._columns[0].waiting)
-        rows = (self._written - count + np.arange(count)) % self._size
-        for _, into, values, waiting in self._columns:
-            found = [mark(text) for text in waiting] if values is None else values.places(waiting)
-            into[rows] = np.array(found, np.int64)[:, None]
-            waiting.clear()
 
     def _held(self) -> NDArray[np.int64]:
         """Rows of the ring, oldest first."""
@@ -158,7 +118,6 @@ class Slices:
         """`gauc_window`, `gauc_left_out_window`; `segment:FIELD:VALUE:WHAT` of the values that the window holds."""
         if not self._on:
             return {}
-        self._look_up()
         held = self._held()
         labels, scores, weights = self._numbers[held].T
         found: dict[str, float] = {}
@@ -183,7 +142,6 @@ class Slices:
         """
         if not self._group:
             return {}
-        self._look_up()
         owners = who.owners
         meant = self._marks[:, 0] != 0
         if owners is not None:
@@ -194,7 +152,6 @@ class Slices:
     def state_dict(self) -> State:
         if not self._on:
             return {}
-        self._look_up()
         return {
             "settings": dict(self._settings),
             "numbers": self._numbers.copy(),
@@ -213,7 +170,7 @@ class Slices:
             mine[:] = state[name]
         self._written = int(state["written"])
         for values, names in zip(self._values.values(), state["values"], strict=True):
-            values.meet(names)
+            values.places(names)
 
 
 def _quality(labels: Floats, scores: Floats, weights: Floats) -> dict[str, float]:
