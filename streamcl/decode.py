@@ -105,10 +105,10 @@ class Decoder:
         also = self._also(payload) if self.tasks and label is not None else ()
         weight = self._weight(payload) if paths["weight"] else 1.0
         features = self.featurizer.encode(payload)
-        told = self._traits(payload) if self.traits else {}
+        told = self.told(payload) if self.traits else {}
         return Event(identity, key, time_s, features, record.origin, label, segment, also, weight, told)
 
-    def _traits(self, payload: Mapping[str, Any]) -> dict[str, str]:
+    def told(self, payload: Mapping[str, Any]) -> dict[str, str]:
         """Of those fields that are there."""
         told = {}
         for name, at, path in self._traits_at:

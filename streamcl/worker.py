@@ -303,7 +303,7 @@ class Worker:
     def _watch(self, outcomes: Sequence[Outcome], work: Work) -> Sequence[Signal]:
         work.outcomes += outcomes
         outcomes = self.verdicts.counted(outcomes)
-        risen, signals = self.drift.watch(self._measure(outcomes)), []
+        risen, signals = self.drift.watch(self.measure(outcomes)), []
         if risen or self.boundaries.sources:
             for at, outcome in enumerate(outcomes):
                 signals += [self.drift.signal(outcome.ticket.origin)] if at in risen else []
@@ -311,8 +311,8 @@ class Worker:
         work.signals += signals
         return signals
 
-    def _measure(self, outcomes: Sequence[Outcome]) -> Sequence[float]:
-        """Their losses."""
+    def measure(self, outcomes: Sequence[Outcome]) -> Sequence[float]:
+        """Enter them in all metrics; their losses."""
         if not outcomes:
             return ()
         examples = Examples.of(outcomes)

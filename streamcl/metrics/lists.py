@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from streamcl.config import Config
 from streamcl.metrics.examples import Examples
-from streamcl.metrics.kernels import judge_lists
+from streamcl.metrics.kernels import judge_lists, pack_lists
 from streamcl.metrics.losses import finite
 from streamcl.metrics.window import Window
 from streamcl.protocols import State
@@ -40,14 +40,13 @@ def first_of_lists(labels: ArrayLike, scores: ArrayLike, sizes: ArrayLike, ks: S
     Source:
         Jarvelin and Kekalainen 2002, doi 10.1145/582415.582418, for NDCG, here with log2(i + 1) as the discount.
     """
-    y, p, n = np.asarray(labels, np.int64), np.asarray(scores, np.float32) + np.float32(0.0), np.asarray(sizes)
-    # One sort of integers puts all lists in order: by list, then from the highest score, then by label.
-    bits = p.view(np.int32).astype(np.int64)
-    rising = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as the numbers are, negative ones too
-    ranked = np.sort((np.repeat(np.arange(len(n)), n) << 33) + ((0x7FFFFFFF - rising) << 1) + y)
+    n = np.array(sizes, np.int64)
+    bits = (np.asarray(scores, np.float32) + np.float32(0.0)).view(np.int32)  # -0 is 0
+    ranked, found = np.empty(len(bits), np.int64), np.zeros((len(n), 2 + 3 * len(ks)))
+    pack_lists(np.array(labels, np.float64), bits, n, ranked)
+    ranked.sort()
     gains = 1.0 / np.log2(np.arange(2, max(ks) + 2))
-    found = np.zeros((len(n), 2 + 3 * len(ks)))
-    judge_lists(ranked, n.astype(np.int64), np.asarray(ks, np.int64), gains, np.cumsum(gains), found)
+    judge_lists(ranked, n, np.array(ks, np.int64), gains, np.cumsum(gains), found)
     return found
 
 

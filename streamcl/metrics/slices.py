@@ -11,6 +11,7 @@ from streamcl.config import Config
 from streamcl.metrics.binary import weighted_metrics
 from streamcl.metrics.examples import Examples
 from streamcl.metrics.grouped import within_groups
+from streamcl.metrics.kernels import write_rows
 from streamcl.metrics.losses import finite, log_losses, ratio
 from streamcl.metrics.ranking import exact_auc
 from streamcl.protocols import State
@@ -98,16 +99,16 @@ class Slices:
         """Take examples in, whose losses are finite."""
         if not self._on:
             return
-        count, tickets = len(examples.tickets), examples.tickets
-        last = slice(max(0, count - self._size), None)  # of which no two go to one row
-        rows = (self._written + np.arange(count)[last]) % self._size
-        self._numbers[rows] = np.stack((examples.labels, examples.scores, examples.weights), 1)[last]
+        tickets, marked = examples.tickets, np.zeros((2, 0), np.int64)
         if group := self._group:
-            groups = examples.owners if group is keys else marks(group(tickets))
-            self._marks[rows] = np.stack((groups, examples.owners), 1)[last]
-        for column, (values, read) in enumerate(zip(self._values.values(), self._fields.values(), strict=True)):
-            self._places[rows, column] = values.places(read(tickets))[last]
-        self._written += count
+            owners = examples.owners
+            marked = np.stack((owners if group is keys else marks(group(tickets)), owners))
+        places = np.empty((len(self._fields), len(tickets)), np.int16)
+        for column, (name, read) in enumerate(self._fields.items()):
+            places[column] = self._values[name].places(read(tickets))
+        columns = examples.labels, examples.scores, examples.weights, marked, places
+        write_rows(self._written, *columns, self._numbers, self._marks, self._places)
+        self._written += len(tickets)
 
     def _held(self) -> NDArray[np.int64]:
         """Rows of the ring, oldest first."""
