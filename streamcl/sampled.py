@@ -31,7 +31,7 @@ LABELS = 1000
 """Sampled labels behind the figures of live and frozen weights."""
 FIRST = 1000
 """Sampled labels before those: first steps are no harm, and labels that come late begin with positives alone."""
-BATCH = 64
+BATCH = 512
 MOST_BYTES = 256 << 20
 """Of a state that is copied in order to be frozen."""
 _CODES = 16
@@ -134,7 +134,7 @@ class Frozen:
 class Sampled:
     """One labelled event in `telemetry.sample_every`, by its number in the order of labels.
 
-    They are looked at `BATCH` at a time, for a pass of the model costs more than the events in it.
+    They are looked at `BATCH` at a time, or at a reading: a pass of the model costs more than the events in it.
     """
 
     def __init__(self, worker: Worker) -> None:

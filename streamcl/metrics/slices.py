@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +41,10 @@ class Values(dict[str, int]):
         self.most = most
         self.names: list[str] = []
 
-    def places(self, texts: Iterable[str]) -> list[int]:
-        if len(self.names) < self.most:
-            return [self[text] for text in texts]
-        get, most = self.get, self.most
-        return [get(text, most) for text in texts]
+    def places(self, texts: Sequence[str]) -> NDArray[np.int16]:
+        full = len(self.names) == self.most
+        found = map(self.get, texts, repeat(self.most)) if full else map(self.__getitem__, texts)
+        return np.fromiter(found, np.int16, len(texts))
 
     def __missing__(self, text: str) -> int:
         value = text or MISSING
