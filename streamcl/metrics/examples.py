@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,5 +54,5 @@ class Examples:
 
 
 def rows(served: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """(n, C) of n times (C,), at least one. By their bytes: NumPy would look at each as if it were anything."""
-    return np.frombuffer(b"".join(cast("Sequence[bytes]", served)), served[0].dtype).reshape(len(served), -1)
+    """(n, C) of n times (C,), at least one."""
+    return np.concatenate(served).reshape(len(served), -1)  # half of what np.array takes
