@@ -56,6 +56,7 @@ class Decoder:
             path[0] if (path := self.event_paths[name]) and len(path) == 1 else None
             for name in ("id", "key", "time", "label")
         )
+        self._traits_at = [(name, path[0] if len(path) == 1 else None, path) for name, path in self.traits.items()]
         self._strict = events.unknown_fields == "dead_letter"
         self._zero_or_one, self._seconds = config.task == "binary", events.time_unit == "s"
 
@@ -104,13 +105,19 @@ class Decoder:
         also = self._also(payload) if self.tasks and label is not None else ()
         weight = self._weight(payload) if paths["weight"] else 1.0
         features = self.featurizer.encode(payload)
-        told = self._traits(payload) if self.traits else {}
+        told = self.told(payload) if self.traits else {}
         return Event(identity, key, time_s, features, record.origin, label, segment, also, weight, told)
 
-    def _traits(self, payload: Mapping[str, Any]) -> dict[str, str]:
+    def told(self, payload: Mapping[str, Any]) -> dict[str, str]:
         """Of those fields that are there."""
-        found = ((name, _text(payload, path, "the value")) for name, path in self.traits.items())
-        return {name: text for name, text in found if text}
+        told = {}
+        for name, at, path in self._traits_at:
+            text: Any = payload.get(at) if at else None
+            if type(text) is not str or len(text) > MOST_CHARACTERS:
+                text = _text(payload, path, "the value")
+            if text:
+                told[name] = text
+        return told
 
     def _weight(self, payload: Mapping[str, Any]) -> float:
         path = self.event_paths["weight"]

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from streamcl.config import Config
 from streamcl.features import Layout
 from streamcl.learner import Learner
-from streamcl.metrics import Prequential
+from streamcl.metrics import Examples, Prequential
+from streamcl.metrics.examples import rows
 from streamcl.protocols import State
 from streamcl.records import Encoded, Outcome, Turn
 from streamcl.verdicts import Verdicts
@@ -30,7 +31,7 @@ LABELS = 1000
 """Sampled labels behind the figures of live and frozen weights."""
 FIRST = 1000
 """Sampled labels before those: first steps are no harm, and labels that come late begin with positives alone."""
-BATCH = 64
+BATCH = 512
 MOST_BYTES = 256 << 20
 """Of a state that is copied in order to be frozen."""
 _CODES = 16
@@ -112,11 +113,11 @@ class Frozen:
             weights: Prequential(config.task, LABELS, config.model.classes) for weights in ("live", "frozen")
         }
 
-    def add(self, outcomes: list[Outcome]) -> None:
-        labels, weights = [each.label for each in outcomes], [each.weight for each in outcomes]
-        served = [scores.served for scores in self.learner.predict_many([each.ticket.features for each in outcomes])]
-        self.metrics["frozen"].add(labels, served, weights)
-        self.metrics["live"].add(labels, [each.ticket.scores.served for each in outcomes], weights)
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        told = Examples.of(outcomes)
+        frozen = [scores.served for scores in self.learner.predict_many([each.features for each in told.tickets])]
+        self.metrics["frozen"].add(told.labels, rows(frozen), told.weights)
+        self.metrics["live"].add(told.labels, told.served, told.weights)
 
     def read(self) -> dict[str, float]:
         """Nothing before there are enough labels."""
@@ -133,7 +134,7 @@ class Frozen:
 class Sampled:
     """One labelled event in `telemetry.sample_every`, by its number in the order of labels.
 
-    They are looked at `BATCH` at a time, for a pass of the model costs more than the events in it.
+    They are looked at `BATCH` at a time, or at a reading: a pass of the model costs more than the events in it.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -162,8 +163,7 @@ class Sampled:
     def _look(self) -> None:
         some, self._waiting = self._waiting, []
         self.features.add([outcome.ticket.features for outcome in some])
-        counted = [outcome for outcome in some if self.verdicts.counts(outcome)]
-        if self.frozen and counted:
+        if self.frozen and (counted := self.verdicts.counted(some)):
             self.frozen.add(counted)
 
     def read(self) -> dict[str, float]:

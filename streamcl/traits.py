@@ -6,8 +6,7 @@ which a list is known, is no feature at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from operator import attrgetter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamcl.records import Ticket
@@ -17,19 +16,21 @@ KEY = "key"
 """Stands for an event's key, unless a feature has that name: without `events.key` it is the record's."""
 
 Features = Mapping[str, Any]
-Trait = Callable[[Ticket], str]
-"""The text of a ticket; "" where its event said none."""
-KEYED: Trait = attrgetter("key")
-"""That of its key."""
+Trait = Callable[[Sequence[Ticket]], list[str]]
+"""The texts of tickets; "" where an event said none."""
+
+
+def keys(tickets: Sequence[Ticket]) -> list[str]:
+    return [ticket.key for ticket in tickets]
 
 
 def trait(name: str, events: Events, features: Features) -> Trait:
-    """What reads it from a ticket."""
+    """What reads it from tickets."""
     if _is_key(name, events, features):
-        return KEYED
+        return keys
     if name == events.segment:
-        return attrgetter("segment")
-    return lambda ticket: ticket.traits.get(name, "")
+        return lambda tickets: [ticket.segment for ticket in tickets]
+    return lambda tickets: [ticket.traits.get(name, "") for ticket in tickets]
 
 
 def kept(metrics: Metrics, events: Events, features: Features) -> tuple[str, ...]:

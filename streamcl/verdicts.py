@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec.structs import replace
 
 from streamcl.config import Config
@@ -10,6 +12,8 @@ from streamcl.records import Fate, Outcome, mark
 
 LEARN_VERDICTS = ("dfm", "es_dfm")
 """Losses that learn from a window's end too, although its event has been learned from as a negative for now."""
+
+_HEARD = frozenset(Fate) - {Fate.LATE, Fate.PROVISIONAL}
 
 
 class Verdicts:
@@ -41,3 +45,9 @@ class Verdicts:
         if outcome.fate == Fate.LATE:
             return self.staged and outcome.delay_s <= self.window_s
         return outcome.fate != Fate.PROVISIONAL
+
+    def counted(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        """Those of which metrics hear."""
+        if _HEARD.issuperset([outcome.fate for outcome in outcomes]):
+            return outcomes
+        return [outcome for outcome in outcomes if self.counts(outcome)]

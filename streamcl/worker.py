@@ -27,7 +27,8 @@ from streamcl.gate import Gate
 from streamcl.join import Joiner
 from streamcl.learner import Learner
 from streamcl.lineage import Lineage
-from streamcl.metrics import Lists, Prequential, Slices, TaskMetrics
+from streamcl.metrics import Examples, Lists, Prequential, Slices, TaskMetrics
+from streamcl.metrics.examples import rows
 from streamcl.outlets import Outlets
 from streamcl.past import past_of
 from streamcl.progress import Counts, Due, Pace, Progress, Work
@@ -301,22 +302,30 @@ class Worker:
 
     def _watch(self, outcomes: Sequence[Outcome], work: Work) -> Sequence[Signal]:
         work.outcomes += outcomes
-        outcomes = [outcome for outcome in outcomes if self.verdicts.counts(outcome)]
-        labels, weights = [outcome.label for outcome in outcomes], [outcome.weight for outcome in outcomes]
-        losses = self.metrics.add(labels, [outcome.ticket.scores.served for outcome in outcomes], weights)
-        self.slices.update(outcomes, losses)
-        self.lists.update(outcomes, losses)
-        if self.task_metrics:
-            self.task_metrics.update(outcomes)
-        if self.base_metrics:
-            self.base_metrics.add(labels, [outcome.ticket.scores.base for outcome in outcomes], weights)
-        risen, signals = self.drift.watch(losses), []
+        outcomes = self.verdicts.counted(outcomes)
+        risen, signals = self.drift.watch(self.measure(outcomes)), []
         if risen or self.boundaries.sources:
             for at, outcome in enumerate(outcomes):
                 signals += [self.drift.signal(outcome.ticket.origin)] if at in risen else []
                 signals += self.boundaries.update(outcome)
         work.signals += signals
         return signals
+
+    def measure(self, outcomes: Sequence[Outcome]) -> Sequence[float]:
+        """Enter them in all metrics; their losses."""
+        if not outcomes:
+            return ()
+        examples = Examples.of(outcomes)
+        labels, weights = examples.labels, examples.weights
+        losses = self.metrics.add(labels, examples.served, weights)
+        scored = examples.scored(losses)
+        self.slices.update(scored)
+        self.lists.update(scored)
+        if self.task_metrics:
+            self.task_metrics.update(outcomes)
+        if self.base_metrics:
+            self.base_metrics.add(labels, rows([ticket.scores.base for ticket in examples.tickets]), weights)
+        return losses
 
     def _conclude(self, due: Sequence[Due], learned: Sequence[bool], work: Work) -> None:
         if not all(learned):

@@ -141,15 +141,17 @@ class Clicks:
 
     Args:
         new_topic: Makes a topic and returns its URL; in memory unless told otherwise.
+        shown: How many events of a `request` follow one another; 0: nothing is said of requests.
     """
 
-    def __init__(self, count: int, new_topic: Callable[[], str] = _in_memory) -> None:
+    def __init__(self, count: int, new_topic: Callable[[], str] = _in_memory, shown: int = 0) -> None:
         made = Stream(count)
         self.names = [f"c{field:02}" for field in range(FIELDS)]
         self.messages = [  # by msgspec: what orjson returns sits in the 8 KB that it was written to
             msgspec.json.encode(
                 {"id": str(i), "user": f"u{row[0]}", "time": i / 100, LABEL: int(y)}
                 | {name: f"v{value}" for name, value in zip(self.names, row, strict=True)}
+                | ({"request": f"r{i // shown}"} if shown else {})
             )
             for i, (row, y) in enumerate(zip(made.categories.tolist(), made.y.tolist(), strict=True))
         ]

@@ -1,6 +1,7 @@
 """How good the served answers were, measured before each label was learned (prequential).
 
 - `prequential`: START HERE: what the worker holds; one per stream of outcomes
+- `examples`: the columns that all of them read
 - `binary`, `multiclass`, `regression`: the metrics of each task, over the whole stream and over the last N
 - `tasks`: the same for each further task of a model of several
 - `slices`: gAUC, and metrics for each value of a field, over the last N
@@ -18,6 +19,7 @@ Every number is exported under the name of its definition; `_window` marks the l
 `_decayed` all of them by a weight that halves every `metrics.half_life`.
 """
 
+from streamcl.metrics.examples import Examples
 from streamcl.metrics.lists import Lists
 from streamcl.metrics.losses import log_loss, normalized_entropy
 from streamcl.metrics.prequential import Prequential
@@ -25,4 +27,4 @@ from streamcl.metrics.ranking import exact_auc
 from streamcl.metrics.slices import Slices
 from streamcl.metrics.tasks import TaskMetrics
 
-__all__ = ["Lists", "Prequential", "Slices", "TaskMetrics", "exact_auc", "log_loss", "normalized_entropy"]
+__all__ = ["Examples", "Lists", "Prequential", "Slices", "TaskMetrics", "exact_auc", "log_loss", "normalized_entropy"]

@@ -20,6 +20,7 @@ Where a figure is undefined (transfer with a single segment) it is NaN.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -258,7 +259,8 @@ class BySegment:
 
     def __init__(self, most: int = 64) -> None:
         self._most = most
-        self._tallies: dict[str, list[int]] = {}  # by segment [right, all]; the one heard of last is the last
+        # By segment [right, all]; the one heard of last is the last. The front of a plain dict fills with dummies.
+        self._tallies: OrderedDict[str, list[int]] = OrderedDict()
 
     def update(self, outcome: Outcome) -> tuple[()]:
         served, segment = outcome.ticket.scores.served, outcome.ticket.segment
@@ -266,7 +268,7 @@ class BySegment:
         right, count = self._tallies.pop(segment, [0, 0])
         self._tallies[segment] = [right + bool(answer == outcome.label), count + 1]
         if len(self._tallies) > self._most:
-            del self._tallies[next(iter(self._tallies))]
+            self._tallies.popitem(last=False)
         return ()
 
     def accuracies(self) -> dict[str, float]:
@@ -285,7 +287,7 @@ class BySegment:
         return {"tallies": [[segment, *tally] for segment, tally in self._tallies.items()]}
 
     def load_state_dict(self, state: State) -> None:
-        self._tallies = {segment: [right, count] for segment, right, count in state["tallies"]}
+        self._tallies = OrderedDict((segment, [right, count]) for segment, right, count in state["tallies"])
 
 
 def _mean(values: ArrayLike) -> float:

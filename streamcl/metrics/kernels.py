@@ -80,3 +80,59 @@ def binary_rows(
         ring[row, 0], ring[row, 1], ring[row, 2], ring[row, 3] = label, score, repeats, weight
         written[0] += 1
         previous[0] = label
+
+
+@entry
+def write_rows(
+    written: int, labels: Any, scores: Any, weights: Any, marks: Any, places: Any, ring: Any, marked: Any, placed: Any
+) -> None:
+    """Add examples to the ring of `slices.Slices` that has seen `written`: labels, scores, weights (n,), marks (2, n),
+    places (F, n); ring (N, 3), marked (N, 2), or (0, 2) where nothing is, placed (N, F).
+    """
+    for i in range(len(labels)):
+        row = (written + i) % len(ring)
+        ring[row, 0], ring[row, 1], ring[row, 2] = labels[i], scores[i], weights[i]
+        if len(marked):
+            marked[row, 0], marked[row, 1] = marks[0, i], marks[1, i]
+        for field in range(len(places)):
+            placed[row, field] = places[field, i]
+
+
+@entry
+def pack_lists(labels: Any, bits: Any, sizes: Any, packed: Any) -> None:
+    """Integers that sort as items do: by list, from the highest score, and of equal ones 0 before 1.
+
+    labels (N,), bits (N,) int32 of float32 scores, sizes of the lists that lie one behind the other, packed (N,) int64.
+    """
+    start = 0
+    for row in range(len(sizes)):
+        for i in range(start, start + sizes[row]):
+            rising = np.int64(bits[i]) if bits[i] >= 0 else np.int64(bits[i]) ^ 0x7FFFFFFF  # negative ones too
+            packed[i] = (np.int64(row) << 33) + ((0x7FFFFFFF - rising) << 1) + np.int64(labels[i] >= 0.5)
+        start += sizes[row]
+
+
+@entry
+def judge_lists(ranked: Any, sizes: Any, ks: Any, gains: Any, most: Any, found: Any) -> None:
+    """Judge lists, of which `pack_lists` has packed the items; `ranked` (N,) are those, sorted. sizes, ks int64.
+
+    gains (max k,): of a positive at each rank; most: their running sums. The rows of `found` (L, 2 + 3 K), all 0, come
+    out as `lists.first_of_lists` says.
+    """
+    start = 0
+    for row in range(len(sizes)):
+        size, positives = sizes[row], 0
+        for i in range(start, start + size):
+            positives += ranked[i] & 1
+        found[row, 0], found[row, 1] = size, 0 < positives < size
+        for j in range(len(ks)) if 0 < positives < size else range(0):
+            gain, count, first = 0.0, 0, 0.0
+            for rank in range(min(ks[j], size)):
+                if ranked[start + rank] & 1:
+                    gain += gains[rank]
+                    first = first if count else 1.0 / (rank + 1)
+                    count += 1
+            found[row, 2 + 3 * j] = gain / most[min(ks[j], positives) - 1]
+            found[row, 3 + 3 * j] = count / positives
+            found[row, 4 + 3 * j] = first
+        start += size

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import compress
-from typing import NamedTuple
+from itertools import chain, islice
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from streamcl.config import Config
+from streamcl.metrics.examples import Examples
+from streamcl.metrics.kernels import judge_lists, pack_lists
 from streamcl.metrics.losses import finite
 from streamcl.metrics.window import Window
 from streamcl.protocols import State
-from streamcl.records import Outcome, Selector, mark
+from streamcl.records import Selector
 from streamcl.traits import trait
 
-
-def ranks_of_positives(labels: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """Ascending, counted from 1, which is the highest score's.
-
-    Among equal scores negatives come first: a model that tells nothing apart is told so, and the order in which the
-    events came, often that in which they were shown, can't leak in.
-
-    Args:
-        labels, scores: (n,) each, 0 or 1, and finite.
-    """
-    ranked = sorted(zip([-score for score in scores], labels, strict=True))
-    return [rank for rank, (_, label) in enumerate(ranked, 1) if label]
+Floats = NDArray[np.float64]
 
 
-def first_of_list(ranks: Sequence[int], k: int) -> tuple[float, float, float]:
-    """NDCG, recall and reciprocal rank of the first k of one list, by the ranks of its positives; each from 0 to 1.
+def first_of_lists(labels: ArrayLike, scores: ArrayLike, sizes: ArrayLike, ks: Sequence[int]) -> Floats:
+    """NDCG, recall and reciprocal rank of the first k of lists that lie one behind the other; each from 0 to 1.
 
     With y_i the label at rank i, and P positives in all, which are one or more:
 
@@ -41,30 +30,28 @@ def first_of_list(ranks: Sequence[int], k: int) -> tuple[float, float, float]:
         recall@k   sum(y_i, i <= k) / P
         MRR@k      1 / rank of the first positive, or 0 where that is beyond k
 
+    Among equal scores negatives come first: a model that tells nothing apart is told so, and the order in which the
+    events came, often that in which they were shown, can't leak in.
+
+    Shape:
+        labels (N,) 0 or 1, scores (N,) finite and taken as float32, sizes (L,) summing to N; returns (L, 2 + 3 K):
+        events, 1 if the list has both classes, then the three for each k, 0 where it has not. O(N log N).
+
     Source:
         Jarvelin and Kekalainen 2002, doi 10.1145/582415.582418, for NDCG, here with log2(i + 1) as the discount.
     """
-    found = ranks[: bisect_right(ranks, k)]
-    gain = sum(1.0 / math.log2(rank + 1) for rank in found)
-    return gain / _most_gain(min(k, len(ranks))), len(found) / len(ranks), 1.0 / found[0] if found else 0.0
-
-
-@lru_cache(maxsize=4096)
-def _most_gain(count: int) -> float:
-    """Of so many positives, when they come first."""
-    return sum(1.0 / math.log2(rank + 1) for rank in range(1, count + 1))
-
-
-class Open(NamedTuple):
-    """A list that is not complete: of each event label, score, and a mark of whose it is."""
-
-    labels: list[float]
-    scores: list[float]
-    owners: list[int]
+    n = np.array(sizes, np.int64)
+    bits = (np.asarray(scores, np.float32) + np.float32(0.0)).view(np.int32)  # -0 is 0
+    ranked, found = np.empty(len(bits), np.int64), np.zeros((len(n), 2 + 3 * len(ks)))
+    pack_lists(np.array(labels, np.float64), bits, n, ranked)
+    ranked.sort()
+    gains = 1.0 / np.log2(np.arange(2, max(ks) + 2))
+    judge_lists(ranked, n, np.array(ks, np.int64), gains, np.cumsum(gains), found)
+    return found
 
 
 class Lists:
-    """Means of `first_of_list` over the last `metrics.ranking.window` closed lists, each list weighing the same.
+    """Means of `first_of_lists` over the last `metrics.ranking.window` closed lists, each list weighing the same.
 
     A list is what has been labelled of one value of `metrics.ranking.group_by`. It is closed once it holds `max_items`
     examples, or once `max_open` other lists have begun behind it; of one value that comes again then, another list
@@ -86,39 +73,56 @@ class Lists:
         self._begin()
 
     def _begin(self) -> None:
-        self._open: dict[str, Open] = {}  # in the order of beginning
-        # Events, 1 if it has both classes, then the metrics, 0 where it has not.
-        self._closed = Window(self._config.window if self._read else 1, 2 + len(self._names))
+        self._open: OrderedDict[str, list[int]] = OrderedDict()  # places of a list's items, in the order of beginning
+        self._items = np.zeros((0, 2))  # label and score at each place; beside it
+        self._owners = np.zeros(0, np.int64)  # marks of whose it is
+        self._free: list[int] = []  # places
+        self._closed = Window(self._config.window if self._read else 1, 2 + len(self._names))  # see `first_of_lists`
         self._count = 0
 
-    def update(self, outcomes: Sequence[Outcome], losses: Sequence[float]) -> None:
-        """Take examples in, with what `Prequential.add` said of them: one without a finite loss is left out."""
+    def update(self, examples: Examples) -> None:
+        """Take examples in, whose losses are finite."""
         if not self._read:
             return
-        for outcome in compress(outcomes, map(math.isfinite, losses)):
-            if name := self._read(outcome.ticket):
-                self._add(name, outcome)
+        places = self._put(examples.labels, examples.scores, examples.owners)
+        closed: list[list[int]] = []
+        nowhere: list[int] = []
+        waiting = self._open
+        known, most, longest = waiting.get, self._config.max_open, self._config.max_items
+        last, held = "", nowhere
+        for name, place in zip(self._read(examples.tickets), places, strict=True):
+            if name != last:  # what was shown together often comes together
+                last, found = name, known(name) if name else nowhere
+                if found is None:
+                    if len(waiting) == most:
+                        closed.append(waiting.popitem(last=False)[1])
+                    found = waiting[name] = []
+                held = found
+            held.append(place)
+            if len(held) == longest and name:
+                closed.append(waiting.pop(name))
+                last, held = "", nowhere
+        if closed:
+            gone = list(chain.from_iterable(closed))
+            labels, scores = self._items[gone].T
+            self._closed.extend(first_of_lists(labels, scores, [*map(len, closed)], self._config.k))
+            self._count += len(closed)
+            self._free += gone
+        self._free += nowhere
 
-    def _add(self, name: str, outcome: Outcome) -> None:
-        held = self._open.get(name)
-        if held is None:
-            if len(self._open) == self._config.max_open:
-                self._close(next(iter(self._open)))
-            held = self._open[name] = Open([], [], [])
-        held.labels.append(outcome.label)
-        held.scores.append(outcome.ticket.scores.served.item())
-        held.owners.append(mark(outcome.ticket.key))
-        if len(held.labels) == self._config.max_items:
-            self._close(name)
-
-    def _close(self, name: str) -> None:
-        labels, scores, _ = self._open.pop(name)
-        told = [0.0] * len(self._names)
-        if both := 0.0 < sum(labels) < len(labels):
-            ranks = ranks_of_positives(labels, scores)
-            told = [value for k in self._config.k for value in first_of_list(ranks, k)]
-        self._closed.append((float(len(labels)), float(both), *told))
-        self._count += 1
+    def _put(self, labels: Floats, scores: Floats, owners: NDArray[np.int64]) -> list[int]:
+        """Where they are now."""
+        count = len(labels)
+        if count > len(self._free):
+            held = len(self._items)
+            self._free += range(held, held + max(held, count))
+            self._items = np.concatenate((self._items, np.zeros((max(held, count), 2))))
+            self._owners = np.concatenate((self._owners, np.zeros(max(held, count), np.int64)))
+        places = self._free[len(self._free) - count :]
+        del self._free[len(self._free) - count :]
+        at = np.array(places, np.int64)
+        self._items[at, 0], self._items[at, 1], self._owners[at] = labels, scores, owners
+        return places
 
     def read(self) -> dict[str, float]:
         """`ranking_ndcg_at_5` and so on; of how many closed lists so far, how long they are, how many are left out."""
@@ -140,20 +144,26 @@ class Lists:
         if not self._read:
             return {}
         owners = who.owners
-        meant = [name for name, held in self._open.items() if owners is None or not owners.isdisjoint(held.owners)]
-        return {"listed": sum(len(self._open.pop(name).labels) for name in meant)}
+        meant = [
+            name
+            for name, at in self._open.items()
+            if owners is None or not owners.isdisjoint(self._owners[at].tolist())
+        ]
+        gone = [place for name in meant for place in self._open.pop(name)]
+        self._free += gone
+        return {"listed": len(gone)}
 
     def state_dict(self) -> State:
         if not self._read:
             return {}
-        held = self._open.values()
+        places = np.fromiter(chain.from_iterable(self._open.values()), np.int64)
         return {
             "settings": dict(self._settings),
             "names": list(self._open),
-            "sizes": np.array([len(each.labels) for each in held], np.int64),
-            "labels": np.array([label for each in held for label in each.labels], np.float64),
-            "scores": np.array([score for each in held for score in each.scores], np.float64),
-            "owners": np.array([owner for each in held for owner in each.owners], np.int64),
+            "sizes": np.array([len(held) for held in self._open.values()], np.int64),
+            "labels": self._items[places, 0],
+            "scores": self._items[places, 1],
+            "owners": self._owners[places],
             "closed": self._closed.state_dict(),
             "count": self._count,
         }
@@ -163,10 +173,8 @@ class Lists:
         self._begin()
         if not self._read or state.get("settings") != self._settings:
             return
-        at = 0
+        places = iter(self._put(state["labels"], state["scores"], state["owners"]))
         for name, size in zip(state["names"], state["sizes"].tolist(), strict=True):
-            part = slice(at, at + size)
-            self._open[name] = Open(*(state[each][part].tolist() for each in ("labels", "scores", "owners")))
-            at += size
+            self._open[name] = list(islice(places, size))
         self._closed.load_state_dict(state["closed"])
         self._count = int(state["count"])

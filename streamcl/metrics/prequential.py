@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from streamcl.metrics.binary import Binary
 from streamcl.metrics.multiclass import Multiclass
@@ -26,7 +24,7 @@ class Prequential:
         classes: width of the served probabilities; multiclass only.
 
     Shape:
-        `served` is (1,), a probability or a value, or (C,), class probabilities.
+        `served` of an outcome is (1,), a probability or a value, or (C,), class probabilities.
 
     Raises:
         ValueError: window < 1; or a state of another window is loaded.
@@ -53,18 +51,19 @@ class Prequential:
         """What `update` would return; changes nothing."""
         return self._metrics.loss(outcome.label, outcome.ticket.scores.served)
 
-    def add(
-        self, labels: Sequence[float], served: Sequence[NDArray[np.float32]], weights: Sequence[float] = ()
-    ) -> list[float]:
+    def add(self, labels: ArrayLike, served: ArrayLike, weights: ArrayLike | None = None) -> list[float]:
         """The examples' losses: nats, or the squared error for regression. In the metrics they weigh `weights`, or 1.
 
         One that is not finite is counted as `unscored` and enters no sum, for a sum would never recover from it.
+
+        Shape:
+            labels, weights (n,), served (n, 1) or (n, C).
         """
-        if not labels:
+        y = np.asarray(labels, np.float64)
+        if not len(y):
             return []
-        losses = self._metrics.add(
-            np.array(labels, np.float64), np.array(served), np.array(weights or [1.0] * len(labels))
-        )
+        w = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
+        losses = self._metrics.add(y, np.asarray(served), w)
         self._unscored += int(len(losses) - np.isfinite(losses).sum())
         return losses.tolist()  # type: ignore[no-any-return]
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import compress
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamcl.config import Config
 from streamcl.metrics.binary import weighted_metrics
+from streamcl.metrics.examples import Examples
 from streamcl.metrics.grouped import within_groups
+from streamcl.metrics.kernels import write_rows
 from streamcl.metrics.losses import finite, log_losses, ratio
 from streamcl.metrics.ranking import exact_auc
 from streamcl.protocols import State
-from streamcl.records import Outcome, Selector, mark
-from streamcl.traits import KEYED, trait
+from streamcl.records import Selector, marks
+from streamcl.traits import keys, trait
 
 Floats = NDArray[np.float64]
 
@@ -26,28 +27,36 @@ LONGEST = 64
 """Characters of a value that may have a series of its own."""
 
 
-class Values:
+class Values(dict[str, int]):
     """Which values of a field have a place of their own: the first `most` that came, for good. The rest share the last.
 
     So as many series as that, and one more, are all that there will ever be of the field, whatever comes.
+
+    Attributes:
+        names: Of the places, in their order; by what a ticket says they are found in the dict itself.
     """
 
     def __init__(self, most: int) -> None:
+        super().__init__()
         self.most = most
-        self.places: dict[str, int] = {}
+        self.names: list[str] = []
 
-    def place(self, text: str) -> int:
+    def places(self, texts: Sequence[str]) -> NDArray[np.int16]:
+        full = len(self.names) == self.most
+        found = map(self.get, texts, repeat(self.most)) if full else map(self.__getitem__, texts)
+        return np.fromiter(found, np.int16, len(texts))
+
+    def __missing__(self, text: str) -> int:
         value = text or MISSING
-        found = self.places.get(value)
-        if found is not None:
-            return found
-        if len(self.places) == self.most or value == OTHER or len(value) > LONGEST:
+        if len(self.names) == self.most or value == OTHER or len(value) > LONGEST:
             return self.most
-        self.places[value] = place = len(self.places)
+        place = len(self.names)
+        self.names.append(value)
+        self.update(dict.fromkeys(("", MISSING) if value == MISSING else (value,), place))
         return place
 
     def name(self, place: int) -> str:
-        return OTHER if place == self.most else list(self.places)[place]
+        return OTHER if place == self.most else self.names[place]
 
 
 class Slices:
@@ -86,25 +95,20 @@ class Slices:
         self._written = 0
         self._values = {name: Values(self._most) for name in self._fields}
 
-    def update(self, outcomes: Sequence[Outcome], losses: Sequence[float]) -> None:
-        """Take examples in, with what `Prequential.add` said of them: one without a finite loss is left out."""
-        if not self._on or not outcomes:
+    def update(self, examples: Examples) -> None:
+        """Take examples in, whose losses are finite."""
+        if not self._on:
             return
-        kept = list(compress(outcomes, map(math.isfinite, losses)))
-        rows = (self._written + np.arange(len(kept))) % self._size
-        last = slice(max(0, len(kept) - self._size), None)  # of which no two go to one row
-        tickets = [each.ticket for each in kept]
-        columns = [each.label for each in kept], [t.scores.served.item() for t in tickets], [e.weight for e in kept]
-        for column, values in enumerate(columns):
-            self._numbers[rows[last], column] = values[last]
+        tickets, marked = examples.tickets, np.zeros((2, 0), np.int64)
         if group := self._group:
-            owners = [mark(ticket.key) for ticket in tickets]
-            groups = owners if group is KEYED else [mark(group(ticket)) for ticket in tickets]
-            self._marks[rows[last], 0], self._marks[rows[last], 1] = groups[last], owners[last]
+            owners = examples.owners
+            marked = np.stack((owners if group is keys else marks(group(tickets)), owners))
+        places = np.empty((len(self._fields), len(tickets)), np.int16)
         for column, (name, read) in enumerate(self._fields.items()):
-            place = self._values[name].place
-            self._places[rows[last], column] = [place(read(ticket)) for ticket in tickets][last]
-        self._written += len(kept)
+            places[column] = self._values[name].places(read(tickets))
+        columns = examples.labels, examples.scores, examples.weights, marked, places
+        write_rows(self._written, *columns, self._numbers, self._marks, self._places)
+        self._written += len(tickets)
 
     def _held(self) -> NDArray[np.int64]:
         """Rows of the ring, oldest first."""
@@ -155,7 +159,7 @@ class Slices:
             "marks": self._marks.copy(),
             "places": self._places.copy(),
             "written": self._written,
-            "values": [list(values.places) for values in self._values.values()],
+            "values": [list(values.names) for values in self._values.values()],
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -167,7 +171,7 @@ class Slices:
             mine[:] = state[name]
         self._written = int(state["written"])
         for values, names in zip(self._values.values(), state["values"], strict=True):
-            values.places = {name: place for place, name in enumerate(names)}
+            values.places(names)
 
 
 def _quality(labels: Floats, scores: Floats, weights: Floats) -> dict[str, float]:

@@ -18,12 +18,11 @@ class TaskMetrics:
         self.by_name = {name: Prequential("binary", window, 2, half_life) for name in sorted(names)}
 
     def update(self, outcomes: Iterable[Outcome]) -> None:
-        for outcome in outcomes:
-            labels = outcome.beside(len(self.by_name))
-            for (name, metrics), label in zip(self.by_name.items(), labels, strict=True):
-                served = outcome.ticket.scores.notes.get(f"{TASK}{name}")
-                if served is not None and not math.isnan(label):
-                    metrics.add([label], [served])
+        told = [(outcome.beside(len(self.by_name)), outcome.ticket.scores.notes) for outcome in outcomes]
+        for at, (name, metrics) in enumerate(self.by_name.items()):
+            pairs = [(labels[at], notes.get(f"{TASK}{name}")) for labels, notes in told]
+            known = [(y, served) for y, served in pairs if served is not None and not math.isnan(y)]
+            metrics.add([y for y, _ in known], [served for _, served in known])
 
     def read(self) -> dict[str, float]:
         """Under `task_NAME.`"""

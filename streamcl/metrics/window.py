@@ -37,6 +37,12 @@ class Window:
         self.ring[self.written[0] % self._size] = row
         self.written += 1
 
+    def extend(self, rows: NDArray[np.float64]) -> None:
+        """Append (n, width)."""
+        first = max(0, len(rows) - self._size)  # no two of those left go to one place
+        self.ring[(self.written[0] + np.arange(first, len(rows))) % self._size] = rows[first:]
+        self.written += len(rows)
+
     def columns(self) -> NDArray[np.float64]:
         """The rows held, oldest first, as (width, n): what is computed from them depends on nothing else."""
         written = int(self.written[0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from streamcl.config import Config
+from streamcl.metrics import Examples, Lists, Slices
 from streamcl.records import Encoded, Fate, Origin, Outcome, Scores, Ticket
 
 NOTHING = Encoded(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
@@ -27,3 +29,8 @@ def outcome(label: float, score: float, key: str = "u", weight: float = 1.0, **t
     scores = Scores(served, served, 0)
     ticket = Ticket("id", 0.0, NOTHING, scores, Origin("events", 0, 0), "", key, weight, traits)
     return Outcome(ticket, label, Fate.INLINE, 0.0)
+
+
+def take(part: Slices | Lists, outcomes: Sequence[Outcome], loss: float = 0.5) -> None:
+    if outcomes:
+        part.update(Examples.of(outcomes).scored([loss] * len(outcomes)))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamcl.metrics.lists import Lists, first_of_list, ranks_of_positives
+from streamcl.metrics.lists import Lists, first_of_lists
 from streamcl.records import Outcome, Selector
 from streamcl.state import digest
 from streamcl.testing import check_stateful
-from tests.metrics.sliced import outcome, settings
+from tests.metrics.sliced import outcome, settings, take
 
 Items = list[tuple[int, float]]
 ITEM = st.tuples(st.integers(0, 1), st.sampled_from([0.125, 0.25, 0.5]))
@@ -26,10 +26,6 @@ def shown(request: str, items: Items, key: str = "u") -> list[Outcome]:
     return [outcome(y, p, key, request=request) for y, p in items]
 
 
-def take(part: Lists, outcomes: list[Outcome]) -> None:
-    part.update(outcomes, [0.5] * len(outcomes))
-
-
 def by_hand(items: Items, k: int) -> tuple[float, float, float]:
     """Whoever has the same score as a positive, and is none, stands before it."""
     ranked = sorted(items, key=lambda item: (-item[1], item[0]))
@@ -40,16 +36,33 @@ def by_hand(items: Items, k: int) -> tuple[float, float, float]:
     return dcg / ideal, len(ranks) / positives, 1 / ranks[0] if ranks else 0.0
 
 
-@given(st.lists(ITEM, min_size=1, max_size=12).filter(lambda items: any(y for y, _ in items)), st.integers(1, 15))
-def test_a_list_is_judged_by_definition(items: Items, k: int) -> None:
-    labels, scores = zip(*items, strict=True)
-    assert first_of_list(ranks_of_positives(labels, scores), k) == pytest.approx(by_hand(items, k), rel=1e-12)
+BOTH = st.lists(ITEM, min_size=2, max_size=12).filter(lambda items: len({y for y, _ in items}) == 2)
+
+
+@given(st.lists(BOTH, min_size=1, max_size=5), st.integers(1, 15), st.integers(1, 15))
+def test_lists_are_judged_by_definition(several: list[Items], first: int, second: int) -> None:
+    labels, scores = zip(*[item for items in several for item in items], strict=True)
+    found = first_of_lists(labels, scores, [len(items) for items in several], [first, second])
+    for items, row in zip(several, found, strict=True):
+        expected = len(items), 1, *by_hand(items, first), *by_hand(items, second)
+        assert row == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_list_of_one_class_says_no_more_than_its_length() -> None:
+    assert first_of_lists([1, 1, 0], [0.5, 0.25, 0.5], [2, 1], [1]).tolist() == [[2, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=9))
+def test_any_finite_scores_can_be_ranked(scores: list[float]) -> None:
+    """The last is that of the positive."""
+    labels = [*[0] * (len(scores) - 1), 1]
+    rank = 1 + sum(each >= scores[-1] for each in scores[:-1])
+    assert first_of_lists(labels, scores, [len(scores)], [20])[0, 4] == pytest.approx(1 / rank)
 
 
 def test_a_model_that_tells_nothing_apart_ranks_positives_last() -> None:
-    ranks = ranks_of_positives([1, 0, 0], [0.5, 0.5, 0.5])
-    assert first_of_list(ranks, 2) == (0.0, 0.0, 0.0)
-    assert first_of_list(ranks, 3) == pytest.approx((0.5, 1.0, 1 / 3))
+    found = first_of_lists([1, 0, 0], [0.5, 0.5, 0.5], [3], [2, 3])
+    assert found[0, 2:].tolist() == pytest.approx([0.0, 0.0, 0.0, 0.5, 1.0, 1 / 3])
 
 
 Steps = list[tuple[str, int, float]]
@@ -136,7 +149,7 @@ def test_memory_is_bounded_whatever_comes() -> None:
 def test_what_has_no_finite_loss_or_no_list_enters_nothing() -> None:
     part = lists()
     before = digest(part.state_dict())
-    part.update([outcome(0.0, math.nan, request="a")], [math.nan])
+    take(part, [outcome(0.0, math.nan, request="a")], math.nan)
     take(part, [outcome(1.0, 0.5)])
     assert digest(part.state_dict()) == before
 

@@ -14,7 +14,7 @@ from streamcl.metrics.slices import LONGEST, MISSING, OTHER, Slices
 from streamcl.records import Outcome, Selector
 from streamcl.state import digest
 from streamcl.testing import check_stateful
-from tests.metrics.sliced import outcome
+from tests.metrics.sliced import outcome, take
 from tests.metrics.sliced import settings as config
 
 ON: dict[str, Any] = {"group_by": "user", "segments": ["device"], "max_segments": 2, "window": 12}
@@ -33,7 +33,7 @@ def made(rows: Rows) -> list[Outcome]:
 
 def fed(rows: Rows, **changes: Any) -> Slices:
     slices = Slices(config(**(ON | changes)))
-    slices.update(made(rows), [0.0] * len(rows))
+    take(slices, made(rows))
     return slices
 
 
@@ -75,10 +75,9 @@ def test_figures_are_those_of_the_window_s_examples(rows: Rows, window: int, mos
 def test_many_at_once_are_to_the_bit_what_they_are_one_by_one(rows: Rows, cuts: list[int]) -> None:
     whole, cut = fed([]), fed([])
     for each in made(rows):
-        whole.update([each], [0.0])
+        take(whole, [each])
     for start, end in pairwise([0, *sorted(cuts), len(rows)]):
-        part = made(rows[start:end])
-        cut.update(part, [0.0] * len(part))
+        take(cut, made(rows[start:end]))
     assert digest(cut.state_dict()) == digest(whole.state_dict())
     assert cut.read() == whole.read()
 
@@ -86,7 +85,7 @@ def test_many_at_once_are_to_the_bit_what_they_are_one_by_one(rows: Rows, cuts: 
 def test_it_resumes_to_the_bit() -> None:
     def exercise(part: Slices, step: int) -> Any:
         key, device = "abc"[step % 3], f"device {step % 5}"
-        part.update([outcome(step % 2, 0.125 * (step % 7), key, device=device)], [0.5])
+        take(part, [outcome(step % 2, 0.125 * (step % 7), key, device=device)])
         return part.read()
 
     check_stateful(lambda: Slices(config(**ON)), exercise, steps=30)
@@ -95,7 +94,7 @@ def test_it_resumes_to_the_bit() -> None:
 def test_however_many_values_come_there_are_so_many_series_and_one_more() -> None:
     slices = Slices(config(segments=["device"], max_segments=3, window=1000))
     for value in range(500):
-        slices.update([outcome(value % 2, 0.5, device=f"d{value}")], [0.5])
+        take(slices, [outcome(value % 2, 0.5, device=f"d{value}")])
     values = {name.split(":")[2] for name in slices.read()}
     assert values == {"d0", "d1", "d2", OTHER}
     assert slices.read()[f"segment:device:{OTHER}:events"] == 497
@@ -104,14 +103,14 @@ def test_however_many_values_come_there_are_so_many_series_and_one_more() -> Non
 
 def test_a_value_that_is_too_long_for_a_label_is_among_the_others() -> None:
     slices = Slices(config(segments=["device"], window=10))
-    slices.update([outcome(1, 0.5, device="x" * LONGEST), outcome(1, 0.5, device="y" * (LONGEST + 1))], [0.5, 0.5])
+    take(slices, [outcome(1, 0.5, device="x" * LONGEST), outcome(1, 0.5, device="y" * (LONGEST + 1))])
     assert {name.split(":")[2] for name in slices.read()} == {"x" * LONGEST, OTHER}
 
 
 def test_what_has_no_finite_loss_enters_nothing() -> None:
     slices = fed([(1, 0.5, "a", "ios")])
     before = digest(slices.state_dict())
-    slices.update([outcome(0.0, math.nan, "b", device="web")], [math.nan])
+    take(slices, [outcome(0.0, math.nan, "b", device="web")], math.nan)
     assert digest(slices.state_dict()) == before
 
 
@@ -119,8 +118,8 @@ def test_weights_count_as_so_many_examples() -> None:
     twice = [(1, 0.5, 2.0), (0, 0.25, 1.0), (0, 0.75, 3.0)]
     one, many = Slices(config(**ON)), Slices(config(**ON))
     for y, p, w in twice:
-        one.update([outcome(y, p, "a", w, device="ios")], [0.5])
-        many.update([outcome(y, p, "a", device="ios")] * int(w), [0.5] * int(w))
+        take(one, [outcome(y, p, "a", w, device="ios")])
+        take(many, [outcome(y, p, "a", device="ios")] * int(w))
     found, expected = one.read(), many.read()
     assert found.pop("segment:device:ios:events") == 3
     assert expected.pop("segment:device:ios:events") == 6
@@ -129,7 +128,7 @@ def test_weights_count_as_so_many_examples() -> None:
 
 def test_off_it_has_no_state_and_says_nothing() -> None:
     slices = Slices(config())
-    slices.update([outcome(1, 0.5, device="ios")], [0.5])
+    take(slices, [outcome(1, 0.5, device="ios")])
     assert slices.state_dict() == {}
     assert slices.read() == {}
     assert slices.forget(Selector(key="u")) == {}

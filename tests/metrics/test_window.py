@@ -22,6 +22,16 @@ def test_columns_are_the_last_rows_oldest_first(size: int, rows: list[tuple[int,
 
 
 @given(st.integers(1, 8), ROWS, ROWS)
+def test_rows_at_once_are_rows_one_after_another(
+    size: int, before: list[tuple[int, int]], after: list[tuple[int, int]]
+) -> None:
+    window = filled(size, before)
+    window.extend(np.array(after, dtype=float).reshape(-1, 2))
+    assert window.written == filled(size, before + after).written
+    np.testing.assert_array_equal(window.ring, filled(size, before + after).ring)
+
+
+@given(st.integers(1, 8), ROWS, ROWS)
 def test_a_restored_window_goes_on_as_if_nothing_had_been(
     size: int, before: list[tuple[int, int]], after: list[tuple[int, int]]
 ) -> None:
