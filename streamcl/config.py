@@ -47,6 +47,7 @@ from streamcl.stations import (
     Events,
     FieldPath,
     Free,
+    GroupConfig,
     Join,
     Labels,
     Loss,
@@ -153,6 +154,7 @@ class Config(Station):
     checkpoint: Checkpoint = Checkpoint()
     deltas: Deltas = Deltas()
     shard: Shard = Shard()
+    group: GroupConfig = GroupConfig()
     worker: Worker = Worker()
     delivery: Delivery = Delivery()
     telemetry: Telemetry = Telemetry()

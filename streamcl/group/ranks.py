@@ -1,0 +1,138 @@
+"""The ranks of a group and what they say to each other: a thin layer over `torch.distributed`, Gloo between CPUs.
+
+Whoever is started by `torchrun` finds its place in the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). What
+is exchanged is JSON and tensors, never a pickle: whoever reaches a rank's port must not be able to run code in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from streamcl.protocols import ConnectorError
+
+_LOOK_S = 0.00002, 0.005
+"""Between two looks at whether the others have come: at first, and at most."""
+
+
+class RankLost(ConnectorError):
+    """A rank has died, or was silent for `group.timeout_s`: this round can't be met any more.
+
+    The cure is to end every rank and to begin all of them anew, as `torchrun --max-restarts` does.
+    """
+
+
+class Ranks:
+    """A rank's seat among `world` ranks. Every method but `told` and `tell` is collective: all ranks call it, in the
+    same order; it returns once all have, and raises `RankLost` when one can't.
+    """
+
+    def __init__(self, rank: int, world: int, store: dist.Store | None = None) -> None:
+        self.rank = rank
+        self.world = world
+        self._store = store
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """One rank, which has nobody to wait for; it needs no process group."""
+        return cls(0, 1)
+
+    @classmethod
+    def of_environment(cls, timeout_s: float) -> Ranks:
+        """What `torchrun` says in the environment; alone without it.
+
+        Args:
+            timeout_s: How long a rank may keep the others waiting.
+
+        Raises:
+            RankLost: the others could not be found.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls.alone()
+        with _named("the group can't be joined"):
+            patience = datetime.timedelta(seconds=timeout_s)
+            store, rank, world = next(iter(dist.rendezvous("env://", timeout=patience)))
+            store.set_timeout(patience)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+        return cls(rank, world, dist.PrefixStore("streamcl", store))
+
+    def tell(self, name: str, text: str = "") -> None:
+        """Put something where the others may look; returns at once."""
+        if self._store is not None:
+            with _named("a rank can't tell the others"):
+                self._store.set(name, text or "-")
+
+    def told(self, name: str) -> bool:
+        """Whether any rank has told that; returns at once."""
+        if self._store is None:
+            return False
+        with _named("a rank can't hear the others"):
+            return bool(self._store.check([name]))
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gives, by rank: JSON values, some kilobytes at most."""
+        if self.world == 1:
+            return [orjson.loads(orjson.dumps(value))]
+        return [orjson.loads(bytes(each.numpy())) for each in self.all_gather(_bytes(orjson.dumps(value)))]
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, by rank. First dimensions may differ; dtypes, and what is behind them, must not."""
+        if self.world == 1:
+            return [tensor.clone()]
+        tensor = tensor.detach().contiguous()
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        self._wait(dist.all_gather(counts, torch.tensor([len(tensor)]), async_op=True))
+        lengths = [int(count) for count in counts]
+        most = max(lengths)
+        padded = tensor.new_zeros((most, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in range(self.world)]
+        if padded.numel():
+            self._wait(dist.all_gather(found, padded, async_op=True))
+        return [each[:length] for each, length in zip(found, lengths, strict=True)]
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place: the same bits on every rank, and at every run with as many ranks."""
+        if self.world > 1:
+            self._wait(dist.all_reduce(tensor, async_op=True))
+        return tensor
+
+    def barrier(self) -> None:
+        """Return once every rank is here."""
+        self.all_reduce(torch.zeros(1))
+
+    def close(self) -> None:
+        """Leave. The others' next call fails unless they leave too."""
+        if self.world > 1 and dist.is_initialized():
+            with contextlib.suppress(Exception):  # it may be the others who have left
+                dist.destroy_process_group()
+
+    def _wait(self, work: Any) -> None:
+        """Not inside the library, where a signal would not be heard until the others have come."""
+        with _named(f"rank {self.rank} has lost another one"):
+            look_s, longest_s = _LOOK_S
+            while not work.is_completed():
+                time.sleep(look_s)
+                look_s = min(2 * look_s, longest_s)
+            work.wait()
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the class of all errors of torch.distributed
+        raise RankLost(f"{what}: {str(error).splitlines()[0]}") from error
