@@ -17,6 +17,8 @@ import orjson
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from streamcl.protocols import ConnectorError
 
@@ -36,7 +38,7 @@ class Ranks:
     same order; it returns once all have, and raises `RankLost` when one can't.
     """
 
-    def __init__(self, rank: int, world: int, store: dist.Store | None = None) -> None:
+    def __init__(self, rank: int, world: int, store: Store | None = None) -> None:
         self.rank = rank
         self.world = world
         self._store = store
@@ -60,10 +62,10 @@ class Ranks:
             return cls.alone()
         with _named("the group can't be joined"):
             patience = datetime.timedelta(seconds=timeout_s)
-            store, rank, world = next(iter(dist.rendezvous("env://", timeout=patience)))
+            store, rank, world = next(iter(rendezvous("env://", timeout=patience)))
             store.set_timeout(patience)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
-        return cls(rank, world, dist.PrefixStore("streamcl", store))
+        return cls(rank, world, PrefixStore("streamcl", store))
 
     def tell(self, name: str, text: str = "") -> None:
         """Put something where the others may look; returns at once."""
