@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from streamcl.protocols import ConnectorError
+from streamcl.stations import GroupConfig
 
 _LOOK_S = 0.00002, 0.005
 """Between two looks at whether the others have come: at first, and at most."""
@@ -49,36 +50,33 @@ class Ranks:
         return cls(0, 1)
 
     @classmethod
-    def of_environment(cls, timeout_s: float) -> Ranks:
-        """What `torchrun` says in the environment; alone without it.
-
-        Args:
-            timeout_s: How long a rank may keep the others waiting.
+    def of_environment(cls, config: GroupConfig) -> Ranks:
+        """What `torchrun` says in the environment; alone without it, and where nothing is merged.
 
         Raises:
             RankLost: the others could not be found.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or config.merge == "none":
             return cls.alone()
         with _named("the group can't be joined"):
-            patience = datetime.timedelta(seconds=timeout_s)
+            patience = datetime.timedelta(seconds=config.timeout_s)
             store, rank, world = next(iter(rendezvous("env://", timeout=patience)))
             store.set_timeout(patience)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
         return cls(rank, world, PrefixStore("streamcl", store))
 
-    def tell(self, name: str, text: str = "") -> None:
+    def tell(self, name: str, text: str) -> None:
         """Put something where the others may look; returns at once."""
         if self._store is not None:
             with _named("a rank can't tell the others"):
-                self._store.set(name, text or "-")
+                self._store.set(name, text)
 
-    def told(self, name: str) -> bool:
-        """Whether any rank has told that; returns at once."""
+    def told(self, name: str) -> str:
+        """What any rank has told last under that name, "" while none has; returns at once."""
         if self._store is None:
-            return False
+            return ""
         with _named("a rank can't hear the others"):
-            return bool(self._store.check([name]))
+            return bytes(self._store.get(name)).decode() if self._store.check([name]) else ""
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gives, by rank: JSON values, some kilobytes at most."""
