@@ -479,10 +479,10 @@ class GroupConfig(Station):
         None, ge=1, description="learned events of a rank in a round; default: 1000, or 1 with merge gradient"
     )
     round_s: float | None = Stop(None, gt=0, description="or else event time of a round, in seconds")
-    wait_events: int | None = Stop(
+    most_records: int | None = Stop(
         None,
         ge=1,
-        description="a rank's round ends at the latest after so many records, learned or not, so that nobody waits for"
+        description="a rank's round ends at the latest behind so many records, learned or not, so that nobody waits for"
         " it any longer; default: 10 times round_events, none with round_s",
     )
     outer_learning_rate: float = Stop(0.7, gt=0, description="of merge outer: of the outer optimiser")
@@ -509,7 +509,7 @@ class GroupConfig(Station):
     @property
     def most(self) -> int | None:
         """Records that end it in any case (count)."""
-        return self.wait_events or (None if self.learned is None else 10 * self.learned)
+        return self.most_records or (None if self.learned is None else 10 * self.learned)
 
 
 class Worker(Station):

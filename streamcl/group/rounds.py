@@ -3,7 +3,7 @@
 A rank learns by itself from its own shard, one event at a time, and closes its round
 
 1. *full*: behind the record with which it has learned from `group.round_events` events since the last meeting, or taken
-   `group.wait_events` records, or with `group.round_s` behind the one that takes its watermark past the round's end;
+   `group.most_records` records, or with `group.round_s` behind the one that takes its watermark past the round's end;
 2. *short, at its end*: when no record can come to it any more (a file that has been read);
 3. *short, idle*: when it has taken all that there is for now, and another rank has closed this round;
 4. *short, leaving*: when it, or another rank, has been told to stop, or it owes a checkpoint that can't wait.
@@ -15,7 +15,10 @@ round says so (`Order.closes`), and is durable *before* the rank meets anyone. S
 that every rank's end of that round stands in its log, and a recovery or a replay closes each round where it was closed.
 The state of a group is a function of (configuration, seed, the logged order of each shard, the logged ends of rounds).
 
-Nobody waits for ever: a rank with records comes to its own end of the round within `group.wait_events` of them, one
+A meeting without a new record on any rank is none: nothing is merged, and the round goes on. So a group that is started
+again at the end of its files is the same afterwards.
+
+Nobody waits for ever: a rank with records comes to its own end of the round within `group.most_records` of them, one
 without comes at once. What waits for the slow ones is learning; so does answering, on the ranks that wait.
 
 In event time a round ends for all at one multiple of `group.round_s`, agreed on when they meet: the first one behind
@@ -144,8 +147,10 @@ class Rounds:
         if any((each["round"], each["seal"]) != (self.closing.round, self.seal) for each in heads):
             said = ", ".join(f"rank {rank} is at round {each['round']}" for rank, each in enumerate(heads))
             raise StreamclError(f"the ranks do not belong together: {said}; their control logs or snapshots are mixed")
-        with gate:
-            self.met = self.merge.meet(self.learned)
+        if any(each["records"] for each in heads):
+            with gate:
+                self.met = self.merge.meet(self.learned)
+            self._count(heads)
         self._agree(heads)
         self.seconds, self._began = time.monotonic() - self._began, time.monotonic()
 
@@ -157,6 +162,7 @@ class Rounds:
             "ended": self.closing.ended,
             "full": self.full,
             "learned": self.learned,
+            "records": self.records,
             "progress": progress.state_dict(),
             "time_s": self.time_s if math.isfinite(self.time_s) else None,
             "leaving": leaving,
@@ -164,9 +170,8 @@ class Rounds:
             **self.wish(),
         }
 
-    def _agree(self, heads: Sequence[Mapping[str, Any]]) -> None:
-        """What every rank concludes from the same heads."""
-        self.heads = heads
+    def _count(self, heads: Sequence[Mapping[str, Any]]) -> None:
+        """What every rank's state takes from the same heads."""
         told = [[each[name] for name in ("round", "learned", "progress")] for each in heads]
         self.seal = f"{xxhash.xxh3_128_intdigest(orjson.dumps([self.seal, told])):032x}"
         self.number += 1
@@ -176,7 +181,10 @@ class Rounds:
             behind = min((each["time_s"] for each in some if each["time_s"] is not None), default=None)
             self.end_s = None if behind is None else _next(behind, self.config.round_s)
         self.learned = self.records = 0
-        self.full, self.closing = False, None
+
+    def _agree(self, heads: Sequence[Mapping[str, Any]]) -> None:
+        """And what they do next."""
+        self.heads, self.full, self.closing = heads, False, None
         self.left = any(each["leaving"] for each in heads)
         self.over = self.left or all(each["ended"] or each["quiet"] for each in heads)
         self.saves = any(each["due"] for each in heads) and not any(each["busy"] for each in heads)
