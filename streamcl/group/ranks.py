@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,8 +63,9 @@ class Ranks:
             patience = datetime.timedelta(seconds=config.timeout_s)
             store, rank, world = next(iter(rendezvous("env://", timeout=patience)))
             store.set_timeout(patience)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
-        return cls(rank, world, PrefixStore("streamcl", store))
+            life = PrefixStore(_agreed(store, rank, world, config.timeout_s), store)
+            dist.init_process_group("gloo", store=life, rank=rank, world_size=world, timeout=patience)
+        return cls(rank, world, PrefixStore("streamcl", life))
 
     def tell(self, name: str, text: str) -> None:
         """Put something where the others may look; returns at once."""
@@ -76,7 +78,7 @@ class Ranks:
         if self._store is None:
             return ""
         with _named("a rank can't hear the others"):
-            return bytes(self._store.get(name)).decode() if self._store.check([name]) else ""
+            return _look(self._store, name)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gives, by rank: JSON values, some kilobytes at most."""
@@ -124,6 +126,34 @@ class Ranks:
                 time.sleep(look_s)
                 look_s = min(2 * look_s, longest_s)
             work.wait()
+
+
+def _agreed(store: Store, rank: int, world: int, timeout_s: float) -> str:
+    """A name that these processes have for themselves alone.
+
+    An agent's store outlives them, and still says where the ranks before them could be reached; and agents of several
+    machines count restarts each for itself. So each process makes up a name, rank 0 tells each of the others its own
+    in answer to theirs, and believes them once they have said that they know.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + timeout_s
+    store.set(f"hello/{rank}", mine)
+    while time.monotonic() < end:
+        if rank:
+            if told := _look(store, f"welcome/{mine}"):
+                store.set(f"known/{told}/{rank}", mine)
+                return told
+        else:
+            there = {other: _look(store, f"hello/{other}") for other in range(1, world)}
+            if all(name and _look(store, f"known/{mine}/{other}") == name for other, name in there.items()):
+                return mine
+            for name in filter(None, there.values()):
+                store.set(f"welcome/{name}", mine)
+        time.sleep(_LOOK_S[1])
+    raise RankLost(f"rank {rank}: {world} ranks are to begin, and some have not come within {timeout_s:g} s")
+
+
+def _look(store: Store, name: str) -> str:
+    return bytes(store.get(name)).decode() if store.check([name]) else ""
 
 
 def _bytes(data: bytes) -> Tensor:
