@@ -164,6 +164,8 @@ class Host:
         self.accept_changes = accept_changes
         self.bootstrap = bootstrap
         self.build = build or partial(build_worker, ranks=ranks)
+        if ranks:
+            ranks.waiting = telemetry.beat
         self.backoff_s = backoff_s
         self.seats: dict[int, Seat] = {}
         self.stopping = False

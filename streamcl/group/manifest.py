@@ -2,9 +2,9 @@
 
 All ranks cut at the same meetings, each its own shard in its own time, beside learning. A group's snapshot is
 *complete* once every rank's part is durable, which the ranks tell each other when they meet next; only then is a
-manifest written that names them all, and only then may older ones go. What is complete at a start is asked anew, of what every rank can
-read then: a manifest may be as old, or its machine as dead, as anything else. Parts fit together if they bear the same
-seal (see `streamcl.group.rounds`), which a round that was met at other positions does not have.
+manifest written that names them all, and only then may older ones go. What is complete at a start is asked anew, of
+what every rank can read then: a manifest may be as old, or its machine as dead, as anything else. Parts fit together if
+they bear the same seal (see `streamcl.group.rounds`), which a round that was met at other positions does not have.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import datetime
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
@@ -38,12 +38,16 @@ class RankLost(ConnectorError):
 class Ranks:
     """A rank's seat among `world` ranks. Every method but `told` and `tell` is collective: all ranks call it, in the
     same order; it returns once all have, and raises `RankLost` when one can't.
+
+    Attributes:
+        waiting: Called again and again while others are waited for: who waits is alive.
     """
 
     def __init__(self, rank: int, world: int, store: Store | None = None) -> None:
         self.rank = rank
         self.world = world
         self._store = store
+        self.waiting: Callable[[], None] = lambda: None
 
     @classmethod
     def alone(cls) -> Ranks:
@@ -124,6 +128,7 @@ class Ranks:
             look_s, longest_s = _LOOK_S
             while not work.is_completed():
                 time.sleep(look_s)
+                self.waiting()
                 look_s = min(2 * look_s, longest_s)
             work.wait()
 

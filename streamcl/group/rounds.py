@@ -92,7 +92,8 @@ class Rounds:
         self.heads: Sequence[Mapping[str, Any]] = ()
         self.wish: Callable[[], Mapping[str, Any]] = lambda: NOTHING_SAVED
         self.met = Met(0, 0, 0.0)
-        self.seconds = self.waited_s = 0.0
+        self.sent_bytes = self.received_bytes = 0
+        self.seconds = self.waited_s = self.merging_s = 0.0
         self._began, self._heeded = time.monotonic(), 0.0
 
     def took(self, time_s: float) -> bool:
@@ -150,9 +151,12 @@ class Rounds:
         if any(each["records"] for each in heads):
             with gate:
                 self.met = self.merge.meet(self.learned)
+            self.sent_bytes += self.met.bytes_out
+            self.received_bytes += self.met.bytes_in
             self._count(heads)
         self._agree(heads)
-        self.seconds, self._began = time.monotonic() - self._began, time.monotonic()
+        now = time.monotonic()
+        self.seconds, self.merging_s, self._began = now - self._began, now - began - self.waited_s, now
 
     def _head(self, progress: Progress, leaving: bool) -> Mapping[str, Any]:
         assert self.closing is not None  # noqa: S101 - as above
@@ -201,12 +205,13 @@ class Rounds:
         times = [each["time_s"] for each in self.heads if each["time_s"] is not None]
         return {
             "group_ranks": float(self.ranks.world),
-            "group_round": float(self.number),
+            "group_rounds": float(self.number),
             "group_round_s": self.seconds,
             "group_wait_s": self.waited_s,
+            "group_merge_s": self.merging_s,
             "group_learned": float(sum(each["learned"] for each in self.heads)),
-            "group_bytes_out": float(self.met.bytes_out),
-            "group_bytes_in": float(self.met.bytes_in),
+            "group_sent_bytes": float(self.sent_bytes),
+            "group_received_bytes": float(self.received_bytes),
             "group_divergence": self.met.divergence,
             "group_skew_s": max(times) - min(times) if times else 0.0,
         }

@@ -59,7 +59,7 @@ Prepare = Callable[[int, Keeper], None]
 """Of a rank, before it is restored."""
 
 
-def live(config: Config, prepare: Prepare = lambda rank, keeper: None) -> list[Keeper | BaseException]:
+def live(config: Config, prepare: Prepare | None = None) -> list[Keeper | BaseException]:
     """Start every rank where the group stands, and run all to the end: what each came to, or what ended it."""
     seats = Table(config.shard.count).seats()
 
@@ -68,7 +68,8 @@ def live(config: Config, prepare: Prepare = lambda rank, keeper: None) -> list[K
         try:
             mine = config.of_shard(rank)
             keeper = Keeper(build(mine, seat), store_of(mine), beside=False, lease_s=0.0)
-            prepare(rank, keeper)
+            if prepare:
+                prepare(rank, keeper)
             keeper.restore()
             for _ in keeper.run():
                 pass
@@ -82,7 +83,7 @@ def live(config: Config, prepare: Prepare = lambda rank, keeper: None) -> list[K
         return [life.exception() or life.result() for life in lives]
 
 
-def ended(config: Config, prepare: Prepare = lambda rank, keeper: None) -> list[Keeper]:
+def ended(config: Config, prepare: Prepare | None = None) -> list[Keeper]:
     """As `live`, of a group in which nobody dies."""
     found = live(config, prepare)
     for each in found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -25,17 +24,13 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two partitions of labelled clicks; the second ends sooner."""
     folder = tmp_path_factory.mktemp("events")
     for partition, count in enumerate((6000, 4000)):
-        draw = random.Random(partition)
-        rows = [
-            {"id": f"{partition}-{n}", "ts": n, "user": draw.randrange(50), "click": int(draw.random() < 0.3)}
-            for n in range(count)
-        ]
+        rows = [{"id": f"{partition}-{n}", "ts": n, "user": n * n % 53, "click": int(n % 7 < 2)} for n in range(count)]
         (folder / f"events-{partition}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def write_config(folder: Path, events: str) -> Path:
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "events": {"url": f"file://{events}", "id": "id", "key": "user", "time": "ts", "label": "click"},
         "features": {"user": {"kind": "categorical", "buckets": 64}},
         "model": {"kind": "deepfm", "embedding_dim": 4, "hidden": [8]},
