@@ -1,4 +1,4 @@
-"""Ranks of a group in one process: each learns its part of a stream in turn, and they meet as those of `torchrun` do."""
+"""Ranks of a group in one process: each learns its part of a stream in turn, and they meet as `torchrun`'s do."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcl.features import RunningNorm
+from streamcl.group.blend import Share, alone, mean
 from streamcl.group.weights import Said, Weights
 from streamcl.plasticity.continual_backprop import ContinualBackprop
 
@@ -104,45 +105,37 @@ class Averages:
         self.flat, self.step = self.average.flat.clone(), self.average.step
 
     def say(self) -> dict[str, Tensor]:
-        ids, steps = self.weights.touches.counts()
-        rows = torch.from_numpy(ids)
-        return {
-            "flat": self.average.flat,
-            "live": self.engine.dense.flat.detach(),
-            "ids": rows,
-            "steps": torch.from_numpy(steps),
-            "rows": self.average.rows(rows),
-            "live_rows": self.engine.table.detach()[rows],
-            "step": torch.tensor([self.average.step]),
-        }
+        rows = torch.from_numpy(self.weights.touches.counts()[0])
+        step = torch.tensor([self.average.step])
+        return {"flat": self.average.flat, "rows": self.average.rows(rows), "step": step}
 
     def hear(self, said: Sequence[Said], examples: Sequence[int]) -> None:
-        """After the weights."""
-        average, engine = self.average, self.engine
+        """Behind the weights, which know what was heard of them."""
+        live = self.weights.heard
         with torch.no_grad():
-            learned = [(each, count) for each, count in zip(said, examples, strict=True) if count]
-            behind, total = torch.zeros_like(average.flat), sum(count for _, count in learned)
-            for each, count in learned:
-                behind += (each["flat"] - each["live"]) * (count / total)
-            average.flat.copy_(learned[0][0]["flat"] if len(learned) == 1 else engine.dense.flat + behind)
-            self._rows(said)
+            self._hear_dense(said, live, examples)
+            self._hear_rows(said, live)
         self.begin()
 
-    def _rows(self, said: Sequence[Said]) -> None:
+    def _hear_dense(self, said: Sequence[Said], live: Sequence[Said], examples: Sequence[int]) -> None:
+        learned = [rank for rank, count in enumerate(examples) if count]
+        behind, total = torch.zeros_like(self.average.flat), sum(examples)
+        for rank in learned:
+            behind += (said[rank]["flat"] - live[rank]["flat"]) * (examples[rank] / total)
+        only = said[learned[0]]["flat"] if len(learned) == 1 else None
+        self.average.flat.copy_(self.engine.dense.flat + behind if only is None else only)
+
+    def _hear_rows(self, said: Sequence[Said], live: Sequence[Said]) -> None:
+        """How far behind they are is merged like rows that were not behind at the round's start."""
         average, table = self.average, self.engine.table
-        ids = torch.unique(torch.cat([each["ids"] for each in said]))
-        behind, total = table.new_zeros(len(ids), table.shape[1]), table.new_zeros(len(ids), 1)
-        many = torch.zeros(len(ids), dtype=torch.int64)
-        for each in said:
-            at, steps = torch.searchsorted(ids, each["ids"]), each["steps"].to(table).unsqueeze(1)
-            behind[at] += steps * (each["rows"] - each["live_rows"])
-            total[at] += steps
-            many[at] += 1
-        new = table[ids] + behind / total.clamp_min(1.0)
-        for each in said:
-            at = torch.searchsorted(ids, each["ids"])
-            alone = many[at] == 1
-            new[at[alone]] = each["rows"][alone]
+        ids = torch.unique(torch.cat([each["ids"] for each in live]))
+        shares, own = [], []
+        for each, weights in zip(said, live, strict=True):
+            at = torch.searchsorted(ids, weights["ids"])
+            shares.append(Share(at, each["rows"] - weights["rows"], (), weights["steps"]))
+            own.append(Share(at, each["rows"], (), weights["steps"]))
+        new = table[ids] + mean(table.new_zeros(len(ids), table.shape[1]), shares)
+        alone(own, (new,))
         average.table[ids] = new
         average.step = max(int(each["step"]) for each in said)
         average.at[ids] = average.step

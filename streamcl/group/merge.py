@@ -96,7 +96,7 @@ class Merge:
                 part.hear([_of(name, each) for each in heard], examples)
             weights = self.parts.get("weights")
             if isinstance(weights, Weights):
-                weights.touches.clear()
+                weights.close()
         return met
 
     def state_dict(self) -> State:

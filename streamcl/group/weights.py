@@ -81,6 +81,7 @@ class Weights:
         self.engine: Eager = learner.engine
         self.hashed = self.engine.tables.first if self.engine.tables else len(self.engine.table)
         self.touches = Touches()
+        self.heard: Sequence[Said] = ()  # of the round that ends
         # (P,) of the round: whose a dense weight is to say, -1 for all; see `beside.Renewals`.
         self.owner = torch.full((len(self.engine.dense.flat),), -1)
         self.moving: Tensor = self.engine.dense.flat[:0]
@@ -106,6 +107,11 @@ class Weights:
         self.table, *self.row_slots = map(self._copied, (engine.table.detach(), *engine.row_slots))
         self.touches.clear()
 
+    def close(self) -> None:
+        """All parts have heard what this one was told."""
+        self.heard = ()
+        self.touches.clear()
+
     def _copied(self, column: Tensor) -> Tensor:
         """What a dynamic table has not used yet takes no memory here either."""
         tables = self.engine.tables
@@ -125,6 +131,7 @@ class Weights:
         return said | numbered("row_slot", [slot[rows] for slot in self.engine.row_slots])
 
     def hear(self, said: Sequence[Said], examples: Sequence[int]) -> None:
+        self.heard = said
         with torch.no_grad():
             self._hear_dense(said, examples)
             self._hear_rows(said)
