@@ -80,12 +80,12 @@ class Member:
 
 @dataclass
 class Course:
-    """What a group's run came to."""
+    """What a group's run came to. `said_bytes`: of all ranks, each round's once, however many hear it."""
 
     trace: Trace
+    world: int = 1
     rounds: int = 0
-    bytes_out: int = 0
-    bytes_in: int = 0
+    said_bytes: int = 0
     merging_s: float = 0.0
     divergences: list[float] = field(default_factory=list)
 
@@ -108,7 +108,7 @@ def run(name: str, config: Config, stream: Sequence[Shown], world: int, *, share
     width = len(stream[0])
     step = max(1, (config.group.learned or 1) // width)
     scores: Floats = np.zeros((len(stream), width))
-    course = Course(Trace(name, scores.reshape(-1)))
+    course = Course(Trace(name, scores.reshape(-1)), world)
     began = time.process_time()
     for start in range(0, max(map(len, parts)), step):
         spans = [part[start : start + step] for part in parts]
@@ -125,10 +125,8 @@ def _meet(members: Sequence[Member], examples: Sequence[int], course: Course) ->
         return
     began = time.process_time()
     said = [member.merge.say(count) for member, count in zip(members, examples, strict=True)]
-    for member in members:
-        met = member.merge.hear(said)
-        course.bytes_out += met.bytes_out
-        course.bytes_in += met.bytes_in
+    course.said_bytes += sum(map(len, said))
+    met = [member.merge.hear(said) for member in members]
     course.rounds += 1
-    course.divergences.append(met.divergence)
+    course.divergences.append(met[0].divergence)
     course.merging_s += time.process_time() - began

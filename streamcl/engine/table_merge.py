@@ -39,7 +39,10 @@ class Base:
         of = self.tables.of
         for name in _ROW:
             self.books[name][rows] = getattr(of, name)[rows]
-        for name in (*_LINKS, *_TABLE):
+        for span in self._used():
+            for name in _LINKS:
+                self.books[name][span] = getattr(of, name)[span]
+        for name in _TABLE:
             self.books[name][:] = getattr(of, name)
 
     def restore(self, rows: Arrays) -> None:
@@ -49,9 +52,19 @@ class Base:
         table_rows.unindex(changed[of.keys[changed] != 0], of.keys, of.cells)
         for name in _ROW:
             getattr(of, name)[rows] = self.books[name][rows]
-        for name in (*_LINKS, *_TABLE):
+        for span in self._used():
+            for name in _LINKS:
+                getattr(of, name)[span] = self.books[name][span]
+        for name in _TABLE:
             getattr(of, name)[:] = self.books[name]
         table_rows.index(changed[of.keys[changed] != 0], of.keys, of.cells)
+
+
+    def _used(self) -> list[slice]:
+        """Of each table the rows that have ever been used, now or at the round's start."""
+        of = self.tables.of
+        ends = of.base + np.maximum(of.high, self.books["high"])
+        return [slice(start, end) for start, end in zip(of.base.tolist(), ends.tolist(), strict=True)]
 
 
 def found(tables: DynamicTables, keys: Arrays) -> Arrays:
