@@ -59,7 +59,6 @@ class Base:
             getattr(of, name)[:] = self.books[name]
         table_rows.index(changed[of.keys[changed] != 0], of.keys, of.cells)
 
-
     def _used(self) -> list[slice]:
         """Of each table the rows that have ever been used, now or at the round's start."""
         of = self.tables.of

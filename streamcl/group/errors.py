@@ -111,8 +111,9 @@ class _Keyed:
         self.begin()
 
     def begin(self) -> None:
-        self.sums = {key: list(entry) for key, entry in self.form.sums.items()}
-        self.writes = self.form.writes
+        form = self.form
+        self.base = {key: (entry, tuple(entry), form.owners[key]) for key, entry in form.sums.items()}
+        self.writes = form.writes
 
     def _decayed(self, entry: Sequence[float], now: float) -> list[float]:
         left = 2.0 ** (-self.form.halving * (now - entry[0]))
@@ -120,57 +121,53 @@ class _Keyed:
 
     def say(self) -> dict[str, Tensor]:
         form = self.form
-        keys, added = [], []
+        keys, added, gone = [], [], [key for key in self.base if key not in form.sums]
         for key in reversed(form.sums):  # the newest first
             entry = form.sums[key]
             if entry[0] <= self.writes:
                 break
             new = self._decayed(entry, form.writes)
-            if key in self.sums and not self._anew(key, entry):
-                new = [a - b for a, b in zip(new, self._decayed(self.sums[key], form.writes), strict=True)]
+            if key in self.base:
+                live, before, _ = self.base[key]
+                if live is entry:
+                    new = [a - b for a, b in zip(new, self._decayed(before, form.writes), strict=True)]
+                else:  # it was lost, and has begun anew
+                    gone.append(key)
             keys.append(key)
             added.append(new)
-        gone = sorted(key for key in self.sums if key not in form.sums)
         numbers = np.array(added, np.float64).reshape(len(keys), 1 + form.width)
         return {
             "keys": torch.tensor(keys, dtype=torch.int64),
             "added": torch.from_numpy(numbers),
             "owners": torch.tensor([form.owners[key] for key in keys], dtype=torch.int64),
-            "gone": torch.tensor(gone, dtype=torch.int64),
+            "gone": torch.tensor(sorted(gone), dtype=torch.int64),
             "writes": torch.tensor([form.writes - self.writes]),
         }
 
-    def _anew(self, key: int, entry: Sequence[float]) -> bool:
-        """Whether the key's sums were lost and begun again: they count less than what there was."""
-        return entry[1] < self._decayed(self.sums[key], entry[0])[0]
-
     def hear(self, said: Sequence[Said]) -> None:
-        form, base = self.form, self.sums
+        form, base = self.form, self.base
         now = self.writes + sum(int(each["writes"][0]) for each in said)
         gone = {key for each in said for key in each["gone"].tolist()}
         new: dict[int, list[float]] = {}
         owners: dict[int, set[int]] = {}
         for each in said:
-            for key, added, owner in zip(
-                each["keys"].tolist(), each["added"].tolist(), each["owners"].tolist(), strict=True
-            ):
+            columns = (each[name].tolist() for name in ("keys", "added", "owners"))
+            for key, added, owner in zip(*columns, strict=True):
                 if key not in new:
-                    old = base.get(key) if key not in gone else None
-                    new[key] = [0.0] * (1 + form.width) if old is None else self._decayed(old, now)
-                    owners[key] = set() if old is None or key not in form.owners else {form.owners[key]}
+                    stays = key in base and key not in gone
+                    new[key] = self._decayed(base[key][1], now) if stays else [0.0] * (1 + form.width)
+                    owners[key] = {base[key][2]} if stays else set()
                 new[key] = [a + b for a, b in zip(new[key], added, strict=True)]
                 owners[key].add(owner)
-        for key in gone - set(new):
+        for key in gone | set(new):
             form.sums.pop(key, None)
             form.owners.pop(key, None)
             base.pop(key, None)
         for key in sorted(new):
-            form.sums.pop(key, None)
-            base.pop(key, None)
-            form.sums[key], base[key] = [float(now), *new[key]], [float(now), *new[key]]
+            entry = form.sums[key] = [float(now), *new[key]]
             form.owners[key] = owners[key].pop() if len(owners[key]) == 1 else 0
+            base[key] = entry, tuple(entry), form.owners[key]
         while len(form.sums) > form.config.capacity:
             oldest = next(iter(form.sums))
-            del form.sums[oldest], form.owners[oldest]
-            base.pop(oldest, None)
+            del form.sums[oldest], form.owners[oldest], base[oldest]
         form.writes = self.writes = now
