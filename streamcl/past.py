@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -84,6 +84,30 @@ class Kept(Protocol):
     def load_state_dict(self, state: State) -> None: ...
 
 
+T = TypeVar("T")
+Sum = tuple[float, float, float, int]
+"""(sum, weight, clock, owner)"""
+Entry = tuple[int, float, int]
+"""(row, time, owner)"""
+
+
+class Round(Generic[T]):
+    """What was kept of the values that a round of a group has touched, as it stood before; see `streamcl.group.past`.
+
+    Attributes:
+        before: By value, None where there was nothing.
+        lost: Values that had to go meanwhile, whether or not they have come back.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[int, T | None] = {}
+        self.lost: set[int] = set()
+
+    def lose(self, value: int, was: T) -> None:
+        self.before.setdefault(value, was)
+        self.lost.add(value)
+
+
 class Sums:
     """Decayed (sum, weight, clock, owner) of each of the last `keys` values that were written.
 
@@ -94,24 +118,29 @@ class Sums:
     def __init__(self, keys: int, half_life: float | None) -> None:
         self.keys = keys
         self.rate = LN2 / half_life if half_life else 0.0
-        self.rows: dict[int, tuple[float, float, float, int]] = {}  # in the order of writing
+        self.rows: dict[int, Sum] = {}  # in the order of writing
+        self.round: Round[Sum] | None = None
 
     def read(self, row: int, now: float) -> tuple[float, float]:
         """(sum, weight) as they have decayed."""
         found = self.rows.get(row)
-        if found is None:
-            return 0.0, 0.0
+        return (0.0, 0.0) if found is None else self.decayed(found, now)
+
+    def decayed(self, entry: Sum, now: float) -> tuple[float, float]:
+        """Its (sum, weight) by then."""
         if not self.rate:
-            return found[0], found[1]
-        left = math.exp(-self.rate * max(now - found[2], 0.0))
-        return found[0] * left, found[1] * left
+            return entry[0], entry[1]
+        left = math.exp(-self.rate * max(now - entry[2], 0.0))
+        return entry[0] * left, entry[1] * left
 
     def add(self, row: int, value: float, now: float, owner: int) -> None:
         total, weight = self.read(row, now)
         before = self.rows.pop(row, None)
+        if self.round is not None:
+            self.round.before.setdefault(row, before)
         if before is None:
             if len(self.rows) >= self.keys:
-                del self.rows[next(iter(self.rows))]
+                self.drop(next(iter(self.rows)))
         else:
             owner = owner if before[3] == owner else SHARED
             now = max(now, before[2])
@@ -122,8 +151,13 @@ class Sums:
         owners = who.owners
         meant = [row for row, each in self.rows.items() if each[3] != SHARED and (owners is None or each[3] in owners)]
         for row in meant:
-            del self.rows[row]
+            self.drop(row)
         return len(meant)
+
+    def drop(self, row: int) -> None:
+        was = self.rows.pop(row)
+        if self.round is not None:
+            self.round.lose(row, was)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,27 +180,46 @@ class Rings:
 
     def __init__(self, keys: int, last: int) -> None:
         self.keys, self.last = keys, last
-        self.rings: dict[int, deque[tuple[int, float, int]]] = {}  # in the order of writing
+        self.rings: dict[int, deque[Entry]] = {}  # in the order of writing
+        self.round: Round[tuple[Entry, ...]] | None = None
+        self.news: list[tuple[int, Entry]] = []  # of the round, by value
 
     def add(self, key: int, row: int, time_s: float, owner: int) -> None:
         ring = self.rings.pop(key, None)
+        if self.round is not None:
+            if key not in self.round.before:
+                self.round.before[key] = None if ring is None else tuple(ring)
+            self.news.append((key, (row, time_s, owner)))
         if ring is None:
             if len(self.rings) >= self.keys:
-                del self.rings[next(iter(self.rings))]
+                self.drop(next(iter(self.rings)))
             ring = deque(maxlen=self.last)
         ring.append((row, time_s, owner))
         self.rings[key] = ring
 
     def forget(self, who: Selector) -> int:
         owners, erased = who.owners, 0
+
+        def stays(entry: Entry) -> bool:
+            return not ((owners is None or entry[2] in owners) and who.in_time(entry[1]))
+
+        self.news = [(key, entry) for key, entry in self.news if stays(entry)]
+        before = self.round.before if self.round is not None else {}
+        for key, was in before.items():
+            before[key] = None if was is None else tuple(filter(stays, was))
         for key, ring in list(self.rings.items()):
-            left = [each for each in ring if not ((owners is None or each[2] in owners) and who.in_time(each[1]))]
+            left = [each for each in ring if stays(each)]
             erased += len(ring) - len(left)
             if not left:
-                del self.rings[key]
+                self.drop(key)
             elif len(left) < len(ring):
                 self.rings[key] = deque(left, self.last)
         return erased
+
+    def drop(self, key: int) -> None:
+        was = self.rings.pop(key)
+        if self.round is not None:
+            self.round.lose(key, tuple(was))
 
     def __len__(self) -> int:
         return len(self.rings)

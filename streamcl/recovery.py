@@ -165,6 +165,8 @@ class Keeper:
                 "learned before; restore its snapshots, or start under another name"
             )
         warm_start(worker)
+        if worker.rounds:
+            worker.rounds.begin()
         if self.bootstrap:
             self.bootstrap.begin(worker)
         else:

@@ -130,7 +130,7 @@ class Worker:
         self.deltas = Deltas(config, known) if known else None
         meets = ranks is not None and ranks.world > 1 and config.group.merge != "none"
         known = self.learner if meets and isinstance(self.learner, Learner) else None
-        self.rounds = Rounds(config.group, known, ranks) if ranks and known else None
+        self.rounds = Rounds(config, known, self.past, ranks) if ranks and known else None
         # Whoever works on a chunk at a time is told what to do first, and asked for all of it then.
         self.fused = self.learner.fused if isinstance(self.learner, Learner) else None
         # With an endpoint of its own a worker lets others look at the state more often.

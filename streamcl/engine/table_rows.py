@@ -111,7 +111,7 @@ def find(key: Any, keys: Any, cells: Any) -> Any:
 
 
 @exact
-def _enter(row: int, keys: Any, cells: Any) -> None:
+def enter(row: int, keys: Any, cells: Any) -> None:
     mask = len(cells) - 1
     at = keys[row] & mask
     while cells[at] != 0:
@@ -200,7 +200,7 @@ def _earns(key: Any, t: int, tables: Any) -> Any:
 
 
 @exact
-def _begin(row: int, t: int, tables: Any, table: Any, a: Any) -> None:
+def begin(row: int, t: int, tables: Any, table: Any, a: Any) -> None:
     """An id begins with `random.normal_array(random.bits(draws, id))`, scaled, and with the slots of that.
 
     So with what (seed, table, id) say, whenever it comes.
@@ -240,7 +240,7 @@ def _wipe(row: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
 
 
 @exact
-def _unlink(row: int, t: int, tables: Any) -> None:
+def unlink(row: int, t: int, tables: Any) -> None:
     newer, older = tables.newer[row], tables.older[row]
     if newer == NONE:
         tables.newest[t] = older
@@ -254,7 +254,7 @@ def _unlink(row: int, t: int, tables: Any) -> None:
 
 
 @exact
-def _link(row: int, t: int, tables: Any) -> None:
+def link(row: int, t: int, tables: Any) -> None:
     head = tables.newest[t]
     tables.older[row], tables.newer[row], tables.newest[t] = head, NONE, row
     if head == NONE:
@@ -300,9 +300,9 @@ def admit(ids: Any, weights: Any, time_s: float, tables: Any, table: Any, a: Any
                 tables.high[t] += 1
         if new >= 0:
             tables.keys[new], tables.first_seen[new], tables.last_seen[new] = key, now, now
-            _enter(new, tables.keys, tables.cells)
+            enter(new, tables.keys, tables.cells)
             tables.used[t] += 1
-            _begin(new, t, tables, table, a)
+            begin(new, t, tables, table, a)
         if new >= 0 or row >= 0:
             tables.made[made, 0], tables.made[made, 1], tables.made[made, 2] = new, row, unused
             made += 1
@@ -310,7 +310,7 @@ def admit(ids: Any, weights: Any, time_s: float, tables: Any, table: Any, a: Any
 
 
 @exact
-def _table_of(row: int, tables: Any) -> int:
+def table_of(row: int, tables: Any) -> int:
     t = 0
     while row >= tables.base[t] + tables.room[t]:
         t += 1
@@ -322,7 +322,7 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
     """The event is not learned: as if `admit` had not been called."""
     for i in range(made - 1, -1, -1):
         new, old, unused = tables.made[i, 0], tables.made[i, 1], tables.made[i, 2]
-        t = _table_of(max(new, old), tables)
+        t = table_of(max(new, old), tables)
         if new >= 0:
             _leave(new, tables.keys, tables.cells)
             tables.used[t] -= 1
@@ -332,7 +332,7 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
             else:
                 tables.freed[t] += 1  # where it was taken from it still stands
         if old >= 0:
-            _enter(old, tables.keys, tables.cells)
+            enter(old, tables.keys, tables.cells)
             tables.used[t] += 1
     for each in range(len(tables.told)):
         put(tables.told[each], tables.before[each])
@@ -341,10 +341,10 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
 @exact
 def evict(row: int, reason: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> Any:
     """A row goes, with all that belongs to it; where it was in the engine's table."""
-    t = _table_of(row, tables)
+    t = table_of(row, tables)
     _leave(row, tables.keys, tables.cells)
     tables.used[t] -= 1
-    _unlink(row, t, tables)
+    unlink(row, t, tables)
     _wipe(row, tables, table, a, b, c)
     _release(row, t, tables)
     tables.told[t, reason] += 1
@@ -384,15 +384,15 @@ def complete(
             continue
         if tables.count[row] > 0:
             tables.told[t, FOUND] += 1
-            _unlink(row, t, tables)
+            unlink(row, t, tables)
         tables.count[row] += 1
         tables.last_seen[row] = now
-        _link(row, t, tables)
+        link(row, t, tables)
     for i in range(made):
         new, old = tables.made[i, 0], tables.made[i, 1]
-        t = _table_of(max(new, old), tables)
+        t = table_of(max(new, old), tables)
         if old >= 0:  # it has left the index
-            _unlink(old, t, tables)
+            unlink(old, t, tables)
             _wipe(old, tables, table, a, b, c)
             _release(old, t, tables)
             tables.told[t, BY_TTL] += 1
@@ -476,7 +476,7 @@ def evict_now(key: int, tables: Tables, table: Any, a: Any, b: Any, c: Any) -> i
 def index(rows: Any, keys: Any, cells: Any) -> None:
     """Enter these rows, whose keys are known."""
     for row in rows:
-        _enter(row, keys, cells)
+        enter(row, keys, cells)
 
 
 @entry

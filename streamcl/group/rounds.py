@@ -37,13 +37,14 @@ from typing import Any
 import orjson
 import xxhash
 
+from streamcl.config import Config
 from streamcl.group.merge import Met, merge_of
 from streamcl.group.ranks import Ranks
 from streamcl.learner import Learner
+from streamcl.past import Past
 from streamcl.progress import Progress
 from streamcl.protocols import State, StreamclError
 from streamcl.records import Closed
-from streamcl.stations import GroupConfig
 
 BEGUN = "0" * 32
 """The seal of a group that has not met."""
@@ -58,7 +59,7 @@ class Rounds:
     """One rank's part in the rounds of its group; what it remembers is the same on every rank but for its own counts.
 
     Args:
-        learner: Whose state is merged.
+        learner, past: Whose state is merged.
 
     Attributes:
         number: Rounds met since the group began.
@@ -76,10 +77,10 @@ class Rounds:
             `saved`.
     """
 
-    def __init__(self, config: GroupConfig, learner: Learner, ranks: Ranks) -> None:
-        self.config = config
+    def __init__(self, config: Config, learner: Learner, past: Past | None, ranks: Ranks) -> None:
+        self.config = config.group
         self.ranks = ranks
-        self.merge = merge_of(config, learner, ranks)
+        self.merge = merge_of(config, learner, ranks, past)
         self.number, self.seal = 0, BEGUN
         self.learned = self.records = 0
         self.time_s = -math.inf
@@ -228,12 +229,15 @@ class Rounds:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """An empty one is that of a shard which has learned by itself so far."""
+        """Once learner and past have theirs. An empty one is that of a shard which has learned by itself so far."""
         self.number, self.seal = int(state.get("number", 0)), state.get("seal", BEGUN)
         self.learned, self.records = int(state.get("learned", 0)), int(state.get("records", 0))
         self.time_s, self.end_s = state.get("time_s", -math.inf), state.get("end_s")
-        if "merge" in state:
-            self.merge.load_state_dict(state["merge"])
+        self.merge.load_state_dict(state.get("merge", {}))
+
+    def begin(self) -> None:
+        """The learner is now what it begins with."""
+        self.merge.load_state_dict(self.merge.state_dict())
 
 
 def _next(time_s: float, every_s: float) -> float:
