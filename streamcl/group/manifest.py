@@ -18,7 +18,7 @@ import orjson
 
 from streamcl.checkpoint import Store
 from streamcl.chunks import sync
-from streamcl.config import Config
+from streamcl.config import Config, ConfigError
 from streamcl.group.ranks import Ranks
 from streamcl.group.rounds import BEGUN
 from streamcl.protocols import StreamclError
@@ -33,6 +33,12 @@ Meeting = tuple[int, str]
 
 def meeting_of(snapshot: Snapshot) -> Meeting:
     return int(snapshot.manifest.get("round", 0)), str(snapshot.manifest.get("seal", BEGUN))
+
+
+def refuse_group(snapshot: Snapshot) -> None:
+    """For who would change one shard, or look on: a rank's model is the others' too. Raises ConfigError."""
+    if "round" in snapshot.manifest:
+        raise ConfigError(f"{snapshot.path}: this shard is a rank of a group, which has one model: it stays as it is")
 
 
 def part_of(snapshot: Snapshot | None) -> dict[str, Any] | None:
