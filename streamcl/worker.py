@@ -68,6 +68,9 @@ from streamcl.verdicts import Verdicts
 STRIDE, ASKED_STRIDE = 512, 32
 """Records that are taken at once where the learner's engine works on a chunk of them: some milliseconds, or a tenth."""
 
+RANK_POLL_S = 0.02
+"""A rank of a group waits no longer for a record: it may be the one that the others wait for."""
+
 
 class Worker:
     """One shard's journey from records to predictions.
@@ -144,11 +147,15 @@ class Worker:
         while self.caught_up and not self._over():
             self.pace.stages.clear()
             began = time.perf_counter()
-            records = self.rest or self.source.poll(self.config.worker.max_records, self.poll_timeout_s)
+            records = self.rest or self.source.poll(self.config.worker.max_records, self._patience())
             self.pace.took("poll", began)
             turn = self._commit(records) if self.config.exactly_once else self._log(records)
             self._meet()
             yield turn
+
+    def _patience(self) -> float:
+        """How long a poll may wait (s)."""
+        return min(self.poll_timeout_s, RANK_POLL_S) if self.rounds else self.poll_timeout_s
 
     def _stops(self) -> bool:
         """A rank of a group leaves at a meeting, where all do."""

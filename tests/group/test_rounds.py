@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,19 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from connectors import memory
+from streamcl.config import ConfigError
 from streamcl.group.manifest import meeting_of
-from streamcl.protocols import StreamclError
+from streamcl.group.ranks import RankLost, Ranks
+from streamcl.host import FixedShards, Host
+from streamcl.protocols import StreamclError, Unavailable
 from streamcl.readings import PARTS
-from streamcl.records import Origin
+from streamcl.records import Origin, Stream
 from streamcl.recovery import Keeper, store_of
 from streamcl.snapshot import CheckpointError
+from streamcl.standing import standing
+from streamcl.telemetry import Telemetry
 from streamcl.testing import learned_hash
+from streamcl.testing.ranks import Table
 from streamcl.worker import build
 from tests.group.lives import Died, closed, digests, ended, group, live, produce, watched
 from tests.journey import BROKER, COMMANDS_URL
@@ -240,6 +248,36 @@ def test_a_shard_of_a_group_is_not_run_alone_before_a_clean_stop(tmp_path: Path)
     keeper.restore()
     with pytest.raises(StreamclError, match="met the others of its group"):
         list(keeper.run())
+
+
+def test_a_rank_is_neither_rolled_back_nor_followed_by_a_shadow(tmp_path: Path) -> None:
+    produce([12, 12])
+    config = group(tmp_path)
+    ended(config)
+    with pytest.raises(ConfigError, match="rank of a group"), standing(config.of_shard(0)):
+        pass
+
+
+def test_in_a_group_an_outage_ends_the_process(tmp_path: Path) -> None:
+    broker = produce([40, 40], finished=False)
+    config = group(tmp_path, telemetry={"port": 0})
+    table = Table(2)
+
+    def host(rank: int, seat: Ranks) -> None:
+        mine = config.of_shard(rank)
+        with contextlib.closing(seat), contextlib.closing(Telemetry(mine)) as telemetry:
+            for turn in Host(mine, FixedShards(mine), telemetry, ranks=seat).run():
+                if rank == 1 and turn.records and turn.position[Stream("events", 1)] >= 20:
+                    broker.away = lambda topic: topic == "views/1"
+
+    with ThreadPoolExecutor(2) as pool:
+        lives = [pool.submit(host, rank, seat) for rank, seat in enumerate(table.seats())]
+        found = [life.exception() for life in lives]
+    assert isinstance(found[0], RankLost)
+    assert isinstance(found[1], Unavailable)
+    broker.away = lambda _: False
+    broker.finish()
+    assert [keeper.worker.progress.records for keeper in ended(config)] == [40, 40]
 
 
 def test_shards_that_learned_alone_may_go_on_as_a_group(tmp_path: Path) -> None:
