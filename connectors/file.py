@@ -4,8 +4,10 @@ A URL is `file:///absolute/path` or `file://relative/path` (`file:relative/path`
 As `labels.url` must have the host of `events.url`, two relative inputs begin with the same folder.
 
 Inputs end in `.jsonl` or `.csv`, either with `.gz` behind it. A file is one stream, partition 0, and the offset is the
-row number, from 0. A record's time is the time field that the config names for that input; the row number where there
-is none or it is no number. Several inputs are merged by (time, input, partition, offset).
+row number, from 0. With a `*` in its name a URL means several files (`events-*.jsonl`): what stands in its place is the
+number of a partition, and a shard reads those that are its own. A record's time is the time field that the config names
+for that input; the row number where there is none or it is no number. Several streams are merged by (time, input,
+partition, offset).
 
 - JSON lines: a row is a line, and its bytes are the value. A blank line is a row too, so that none is skipped silently.
 - CSV: the first row names the columns, and a row becomes a JSON object; a dot in a name goes into a nested object, as
@@ -16,7 +18,8 @@ is none or it is no number. Several inputs are merged by (time, input, partition
 
 Commands are JSON lines too; their file must be there from the start, if empty.
 
-Outputs are JSON lines; see `connectors.codec.envelope` for what is not a JSON object, and for dead letters.
+Outputs are JSON lines, and a file has one writer: with several shards `predictions` needs a `*`, which becomes the
+shard's number. See `connectors.codec.envelope` for what is not a JSON object, and for dead letters.
 """
 
 from __future__ import annotations
@@ -57,9 +60,13 @@ class FileSource:
     """
 
     def __init__(self, inputs: Mapping[str, str], config: Config) -> None:
-        if config.shard.index:
-            raise ConnectorError(f"a file is one partition: shard {config.shard.index} has none")
-        self._cursors = {Stream(name, 0): _Cursor(name, url, config) for name, url in sorted(inputs.items())}
+        shard, self._cursors = config.shard, dict[Stream, _Cursor]()
+        for name, url in sorted(inputs.items()):
+            found = partitions_of(url)
+            mine = [partition for partition in found if partition % shard.count == shard.index]
+            if not mine:
+                raise ConnectorError(f"{url} has partitions {[*found]}: shard {shard.index} of {shard.count} has none")
+            self._cursors |= {Stream(name, each): _Cursor(name, each, found[each], config) for each in mine}
         try:
             self.seek({})
         except ConnectorError:
@@ -104,7 +111,7 @@ class FileSource:
 
     def _cursor(self, stream: Stream) -> _Cursor:
         if stream not in self._cursors:
-            raise ConnectorError(f"{stream} is not in this shard: a file has partition 0 alone")
+            raise ConnectorError(f"{stream} is not in this shard: it has {[*self._cursors]}")
         return self._cursors[stream]
 
 
@@ -115,10 +122,10 @@ def _moment(record: Record) -> tuple[float, Origin]:
 class _Cursor:
     """One file and the next row in it."""
 
-    def __init__(self, name: str, url: str, config: Config) -> None:
+    def __init__(self, name: str, partition: int, path: Path, config: Config) -> None:
         station: Events | Labels = config.labels if name == LABELS and config.labels else config.events
-        self.name = name
-        self.path = path_of(url)
+        self.name, self.partition = name, partition
+        self.path = path
         self.row = 0
         kind_of(self.path)  # a wrong name fails before anything is opened
         self._time = tuple(station.time.split(".")) if station.time else ()
@@ -170,7 +177,7 @@ class _Cursor:
 
     def _record(self, row: Row) -> Record:
         value = row if isinstance(row, bytes) else orjson.dumps(row)
-        return Record(Origin(self.name, 0, self.row), str(self.path), self._time_of(row), value)
+        return Record(Origin(self.name, self.partition, self.row), str(self.path), self._time_of(row), value)
 
     def _time_of(self, row: Row) -> float:
         payload: Any = row
@@ -357,12 +364,42 @@ def path_of(url: str) -> Path:
     return Path(path)
 
 
+def partitions_of(url: str) -> dict[int, Path]:
+    """The files of an input by partition, ascending: one, or those that its `*` stands for.
+
+    Raises:
+        ConnectorError: there are none, what stands for the `*` is no number or two are one, or there are two `*`.
+    """
+    path = path_of(url)
+    if "*" not in str(path):
+        return {0: path}
+    before, star, after = path.name.partition("*")
+    if not star or "*" in after or "*" in str(path.parent):
+        raise ConnectorError(f"{url}: one * in the name of the file, for the number of the partition")
+    with _named(path.parent):
+        names = [each.name for each in path.parent.iterdir()]
+    found: dict[int, Path] = {}
+    for name in sorted(names):
+        middle = name[len(before) : len(name) - len(after)]
+        if name != before + middle + after or len(name) <= len(before) + len(after):
+            continue
+        if not (middle.isascii() and middle.isdigit()) or int(middle) in found:
+            raise ConnectorError(f"{path.parent / name}: {middle!r} is no number of a partition, or there twice")
+        found[int(middle)] = path.parent / name
+    if not found:
+        raise ConnectorError(f"{path}: there is no such file")
+    return dict(sorted(found.items()))
+
+
 def open_source(inputs: Mapping[str, str], config: Config) -> FileSource:
     return FileSource(inputs, config)
 
 
 def open_sink(url: str, config: Config) -> FileSink:
-    return FileSink(path_of(url), enveloped=url == config.dead_letters_url)
+    path, letters = path_of(url), url == config.dead_letters_url
+    if config.shard.count > 1 and "*" not in path.name and not letters:
+        raise ConnectorError(f"{url}: a file has one writer; with several shards put a * into its name")
+    return FileSink(path.with_name(path.name.replace("*", str(config.shard.index))), enveloped=letters)
 
 
 def open_control(url: str, config: Config) -> FileControlLog:  # noqa: ARG001 - the connector protocol's signature
@@ -383,7 +420,8 @@ def check(urls: Collection[str], config: Config) -> Sequence[str]:
 def _describe(url: str, is_input: bool) -> str:
     path = path_of(url)
     if is_input:
-        return f"{url}: {path.stat().st_size} bytes, its first row can be read"
+        size = sum(each.stat().st_size for each in partitions_of(url).values())
+        return f"{url}: {size} bytes, its first row can be read"
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
         raise ConnectorError(f"{path}: can't write: {there} is read-only or no folder")

@@ -546,6 +546,23 @@ def alerts(scale: float = 1.0) -> list[Alert]:
             but({_s("group_rebalances"): "0x100 1+1x100"}),
             but({_s("group_rebalances"): "0x100 1x100"}),
         ),
+        Alert(
+            "StreamclGroupStalled",
+            "critical",
+            f"(max {BY} (changes(streamcl_group_rounds[{t(15 * minute)}])) == 0 and {ON} {lag} > 0) unless {ON} {away}",
+            5 * minute,
+            "A group of ranks has not met for fifteen minutes, and records wait.",
+            "{{ $labels.instance }}: the ranks that learn together have not closed a round.",
+            (
+                "*Rounds a minute* and *Waiting for the slowest*: the rank that does not wait is the one that holds the"
+                " others up. Its log and its CPU say why: a frozen process, a partition with most of the records.",
+                "A rank that keeps the others waiting for `group.timeout_s` is given up: all end and, under `torchrun"
+                " --max-restarts`, go on from the newest round that every rank has a checkpoint of.",
+                "A group that starts again and again: *Starts and recoveries*, and the first error of any rank.",
+            ),
+            but({_s("group_rounds"): "0+1x60 60x140"}),
+            but({_s("group_rounds"): "0+1x200"}),
+        ),
     ]
 
 

@@ -549,6 +549,65 @@ FAULTS = Row(
     ),
 )
 
+ALONE = "only a rank of a group tells it"
+
+GROUP = Row(
+    "Group",
+    (
+        Panel(
+            "Rounds a minute",
+            "none",
+            "The same on every rank. At 0 while records wait: StreamclGroupStalled.",
+            ((f"sum by (instance) (rate({m('group_rounds')}[{R}])) * 60", WHO),),
+            may_be_empty=ALONE,
+        ),
+        Panel(
+            "Waiting for the slowest",
+            "percentunit",
+            "Share of the last round that a rank waited for the others. The rank near 0 is the one that they wait for:"
+            " it has the most records, or the least CPU.",
+            (
+                (
+                    f"sum by (instance) ({m('group_wait_seconds')}) / sum by (instance) ({m('group_round_seconds')})",
+                    WHO,
+                ),
+            ),
+            may_be_empty=ALONE,
+        ),
+        Panel(
+            "Sent and received to be merged",
+            "Bps",
+            "Fewer, longer rounds (`group.round_events`) cost less, and ranks differ more before they meet.",
+            (
+                (f"sum by (instance) (rate({m('group_sent_bytes')}[{R}]))", f"sent {WHO}"),
+                (f"sum by (instance) (rate({m('group_received_bytes')}[{R}]))", f"received {WHO}"),
+            ),
+            may_be_empty=ALONE,
+        ),
+        Panel(
+            "Divergence before merging",
+            "none",
+            "Largest distance of a rank from the mean of all, divided by its norm. Growth: shorter rounds.",
+            ((by("group_divergence_ratio"), WHO),),
+            may_be_empty=ALONE,
+        ),
+        Panel(
+            "Skew of event time",
+            "s",
+            "Between the ranks farthest on and farthest back. Much skew while nothing lags: an idle partition.",
+            ((by("group_event_time_skew_seconds"), WHO),),
+            may_be_empty=ALONE,
+        ),
+        Panel(
+            "Time of a merge",
+            "s",
+            "Exchange and arithmetic, once all are there. Above a tenth of the round: longer rounds.",
+            ((by("group_merge_seconds"), WHO),),
+            may_be_empty=ALONE,
+        ),
+    ),
+)
+
 RESOURCES = Row(
     "Resources",
     (
@@ -583,8 +642,8 @@ RESOURCES = Row(
 OPERATIONS = Board(
     "streamcl-operations",
     "Operations",
-    "Lag, latency, checkpoints, faults, resources.",
-    (LAG, LATENCY, CHECKPOINTS, FAULTS, RESOURCES),
+    "Lag, latency, checkpoints, faults, groups, resources.",
+    (LAG, LATENCY, CHECKPOINTS, FAULTS, GROUP, RESOURCES),
 )
 
 BOARDS = {"overview": OVERVIEW, "learning": LEARNS, "operations": OPERATIONS}

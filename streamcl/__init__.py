@@ -56,6 +56,7 @@ Table of contents, in the order of the journey (start with `worker`):
     outlets        where results go: predictions, outcomes, dead letters, deltas
     channel        where deltas go and come from: a folder, an object store, a topic
     readings       what parts say about themselves, as Prometheus families
+    group          several workers that learn one model together: ranks, rounds, what is merged, common snapshots
     sampled        from a sample: how far features have moved, and what frozen weights would have served
     memory_limit   how much memory a process may take
     telemetry      turns to Prometheus

@@ -59,7 +59,7 @@ class Store:
         remote: where every snapshot is copied to, and fetched from by a folder that lacks it.
 
     `damaged` holds (name, cause) of every snapshot found damaged so far, each name once. `permit` is called before a
-    snapshot gets its name, and raises what forbids it.
+    snapshot gets its name, and raises what forbids it. `pinned` is the name of one that stays, however old it is.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Store:
         self.chunks = Chunks(folder / CHUNKS)
         self.damaged: list[tuple[str, str]] = []
         self.permit: Callable[[], None] = lambda: None
+        self.pinned = ""
         self._tried: set[str] = set()  # to mend
         self._valid: set[str] = set()  # saved or verified by this process
 
@@ -102,7 +103,7 @@ class Store:
         snapshot = self._snapshot(path.name)
         if self.remote:
             with self._writing():
-                self.remote.push(snapshot.path, self._names_of_chunks(path.name), self.retain)
+                self.remote.push(snapshot.path, self._names_of_chunks(path.name), self.retain, self.pinned)
         return snapshot
 
     def probe(self) -> None:
@@ -117,18 +118,33 @@ class Store:
             CheckpointError: a valid one that must not be passed over in silence: written by a newer streamcl,
                 without a migration, or with a pickle that isn't trusted.
         """
+        try:
+            found = (self.sound(name) for name in sorted({*self._names(), *self._names_away()}, reverse=True))
+            return next(filter(None, found), None)
+        except Vanished:
+            return self.newest()  # the writer's retention was faster, so there is a newer one
+
+    def sound(self, name: str) -> Loaded | None:
+        """One snapshot, fetched where it is not here, mended where it is damaged; None when that can't be.
+
+        Raises:
+            CheckpointError: as `newest` does; of it Vanished, when it is neither here nor away.
+        """
         here, away = self._names(), self._names_away()
-        for name in sorted({*here, *away}, reverse=True):
-            try:
-                if self.remote and name not in here:
-                    self._fetch(self.remote, name)
-                return self.load(name)
-            except Damaged:
-                if self.remote and name in here and name in away and (mended := self._mend(self.remote, name)):
-                    return mended
-            except Vanished:
-                return self.newest()  # the writer's retention was faster, so there is a newer one
-        return None
+        try:
+            if self.remote and name not in here:
+                self._fetch(self.remote, name)
+            return self.load(name)
+        except Damaged:
+            return self._mend(self.remote, name) if self.remote and name in here and name in away else None
+
+    def everywhere(self) -> list[Snapshot]:
+        """Every snapshot with a sound manifest, here or away, oldest first; what is not here is fetched."""
+        here = self._names()
+        for name in self._names_away():
+            if self.remote and name not in here:
+                self._fetch(self.remote, name)
+        return self.ls()
 
     def _names_away(self) -> list[str]:
         try:
@@ -221,7 +237,7 @@ class Store:
         try:
             for name in reversed(self._names()):
                 kept += self._is_valid(name)
-                if kept > self.retain and name in self._valid:
+                if kept > self.retain and name in self._valid and name != self.pinned:
                     self._delete(name)
             self._sweep_chunks()
         except (OSError, CheckpointError) as error:

@@ -31,6 +31,8 @@ from streamcl.console import Json, out
 from streamcl.demo import command as demo
 from streamcl.engine.fused import engine_of
 from streamcl.forget import forget
+from streamcl.group.launch import of_rank
+from streamcl.group.ranks import Ranks
 from streamcl.host import FixedShards, Host, stopping
 from streamcl.live import Live
 from streamcl.protocols import Fenced, Membership, StreamclError
@@ -120,15 +122,21 @@ def run(
     """Run shards until told to stop (SIGTERM, Ctrl-C): they finish their turn, save, and leave.
 
     Brokers that go away are waited for. Exit code 3: another worker has taken over a shard.
+
+    Under torchrun it is a rank of a group, which learn one model together in rounds; see [group]:
+
+    \b
+    torchrun --nproc-per-node 4 --max-restarts 100 --no-python streamcl run CONFIG
     """
-    settings = _with_shards(_begun_with(Config.load(config), warm_start), shards)
+    settings = of_rank(_with_shards(_begun_with(Config.load(config), warm_start), shards), history=bool(history))
     if serve is not None:
         settings = _with_serve(settings, in_worker=True, port=serve)
     logs.go_on_as(settings.telemetry.log_format)
     with contextlib.closing(Telemetry(settings)) as telemetry, contextlib.ExitStack() as signals:
+        ranks = signals.enter_context(contextlib.closing(Ranks.of_environment(settings.group)))
         membership = signals.enter_context(contextlib.closing(_membership(settings)))
         past = _bootstrap(settings, history or ()) if bootstrap or history else None
-        host = Host(settings, membership, telemetry, accept_changes=accept_changes, bootstrap=past)
+        host = Host(settings, membership, telemetry, accept_changes=accept_changes, bootstrap=past, ranks=ranks)
         if settings.serve.in_worker:
             signals.enter_context(_answering(settings, host))
         signals.enter_context(stopping(host))

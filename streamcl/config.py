@@ -47,6 +47,7 @@ from streamcl.stations import (
     Events,
     FieldPath,
     Free,
+    GroupConfig,
     Join,
     Labels,
     Loss,
@@ -153,6 +154,7 @@ class Config(Station):
     checkpoint: Checkpoint = Checkpoint()
     deltas: Deltas = Deltas()
     shard: Shard = Shard()
+    group: GroupConfig = GroupConfig()
     worker: Worker = Worker()
     delivery: Delivery = Delivery()
     telemetry: Telemetry = Telemetry()
@@ -476,18 +478,19 @@ class Config(Station):
     @property
     def control_url(self) -> str:
         """Each shard's own: with several its index is part of the name."""
-        return self.control + self._of_shard if self.control else self._beside(f"control{self._of_shard}")
+        return self.control + self._of_shard if self.control else self._beside("control", own=True)
 
     @property
     def _of_shard(self) -> str:
         return f"-{self.shard.index}" if self.shard.count > 1 else ""
 
-    def _beside(self, suffix: str) -> str:
+    def _beside(self, suffix: str, own: bool = False) -> str:
+        """`own`: one for each shard."""
         url = urlsplit(self.events.url)
         if url.scheme == "file":
-            # A file's neighbour, but in a folder of ours: the events' own folder may be read-only.
-            return (self.checkpoint.folder.resolve() / f"{self.name}-{suffix}.jsonl").as_uri()
-        return urlunsplit((url.scheme, url.netloc, f"/{self.name}-{suffix}", "", ""))
+            # A file's neighbour, but in a folder of ours: the events' own folder may be read-only. It has one writer.
+            return (self.checkpoint.folder.resolve() / f"{self.name}-{suffix}{self._of_shard}.jsonl").as_uri()
+        return urlunsplit((url.scheme, url.netloc, f"/{self.name}-{suffix}{self._of_shard if own else ''}", "", ""))
 
     def settings(self) -> Iterator[tuple[str, Change, Any]]:
         """(path, what changing it means, value) of every setting."""

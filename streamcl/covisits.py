@@ -41,6 +41,15 @@ class Together:
     def add(self, ids: NDArray[np.int64], one: Place, bag: Place, now: float, owner: int) -> None:
         self.pairs.make_room(bag.end - bag.slot)
         self.values.make_room(1 + bag.end - bag.slot)
+        if self.pairs.round is None:
+            self._add(ids, one, bag, now, owner)
+            return
+        value, beside = one.of(ids), bag.all(ids)
+        pairs = [_pair_of(value, each) for each in beside]
+        with self.pairs.noted(pairs), self.values.noted([value, *beside]):
+            self._add(ids, one, bag, now, owner)
+
+    def _add(self, ids: NDArray[np.int64], one: Place, bag: Place, now: float, owner: int) -> None:
         where = one.slot, one.base, bag.slot, bag.end, bag.base
         _add(*_held(self.pairs), *_held(self.values), ids, *where, now, owner, self.pairs.rate)
         self.pairs.used, self.values.used = int(self.pairs.ends[0]), int(self.values.ends[0])
@@ -74,6 +83,11 @@ def _pair(a: Any, b: Any) -> Any:
     z = (low * GOLDEN + high) * MIX
     z = (z ^ (z >> np.uint64(32))) * GOLDEN
     return np.int64((z ^ (z >> np.uint64(29))) >> np.uint64(1))
+
+
+@entry
+def _pair_of(a: int, b: int) -> Any:
+    return _pair(a, b)
 
 
 @exact

@@ -6,6 +6,7 @@
 | `Fenced`, shards assigned by hand | every other shard stops cleanly, then it is raised |
 | `Fenced` or `Held`, shards handed out by a group | its state is dropped; it comes back if the group says so |
 | any other error | every other shard stops cleanly, then it is raised |
+| any error in a rank of a group | raised: the others can't go on without it, and all begin anew |
 
 Until a shard has stood once, `Unavailable` is raised like any other error: a wrong address looks the same.
 """
@@ -20,10 +21,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from streamcl.bootstrap import Bootstrap
 from streamcl.config import Config
+from streamcl.group.ranks import Ranks
 from streamcl.lease import Held
 from streamcl.protocols import Fenced, Membership, StreamclError, Unavailable
 from streamcl.records import Turn
@@ -32,7 +35,8 @@ from streamcl.sampled import Sampled
 from streamcl.snapshot import Snapshot
 from streamcl.telemetry import Telemetry
 from streamcl.traces import Traces
-from streamcl.worker import Worker, build
+from streamcl.worker import Worker
+from streamcl.worker import build as build_worker
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +140,7 @@ class Host:
         bootstrap: See `Keeper`.
         build: Makes a shard's worker.
         backoff_s: The first and the longest wait before a shard is built anew; it doubles, and half of it is random.
+        ranks: The group that the shard is a rank of; it has one then.
 
     Attributes:
         seats: By shard; those that ended by themselves stay, for whoever wants to look at their workers.
@@ -149,15 +154,18 @@ class Host:
         *,
         accept_changes: bool = False,
         bootstrap: Bootstrap | None = None,
-        build: Callable[[Config], Worker] = build,
+        build: Callable[[Config], Worker] | None = None,
         backoff_s: tuple[float, float] = (0.5, 30.0),
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.membership = membership
         self.telemetry = telemetry
         self.accept_changes = accept_changes
         self.bootstrap = bootstrap
-        self.build = build
+        self.build = build or partial(build_worker, ranks=ranks)
+        if ranks:
+            ranks.waiting = telemetry.beat
         self.backoff_s = backoff_s
         self.seats: dict[int, Seat] = {}
         self.stopping = False
@@ -182,7 +190,11 @@ class Host:
         for turn in self.run():
             if turn.records or not self.settled():
                 quiet_since = time.monotonic()
-            if idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s:
+            quiet = idle_exit_s is not None and time.monotonic() - quiet_since > idle_exit_s
+            grouped = [seat.life.worker.rounds for seat in self.seats.values() if seat.life and seat.life.worker.rounds]
+            for rounds in grouped:
+                rounds.quiet = quiet  # it leaves when all would
+            if quiet and not grouped:
                 self.stop()
 
     def run(self) -> Iterator[Turn]:
@@ -337,8 +349,9 @@ class Host:
 
     def _retry(self, seat: Seat, error: Unavailable) -> None:
         """Close it, and build it anew when the outage may be over."""
+        grouped = seat.life is not None and seat.life.worker.rounds is not None
         seat.close()
-        if self.stopping or not self.stood:
+        if self.stopping or not self.stood or grouped:
             self._end(seat)
             self._leave(error)
             return

@@ -33,7 +33,7 @@ from streamcl.features import FLOAT32_MAX, Featurizer, Field, pooled
 from streamcl.protocols import State
 from streamcl.random import below, key_of
 from streamcl.records import Encoded, Outcome, Selector, mark
-from streamcl.sums import Place, Sums
+from streamcl.sums import Place, Round, Sums
 
 MOST_ODDS = 16.0
 """Of a rate's logit."""
@@ -51,36 +51,59 @@ class Kept(Protocol):
     def load_state_dict(self, state: State) -> None: ...
 
 
+Entry = tuple[int, float, int]
+"""(row, time, owner)"""
+
+
 class Rings:
     """The last (row, time, owner) of each of the last `keys` values that were written, oldest first."""
 
     def __init__(self, keys: int, last: int) -> None:
         self.keys, self.last = keys, last
+        self.round: Round[tuple[Entry, ...]] | None = None
+        self.news: list[tuple[int, Entry]] = []  # of the round, by value
         self._begin()
 
     def _begin(self) -> None:
         # In the order of writing; a plain dict would look for its first behind all that have left.
-        self.rings: OrderedDict[int, deque[tuple[int, float, int]]] = OrderedDict()
+        self.rings: OrderedDict[int, deque[Entry]] = OrderedDict()
 
     def add(self, key: int, row: int, time_s: float, owner: int) -> None:
         ring = self.rings.pop(key, None)
+        if self.round is not None:
+            if key not in self.round.before:
+                self.round.before[key] = None if ring is None else tuple(ring)
+            self.news.append((key, (row, time_s, owner)))
         if ring is None:
             if len(self.rings) >= self.keys:
-                self.rings.popitem(last=False)
+                self.drop(next(iter(self.rings)))
             ring = deque(maxlen=self.last)
         ring.append((row, time_s, owner))
         self.rings[key] = ring
 
     def forget(self, who: Selector) -> int:
         owners, erased = who.owners, 0
+
+        def stays(entry: Entry) -> bool:
+            return not ((owners is None or entry[2] in owners) and who.in_time(entry[1]))
+
+        self.news = [(key, entry) for key, entry in self.news if stays(entry)]
+        before = self.round.before if self.round is not None else {}
+        for key, was in before.items():
+            before[key] = None if was is None else tuple(filter(stays, was))
         for key, ring in list(self.rings.items()):
-            left = [each for each in ring if not ((owners is None or each[2] in owners) and who.in_time(each[1]))]
+            left = [each for each in ring if stays(each)]
             erased += len(ring) - len(left)
             if not left:
-                del self.rings[key]
+                self.drop(key)
             elif len(left) < len(ring):
                 self.rings[key] = deque(left, self.last)
         return erased
+
+    def drop(self, key: int) -> None:
+        was = self.rings.pop(key)
+        if self.round is not None:
+            self.round.lose(key, tuple(was))
 
     def __len__(self) -> int:
         return len(self.rings)

@@ -118,7 +118,8 @@ class Pace:
 
     Attributes:
         stages: By name: `poll` waits for records, `log` writes their order, `engine` is what a compiled chunk takes,
-            `work` all other that becomes of records (with the eager engine all of it), `send` hands answers over.
+            `work` all other that becomes of records (with the eager engine all of it), `send` hands answers over,
+            `meet` waits for the other ranks of a group and merges.
         newest_s: The timestamp of the newest record taken.
     """
 
@@ -133,7 +134,7 @@ class Pace:
         return now
 
 
-STAGES = ("poll", "log", "work", "engine", "send")
+STAGES = ("poll", "log", "work", "engine", "send", "meet")
 
 
 class Work:

@@ -357,6 +357,13 @@ class Was(NamedTuple):
     records: int
 
 
+class Closed(NamedTuple):
+    """A round of a group as one of its ranks closed it, by number; `ended`: no record can come to it any more."""
+
+    round: int
+    ended: bool = False
+
+
 class Order(Struct, frozen=True, gc=False):
     """One control record: the order that a turn took its records in, and the position after it.
 
@@ -366,6 +373,8 @@ class Order(Struct, frozen=True, gc=False):
     With `was` it took none either: the model went back to what it had been. With `promoted`, the digest of a shadow's
     snapshot, that shadow took the shard's place.
 
+    With `closes` the rank of a group closed that round behind these records, which may be none.
+
     `keep` is not written: who reads the log knows by it how often the model before this order will be gone back to.
     """
 
@@ -374,6 +383,7 @@ class Order(Struct, frozen=True, gc=False):
     leap: int | None = None
     was: Was | None = None
     promoted: str | None = None
+    closes: Closed | None = None
     keep: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -383,13 +393,15 @@ class Order(Struct, frozen=True, gc=False):
             **({} if self.leap is None else {"leap": self.leap}),
             **({} if self.was is None else {"was": [*self.was]}),
             **({} if self.promoted is None else {"promoted": self.promoted}),
+            **({} if self.closes is None else {"closes": [*self.closes]}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Order:
         runs = tuple(Run(Stream(str(i), int(p)), int(n)) for i, p, n in data["runs"])
         was = Was(*map(int, data["was"])) if "was" in data else None
-        return cls(runs, position_from_json(data["position"]), data.get("leap"), was, data.get("promoted"))
+        closes = Closed(int(data["closes"][0]), bool(data["closes"][1])) if "closes" in data else None
+        return cls(runs, position_from_json(data["position"]), data.get("leap"), was, data.get("promoted"), closes)
 
 
 def position_to_json(position: Position) -> dict[str, dict[str, int]]:

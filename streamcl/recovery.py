@@ -44,6 +44,8 @@ from streamcl.bootstrap import Bootstrap
 from streamcl.checkpoint import Store
 from streamcl.config import Config, ConfigError, changes
 from streamcl.evolve import MAY_CHANGE, evolve
+from streamcl.group.manifest import meeting_of, newest_common, part_of
+from streamcl.group.manifest import write as write_manifest
 from streamcl.lease import Lease
 from streamcl.protocols import Gap, State, StreamclError
 from streamcl.records import COMMANDS, EVENTS, Order, Position, Turn, Was
@@ -114,6 +116,8 @@ class Keeper:
         self.forgotten: list[dict[str, Any]] = []
         self._owed = False  # a snapshot, to retire those from before a forget
         self._outage, self._retry_at = 0, 0.0
+        if worker.rounds:
+            worker.rounds.wish = self._wish
 
     def restore(self) -> Snapshot | None:
         """Bring the worker to where its shard stood; returns the snapshot it began from, None for a first start."""
@@ -123,7 +127,8 @@ class Keeper:
             worker.control.open()
         self.store.probe()
         worker.joiner.keep_in(self.store.chunks)
-        loaded = self.store.newest()
+        rounds = worker.rounds
+        loaded = newest_common(rounds.ranks, self.store) if rounds else self.store.newest()
         if loaded is None:
             self._start_afresh()
             log.info("began afresh at %d records", worker.progress.records)
@@ -135,6 +140,7 @@ class Keeper:
         worker.lineage.find = self._learner_of
         begun_with(worker)
         self.last = loaded.snapshot
+        self.store.pinned = loaded.snapshot.name if rounds else ""
         self._refuse_new_partitions()
         self._still_owed(loaded)
         log.info("restored %s at %d records", loaded.snapshot.name, worker.progress.records)
@@ -159,6 +165,8 @@ class Keeper:
                 "learned before; restore its snapshots, or start under another name"
             )
         warm_start(worker)
+        if worker.rounds:
+            worker.rounds.begin()
         if self.bootstrap:
             self.bootstrap.begin(worker)
         else:
@@ -265,10 +273,42 @@ class Keeper:
             self.forgotten += [each.to_json() for each in turn.forgotten]
             self._owed |= bool(turn.forgotten)
             self._settle()
-            if (self._due or self._owed) and time.monotonic() >= self._retry_at:
+            if self._may_cut():
                 self._cut()
         self._settle(wait=True)
         self.save(clean=self.worker.caught_up)
+        if rounds := self.worker.rounds:
+            rounds.note_saved(rounds.ranks.gather(part_of(self.last)))
+            self._completed()
+
+    def _may_cut(self) -> bool:
+        """A rank of a group cuts where all do."""
+        rounds, wanted = self.worker.rounds, self._due or self._owed
+        if not rounds:
+            return wanted and time.monotonic() >= self._retry_at
+        rounds.urgent = self._owed and time.monotonic() >= self._retry_at
+        self._completed()
+        agreed, rounds.saves = rounds.saves, False
+        return agreed
+
+    def _wish(self) -> dict[str, Any]:
+        """Told to the others at every meeting."""
+        self._settle()
+        due = (self._due or self._owed) and time.monotonic() >= self._retry_at
+        return {"due": due, "busy": self.writer.busy, "saved": part_of(self.last)}
+
+    def _completed(self) -> None:
+        """Once every rank has its part of a snapshot, what is older may go."""
+        rounds, last = self.worker.rounds, self.last
+        if not rounds or not last or rounds.complete != meeting_of(last) or self.store.pinned == last.name:
+            return
+        self.store.pinned = last.name
+        if rounds.ranks.rank == 0:
+            write_manifest(self.worker.config, rounds.parts)
+        try:
+            self._retire(last)
+        except CheckpointError as error:
+            self._failed(error)
 
     def catch_up(self) -> None:
         """Behind `restore`: repeat what is logged and take nothing new. What a forget owes is paid at once.
@@ -339,7 +379,8 @@ class Keeper:
     def _keep(self, written: Written) -> Snapshot:
         if self._outage:
             log.warning("%s: written again, after %d failures", written.snapshot.path, self._outage)
-        self._retire(written.snapshot)
+        if not self.worker.rounds:  # else older ones are needed until every rank has its part
+            self._retire(written.snapshot)
         self._outage, self.last, self.seconds = 0, written.snapshot, written.seconds
         if written.position:
             self.worker.source.commit(written.position)
@@ -384,6 +425,7 @@ class Keeper:
             "lineage": [dict(fact) for fact in self.worker.lineage.facts],
             "config": self.worker.config.model_dump(mode="json"),
             "environment": self._environment(),
+            **({"round": rounds.number, "seal": rounds.seal} if (rounds := self.worker.rounds) else {}),
         }
 
     def _environment(self) -> dict[str, Any]:

@@ -42,8 +42,10 @@ class Remote:
             self._files.invalidate_cache()
             return self._ls("")
 
-    def push(self, snapshot: Path, chunks: Collection[str], retain: int) -> None:
-        """Copy a snapshot and those of its chunks that are not there; then let the oldest go, down to `retain`."""
+    def push(self, snapshot: Path, chunks: Collection[str], retain: int, pinned: str = "") -> None:
+        """Copy a snapshot and those of its chunks that are not there; then let the oldest go, down to `retain`, but for
+        the one that is `pinned`.
+        """
         with self._named():
             self._files.invalidate_cache()
             there = self._sizes("chunks")
@@ -54,7 +56,7 @@ class Remote:
                 self._put(path, f"{snapshot.name}/{path.name}")
         try:
             with self._named():
-                self._retain(retain)
+                self._retain(retain, pinned)
         except OSError as error:
             log.warning("old copies stay: %s", error)
 
@@ -92,9 +94,9 @@ class Remote:
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(f"{self._root}/{name}", data)
 
-    def _retain(self, retain: int) -> None:
+    def _retain(self, retain: int, pinned: str) -> None:
         """What was left incomplete goes too, and counts for nothing."""
-        complete = self._complete()[:retain]
+        complete = [name for at, name in enumerate(self._complete()) if at < retain or name == pinned]
         self._remove({name for name in self._ls("") if NAME.fullmatch(name)} - set(complete))
         self._sweep(complete)
 

@@ -8,6 +8,7 @@ What belongs to a partition follows it (partition p goes to shard p % M), the re
 | watermark | the least of those it is made from: no window closes before its labels could come |
 | model, optimiser, replay memory, metrics, signals | from the old shard that held most of the new one's partitions |
 | states of keys (a recurrent model's) | with the model: those of its shard's keys go on, the other keys begin anew |
+| rounds of a group | nowhere: a group of another size has not met yet |
 | number of the newest outcome | the highest of all: a topic of outcomes may have had another shard's before |
 | records, counts, learned hash | old shard i's are added to new shard i % M, so that their sums stay what they were |
 
@@ -246,6 +247,7 @@ def _news(config: Config, olds: Sequence[Old], positions: Sequence[dict[Stream, 
         sums["progress"]["outcomes"] = max(old.progress.outcomes for old in numbered)
         state = {**olds[most].loaded.state, "joiner": joiners[index].state_dict(), **sums}
         state.pop("deltas", None)  # counted by an old shard's records: they begin anew
+        state.pop("rounds", None)  # those of another group, which had others to meet
         fresh = {stream: offset for stream, offset in position.items() if stream not in holder}
         yield New(config.of_shard(index, count), state, most, fresh, joiners[index].waiting)
 

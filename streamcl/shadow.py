@@ -32,6 +32,7 @@ import orjson
 from streamcl import connect
 from streamcl.bootstrap import Bootstrap
 from streamcl.config import Config, ConfigError, changes
+from streamcl.group.manifest import refuse_group
 from streamcl.outlets import Outlets
 from streamcl.progress import Progress
 from streamcl.protocols import Codecs, ConnectorError, ControlLog, Source, StreamclError
@@ -231,6 +232,7 @@ class Beginning(Bootstrap):
         loaded = worker.store.newest()
         if loaded is None:
             raise StreamclError(f"{worker.store.folder}: no checkpoint: a shadow begins where a live shard stands")
+        refuse_group(loaded.snapshot)
         manifest, fact = loaded.manifest, worker.lineage.last("warm_start")
         begun, live = "start", {}
         if self.from_start:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from streamcl.config import Config, ConfigError
+from streamcl.group.manifest import refuse_group
 from streamcl.protocols import StreamclError
 from streamcl.recovery import Keeper, holds, store_of
 from streamcl.worker import build
@@ -28,6 +29,8 @@ def standing(config: Config, accept_changes: bool = False) -> Iterator[Keeper]:
             if not holds(keeper.store):
                 raise StreamclError(f"{keeper.store.folder}: there is no checkpoint")
             restored = keeper.restore()
+            if restored:
+                refuse_group(restored)
             if restored and worker.control is None and not (restored.manifest["clean"] or accept_changes):
                 raise ConfigError(
                     f"{keeper.store.folder}: the newest checkpoint is not that of a clean stop, and without a control "

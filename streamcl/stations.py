@@ -463,6 +463,55 @@ class Shard(Station):
         return tuple(sorted(set(self.indices))) if self.indices else (self.index,)
 
 
+class GroupConfig(Station):
+    """How the workers that `torchrun` has started learn one model together; see `streamcl.group.rounds`.
+
+    Each learns by itself from its own shard, and they meet in rounds. A rank closes its round when it has learned from
+    `round_events` events, or once its event time passes a multiple of `round_s`.
+    """
+
+    merge: Literal["average", "outer", "gradient", "none"] = Stop(
+        "average",
+        description="what happens when ranks meet: average of the models; outer: a step of an outer optimiser along it;"
+        " gradient: the sum of every step's; none: nothing, each shard has a model of its own",
+    )
+    round_events: int | None = Stop(
+        None, ge=1, description="learned events of a rank in a round; default: 1000, or 1 with merge gradient"
+    )
+    round_s: float | None = Stop(None, gt=0, description="or else event time of a round, in seconds")
+    most_records: int | None = Stop(
+        None,
+        ge=1,
+        description="a rank's round ends at the latest behind so many records, learned or not, so that nobody waits for"
+        " it any longer; default: 10 times round_events, none with round_s",
+    )
+    outer_learning_rate: float = Stop(0.7, gt=0, description="of merge outer: of the outer optimiser")
+    outer_momentum: float = Stop(0.9, ge=0, lt=1, description="of merge outer: Nesterov momentum of the same")
+    timeout_s: float = Free(
+        300.0, gt=0, description="a rank that keeps the others waiting for longer is lost, and all begin anew"
+    )
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if self.round_events is not None and self.round_s is not None:
+            raise ValueError("round_events, round_s: set one of the two")
+        if self.merge == "gradient" and (self.round_s is not None or self.round_events not in (None, 1)):
+            raise ValueError("round_events: with merge gradient the ranks meet behind every event; leave it out")
+        return self
+
+    @property
+    def learned(self) -> int | None:
+        """Learned events that fill a rank's round (count); None: event time does."""
+        if self.round_s is not None:
+            return None
+        return self.round_events or (1 if self.merge == "gradient" else 1000)
+
+    @property
+    def most(self) -> int | None:
+        """Records that end it in any case (count)."""
+        return self.most_records or (None if self.learned is None else 10 * self.learned)
+
+
 class Worker(Station):
     max_records: int = Free(500, ge=1, description="most records of a turn; never changes a result")
     poll_timeout_s: float = Free(0.1, gt=0, description="a turn waits no longer for its first record")

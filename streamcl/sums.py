@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,28 @@ LINKS = np.dtype([("older", np.int32), ("newer", np.int32)])
 USED, OLDEST, NEWEST = range(3)
 
 
+Sum = tuple[float, float, float, int]
+"""(sum, weight, clock, owner)"""
+T = TypeVar("T")
+
+
+class Round(Generic[T]):
+    """What was kept of the values that a round of a group has touched, as it stood before; see `streamcl.group.past`.
+
+    Attributes:
+        before: By value, None where there was nothing.
+        lost: Values that had to go meanwhile, whether or not they have come back.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[int, T | None] = {}
+        self.lost: set[int] = set()
+
+    def lose(self, value: int, was: T) -> None:
+        self.before.setdefault(value, was)
+        self.lost.add(value)
+
+
 class Place:
     """Where a feature's values stand in the rows of an event: 0 is a missing one."""
 
@@ -34,6 +58,10 @@ class Place:
     def of(self, ids: Any) -> int:
         """Of the only slot, or the first."""
         return int(ids[self.slot]) - self.base
+
+    def all(self, ids: NDArray[np.int64]) -> list[int]:
+        """Of those that are there."""
+        return [id - self.base for id in ids[self.slot : self.end].tolist() if id != self.base]
 
 
 class Sums:
@@ -50,6 +78,7 @@ class Sums:
     def __init__(self, keys: int, half_life: float | None) -> None:
         self.keys = keys
         self.rate = LN2 / half_life if half_life else 0.0
+        self.round: Round[Sum] | None = None
         self._begin(self.FIRST)
         nothing = np.zeros(1, np.int64)
         for now in (0, 0.0):  # machine code is there before the first event is
@@ -88,6 +117,13 @@ class Sums:
     ) -> None:
         """To each of an event's values; `of_all`: to row 0 first, which is everybody's."""
         self.make_room(1 + place.end - place.slot)
+        if self.round is not None:
+            with self.noted([*([0] if of_all else []), *place.all(ids)]):
+                self._add(ids, place, value, now, owner, of_all)
+            return
+        self._add(ids, place, value, now, owner, of_all)
+
+    def _add(self, ids: NDArray[np.int64], place: Place, value: float, now: float, owner: int, of_all: bool) -> None:
         held = self.rows, self.entries, self.links, self.cells, self.ends
         self.used = _add(*held, ids, place.slot, place.end, place.base, value, now, owner, of_all, self.rate)
 
@@ -98,8 +134,52 @@ class Sums:
         if who.owners is not None:
             meant &= np.isin(state["owners"], list(who.owners))
         if meant.any():
+            for row in state["rows"][meant].tolist() if self.round is not None else ():
+                self.round.lose(row, self.entry(row))  # type: ignore[union-attr, arg-type]
             self._take({name: column[~meant] for name, column in state.items()}, self.room)
         return int(meant.sum())
+
+    def entry(self, row: int) -> Sum | None:
+        """As it was written."""
+        at = _place_of(row, self.rows, self.cells)
+        return None if at < 0 else self.entries[at].item()
+
+    def decayed(self, entry: Sum, now: float) -> tuple[float, float]:
+        """Its (sum, weight) by then."""
+        left = math.exp(-self.rate * max(now - entry[2], 0.0)) if self.rate else 1.0
+        return entry[0] * left, entry[1] * left
+
+    @contextmanager
+    def noted(self, rows: list[int]) -> Iterator[None]:
+        """These rows are written meanwhile: how they stood goes into the round, and who has given way to them."""
+        round_ = self.round
+        assert round_ is not None  # noqa: S101
+        for row in rows:
+            if row not in round_.before:
+                round_.before[row] = self.entry(row)
+        going = [*rows, *self._oldest(2 * len(rows))] if self.used + len(rows) > self.keys else []
+        were = [(row, self.entry(row)) for row in going]
+        yield
+        for row, was in were:
+            if was is not None and _place_of(row, self.rows, self.cells) < 0:
+                round_.lose(row, was)
+
+    def _oldest(self, count: int) -> list[int]:
+        order = np.zeros(min(count, self.used), np.int64)
+        _walk(self.links, self.ends, order)
+        return list(self.rows[order].tolist())
+
+    def drop(self, row: int) -> None:
+        """Whether or not it is there; the round does not hear of it."""
+        _drop(self.rows, self.entries, self.links, self.cells, self.ends, row)
+        self.used = int(self.ends[USED])
+
+    def put(self, row: int, entry: Sum) -> None:
+        """As the one written last, in the room of the one written longest ago where there is no other."""
+        self.make_room(1)
+        self.drop(row)
+        _put(self.rows, self.entries, self.links, self.cells, self.ends, row, *entry)
+        self.used = int(self.ends[USED])
 
     def __len__(self) -> int:
         return self.used
@@ -194,6 +274,22 @@ def _put_last(at: int, links: Any, ends: Any) -> None:
 
 
 @exact
+def _new(rows: Any, links: Any, cells: Any, ends: Any, row: int) -> Any:
+    """Where a row that is not there goes, as the newest."""
+    if ends[USED] < len(rows):
+        at = ends[USED]
+        ends[USED] += 1
+    else:
+        at = ends[OLDEST]
+        _take_out(at, links, ends)
+        leave(at, rows, cells)
+    rows[at] = row
+    enter(at, rows, cells)
+    _put_last(at, links, ends)
+    return at
+
+
+@exact
 def write(
     rows: Any, entries: Any, links: Any, cells: Any, ends: Any,
     row: int, value: float, now: float, owner: int, rate: float,
@@ -211,18 +307,9 @@ def write(
             _take_out(at, links, ends)
             _put_last(at, links, ends)
         return
-    if ends[USED] < len(rows):
-        at = ends[USED]
-        ends[USED] += 1
-    else:
-        at = ends[OLDEST]
-        _take_out(at, links, ends)
-        leave(at, rows, cells)
-    rows[at] = row
-    enter(at, rows, cells)
+    at = _new(rows, links, cells, ends, row)
     each = entries[at]
     each.sum, each.weight, each.clock, each.owner = value, 1.0, now, owner
-    _put_last(at, links, ends)
 
 
 @entry
@@ -236,6 +323,46 @@ def _add(
         if ids[slot] != base:
             write(rows, entries, links, cells, ends, ids[slot] - base, value, now, owner, rate)
     return ends[USED]
+
+
+@entry
+def _place_of(row: int, rows: Any, cells: Any) -> Any:
+    return find(row, rows, cells)
+
+
+@entry
+def _put(
+    rows: Any, entries: Any, links: Any, cells: Any, ends: Any,
+    row: int, total: float, weight: float, clock: float, owner: int,
+) -> None:  # fmt: skip
+    each = entries[_new(rows, links, cells, ends, row)]
+    each.sum, each.weight, each.clock, each.owner = total, weight, clock, owner
+
+
+@entry
+def _drop(rows: Any, entries: Any, links: Any, cells: Any, ends: Any, row: int) -> None:
+    """The last place is filled first and emptied first."""
+    at = find(row, rows, cells)
+    if at < 0:
+        return
+    _take_out(at, links, ends)
+    leave(at, rows, cells)
+    ends[USED] -= 1
+    last = ends[USED]
+    if at == last:
+        return
+    leave(last, rows, cells)
+    rows[at], entries[at], links[at] = rows[last], entries[last], links[last]
+    enter(at, rows, cells)
+    older, newer = links[at].older, links[at].newer
+    if older >= 0:
+        links[older].newer = at
+    else:
+        ends[OLDEST] = at
+    if newer >= 0:
+        links[newer].older = at
+    else:
+        ends[NEWEST] = at
 
 
 @entry

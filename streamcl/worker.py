@@ -24,6 +24,8 @@ from streamcl.decode import Decoder
 from streamcl.delta import Deltas
 from streamcl.drift import DriftDetector
 from streamcl.gate import Gate
+from streamcl.group.ranks import Ranks
+from streamcl.group.rounds import Rounds
 from streamcl.join import Joiner
 from streamcl.learner import Learner
 from streamcl.lineage import Lineage
@@ -44,6 +46,7 @@ from streamcl.protocols import (
 )
 from streamcl.records import (
     COMMANDS,
+    Closed,
     DeadLetter,
     Event,
     Fate,
@@ -66,6 +69,9 @@ from streamcl.verdicts import Verdicts
 STRIDE, ASKED_STRIDE = 512, 32
 """Records that are taken at once where the learner's engine works on a chunk of them: some milliseconds, or a tenth."""
 
+RANK_POLL_S = 0.02
+"""A rank of a group waits no longer for a record: it may be the one that the others wait for."""
+
 
 class Worker:
     """One shard's journey from records to predictions.
@@ -77,6 +83,7 @@ class Worker:
         control: The control log, needed when the source has several streams and for exactly-once delivery; already
             open. None: the order that the source gives is repeatable by itself (one stream, or recorded files).
         outlets: None for a backtest that only wants metrics.
+        ranks: The group that it learns with, in rounds (see `streamcl.group.rounds`). None, or one: it is alone.
 
     Raises:
         ConnectorError: from `run`; the turn under way is lost, and recovery takes it up again.
@@ -90,6 +97,7 @@ class Worker:
         codecs: Codecs,
         outlets: Outlets | None = None,
         control: ControlLog | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -100,6 +108,7 @@ class Worker:
         self.stopping = False
         self.caught_up = False
         self.gate = Gate()
+        self.rest: Sequence[Record] = ()  # polled, and behind the end of a round
         self.recent_faults: deque[bool] = deque(maxlen=1000)
 
         self.decoder = Decoder(config, codecs.events, codecs.labels)
@@ -123,6 +132,9 @@ class Worker:
         self.tells = config.outcomes_url is not None  # of what it has learned
         known = self.learner if config.deltas.url and isinstance(self.learner, Learner) else None
         self.deltas = Deltas(config, known) if known else None
+        meets = ranks is not None and ranks.world > 1 and config.group.merge != "none"
+        known = self.learner if meets and isinstance(self.learner, Learner) else None
+        self.rounds = Rounds(config, known, self.past, ranks) if ranks and known else None
         # Whoever works on a chunk at a time is told what to do first, and asked for all of it then.
         self.fused = self.learner.fused if isinstance(self.learner, Learner) else None
         # With an endpoint of its own a worker lets others look at the state more often.
@@ -132,37 +144,71 @@ class Worker:
         """Yields a turn per poll, an empty one when nothing came; ends when stopped or when the source is exhausted."""
         if self.control:
             yield from self.rerun(logged(self.control, self.control_offset))
-        self.caught_up = not self.stopping
-        while not (self.stopping or self.source.exhausted()):
+        self.caught_up = not self._stops()
+        while self.caught_up and not self._over():
             self.pace.stages.clear()
             began = time.perf_counter()
-            records = self.source.poll(self.config.worker.max_records, self.poll_timeout_s)
+            records = self.rest or self.source.poll(self.config.worker.max_records, self._patience())
             self.pace.took("poll", began)
-            yield self._commit(records) if self.config.exactly_once else self._log(records)
+            turn = self._commit(records) if self.config.exactly_once else self._log(records)
+            self._meet()
+            yield turn
+
+    def _patience(self) -> float:
+        """How long a poll may wait (s)."""
+        return min(self.poll_timeout_s, RANK_POLL_S) if self.rounds else self.poll_timeout_s
+
+    def _stops(self) -> bool:
+        """A rank of a group leaves at a meeting, where all do."""
+        return self.rounds.left if self.rounds else self.stopping
+
+    def _over(self) -> bool:
+        return self.rounds.over if self.rounds else self.stopping or self.source.exhausted()
 
     def _log(self, records: Sequence[Record]) -> Turn:
-        """At least once: the order is a fact before anything comes of it."""
-        began = time.perf_counter()
-        if records and self.control:
-            self.control_offset = self.control.append(self._order(records))
-        self.pace.took("log", began)
+        """At least once: the order is a fact before anything comes of it; in a group, before anything of it leaves."""
+        if not self.rounds:
+            self._append(self._order(records))
         turn = self.turn(records)
+        if self.rounds:  # only now is it known where it has ended
+            self._append(self._order(records[: turn.records], self._closes(turn)))
         began = time.perf_counter()
         self.outlets.send(turn)
         self.outlets.send_deltas(turn)
         self.pace.took("send", began)
         return turn
 
+    def _append(self, order: Order) -> None:
+        began = time.perf_counter()
+        if self.control and (order.runs or order.closes):
+            self.control_offset = self.control.append(order)
+        self.pace.took("log", began)
+
     def _commit(self, records: Sequence[Record]) -> Turn:
         """Exactly once: the order and the answers become facts together."""
-        order, turn = self._order(records), self.turn(records)
+        turn = self.turn(records)
+        order = self._order(records[: turn.records], self._closes(turn))
         began = time.perf_counter()
         self.outlets.send_dead_letters(turn)
-        if records and self.control:
+        if self.control and (order.runs or order.closes):
             self.control_offset = self.control.append(order, self.outlets.published(turn))
         self.outlets.send_deltas(turn)
         self.pace.took("send", began)
         return turn
+
+    def _closes(self, turn: Turn) -> Closed | None:
+        """How the round of the group ends behind this turn, if it does."""
+        if not self.rounds:
+            return None
+        done = not self.rest and not (turn.records and any(self.source.lag().values()))
+        return self.rounds.ends(done, not self.rest and self.source.exhausted(), self.stopping)
+
+    def _meet(self) -> None:
+        """At the end of a round, which is a fact: so whoever sees what comes of it can repeat it."""
+        began = time.perf_counter()
+        if self.rounds and self.rounds.closing:
+            self.rounds.meet(self.progress, self.gate, self.stopping)
+            self.pace.took("meet", began)
 
     def rerun(self, orders: Iterable[tuple[int, Order]]) -> Iterator[Turn]:
         """Take records in a logged order: recovery, and the backtest of a log with several inputs."""
@@ -172,17 +218,25 @@ class Worker:
             if order.leap is not None:
                 self.progress.leap(self.source.seek(order.position))
             self.lineage.heed(order, self)
+            if order.closes and not self.rounds:
+                raise StreamclError(
+                    f"the control log says that at {order.position} this shard met the others of its group: run it"
+                    " under torchrun, with as many ranks, until it has stopped cleanly"
+                )
             records = [record for stream, length in order.runs for record in self._exactly(stream, length)]
             self.control_offset = next_offset
             turn = self.turn(records, recovering=True)
             # Exactly once: the answers are out already, in the order's transaction. Dead letters may not be.
             self.outlets.send_dead_letters(turn) if self.config.exactly_once else self.outlets.send(turn)
             self.outlets.send_deltas(turn)
+            if self.rounds:
+                self.rounds.closing = order.closes
+                self._meet()
             yield turn
             wrong = {s: o for s, o in order.position.items() if self.progress.position.get(s) != o}
             if wrong:
                 raise ConnectorError(f"the control log leads to {wrong}, the inputs to {self.progress.position}")
-            if self.stopping:
+            if self._stops():
                 return
 
     def turn(self, records: Sequence[Record], recovering: bool = False) -> Turn:
@@ -190,19 +244,25 @@ class Worker:
         before, work = Counter(self.counts), Work()
         began, inside = time.perf_counter(), self.pace.stages.get("engine", 0.0)
         self.joiner.settle = partial(self._settle, work)
-        for start in range(0, len(records), self.stride):
+        taken, ends = 0, False
+        while taken < len(records) and not ends:
             with self.gate:  # in between others may look at the state
-                for record in records[start : start + self.stride]:
+                for record in records[taken : taken + self.stride]:
                     self._take(record, work)
+                    taken += 1
                     if self.deltas and self.deltas.due(self.progress):
                         self._settle(work)
                         work.deltas.append(self.deltas.cut(self.progress))
+                    if self.rounds and self.rounds.took(self.joiner.watermark.value) and not recovering:
+                        ends = True  # the round's, and the turn's with it
+                        break
                 self._settle(work)
-        if records:
-            self.pace.newest_s = records[-1].time_s
+        self.rest = records[taken:]
+        if taken:
+            self.pace.newest_s = records[taken - 1].time_s
         self.pace.took("work", began + self.pace.stages.get("engine", 0.0) - inside)
         return Turn(
-            records=len(records),
+            records=taken,
             position=dict(self.progress.position),
             predictions=tuple(work.predictions),
             outcomes=tuple(work.outcomes),
@@ -279,6 +339,8 @@ class Worker:
             self.counts["not_drawn"] += 1
             return
         due = Due(judged, self.progress.records, work.history, self.verdicts.teaches(outcome))
+        if self.rounds:
+            self.rounds.learned += due.teaches
         if self.fused:
             if due.teaches:
                 self.fused.learn(judged)
@@ -351,10 +413,11 @@ class Worker:
                 f"the last one: topic {record.topic}, {record.origin}: {reason}: {error}"
             )
 
-    def _order(self, records: Sequence[Record]) -> Order:
+    def _order(self, records: Sequence[Record], closes: Closed | None = None) -> Order:
         groups = itertools.groupby(record.origin.stream for record in records)
         after: Position = {record.origin.stream: record.origin.offset + 1 for record in records}
-        return Order(tuple(Run(stream, len(list(g))) for stream, g in groups), {**self.progress.position, **after})
+        runs = tuple(Run(stream, len(list(g))) for stream, g in groups)
+        return Order(runs, {**self.progress.position, **after}, closes=closes)
 
     def _exactly(self, stream: Stream, count: int) -> Iterator[Record]:
         idle_s = 0.0
@@ -396,6 +459,8 @@ class Worker:
         unknown: State = {"boundaries": {}, "lineage": {}, "slices": {}, "lists": {}}
         state = unknown | state  # so do those that a snapshot doesn't know
         state = {"past": {}} | state if self.past else state
+        # A shard may go on in a group, or alone.
+        state = {"rounds": {}} | state if self.rounds else {k: part for k, part in state.items() if k != "rounds"}
         if parts.keys() != state.keys():
             raise StreamclError(f"the snapshot holds {sorted(state)}, this worker {sorted(parts)}")
         for name, part in parts.items():
@@ -418,6 +483,7 @@ class Worker:
         base = self.base_metrics.read() if self.base_metrics else {}
         merged |= {f"base_{name}": value for name, value in base.items()}
         merged |= self.task_metrics.read() if self.task_metrics else {}
+        merged |= self.rounds.read() if self.rounds else {}
         return merged | told | {"lag_records": float(sum(self.source.lag().values()))}
 
 
@@ -453,7 +519,7 @@ def logged(control: ControlLog, start: int) -> Iterator[tuple[int, Order]]:
             before = at
 
 
-def build(config: Config) -> Worker:
+def build(config: Config, ranks: Ranks | None = None) -> Worker:
     """A worker on the configured URLs, its control log not yet opened; see `recovery` for where it starts.
 
     Raises:
@@ -464,7 +530,7 @@ def build(config: Config) -> Worker:
         source = opened.enter_context(contextlib.closing(connect.open_source(config)))
         outlets = opened.enter_context(contextlib.closing(Outlets.open(config, codecs.predictions)))
         control = connect.open_control(config) if keeps_order(config, source.streams()) else None
-        worker = Worker(config, source, codecs, outlets, control)
+        worker = Worker(config, source, codecs, outlets, control, ranks)
         opened.pop_all()
         return worker
 

@@ -26,6 +26,7 @@ BENCHES = {
     "continual": "streamcl.bench.continual",
     "step": "streamcl.bench.step",
     "scale": "streamcl.bench.scale",
+    "distributed": "streamcl.bench.distributed",
 }
 """Module by bench name. A module has `READS`, the options that it heeds, and `run(options) -> Report`."""
 

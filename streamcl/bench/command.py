@@ -32,11 +32,11 @@ def bench(
     kills: Annotated[int | None, typer.Option(help="how often a process is killed")] = None,
     events: Annotated[int | None, typer.Option(help="how many events are streamed")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="how long a run without an end lasts")] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="reckon what a larger one would come to")] = False,
 ) -> None:
     """Measure what is promised, beside its peers. Exit code 0: every bar is met; 2: it could not be measured."""
-    options = Options(
-        data, stream, preset, task, method, device, quick, seeds, as_json, plot, via, kills, events, minutes
-    )
+    asked = data, stream, preset, task, method, device, quick, seeds, as_json, plot, via, kills, events, minutes
+    options = Options(*asked, simulate)
     try:
         code = main(name, options)
     except StreamclError as error:

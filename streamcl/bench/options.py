@@ -33,6 +33,7 @@ class Options:
         kills: How often a process is killed (count).
         events: How many events are streamed (count).
         minutes: How long a run lasts that has no end by itself.
+        simulate: Reckon instead of measuring.
     """
 
     data: Path | None = None
@@ -49,6 +50,7 @@ class Options:
     kills: int | None = None
     events: int | None = None
     minutes: float | None = None
+    simulate: bool = False
 
     def require_read_by(self, bench: str, reads: Collection[str]) -> None:
         """Raises OptionError for an option that was given and would be ignored."""

@@ -108,7 +108,7 @@ class Eager:
         self.task_weight = 0.0 if any(term.replaces_task for term in self.terms) else 1.0
         self.sets: dict[str, WeightSet] = {}  # other weights of this model; see `streamcl.engine.weights`
         self.gradient_norm = torch.zeros(())  # of the dense parameters, in the last step
-        self.watch: Callable[[Tensor], None] | None = None  # told which rows a step has changed, each once
+        self.watch: Callable[[Tensor], None] | None = None  # told which rows steps have changed, once for each step
 
     def _modules_of(self, plugins: Plugins) -> dict[str, nn.Module]:
         """Modules of the plug-ins' own, by name: on the model, behind its own parameters."""

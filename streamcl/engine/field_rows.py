@@ -102,7 +102,7 @@ class FieldRows:
     def step(self, ids: Tensor, value: Tensor, gradient: Tensor, slots: Sequence[Tensor]) -> tuple[Tensor, Slots]:
         """As `Update.step`, each row by its field's."""
         value, held = value.clone(), [slot.clone() for slot in slots]
-        for update, span, at in self._parts(ids):
+        for update, span, at in self.parts(ids):
             value[at], new = update.step(value[at], gradient[at], [slot[at] for slot in held[span]])
             for slot, each in zip(held[span], new, strict=True):
                 slot[at] = each
@@ -111,12 +111,12 @@ class FieldRows:
     def moved(self, ids: Tensor, value: Tensor, slots: Sequence[Tensor]) -> Slots:
         """As `Update.moved`, each row by its field's."""
         held = [slot.clone() for slot in slots]
-        for update, span, at in self._parts(ids):
+        for update, span, at in self.parts(ids):
             for slot, each in zip(held[span], update.moved(value[at], [slot[at] for slot in held[span]]), strict=True):
                 slot[at] = each
         return tuple(held)
 
-    def _parts(self, ids: Tensor) -> list[tuple[Update, slice, Tensor]]:
+    def parts(self, ids: Tensor) -> list[tuple[Update, slice, Tensor]]:
         """Every group that has any of these rows: its update, its slots, the places of its rows."""
         group = self._group[self._field(ids)]
         found = []

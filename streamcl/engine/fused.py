@@ -231,7 +231,7 @@ class Fused:
             if self.served is not None:
                 self.served.losses = serving.losses.copy()
             if self.engine.watch and logged:
-                self.engine.watch(torch.from_numpy(np.unique(moved[:logged])))
+                self.engine.watch(torch.from_numpy(moved[:logged].copy()))
             if why == layout.REFUSED and policy is not None:
                 policy.load_state_dict(before)
                 self._place(jobs, chunk, refused)

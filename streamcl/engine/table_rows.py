@@ -1,8 +1,7 @@
 """Dynamic tables, compiled: which id has which row, who is admitted, and whose row goes. See `tables` for the rules.
 
 Both engines call this, so that they agree to the bit. Work of an event is in proportion to its slots: an open-addressed
-index without tombstones (Knuth, TAOCP 3, 6.4, algorithm R), a list of rows by when they were last learned from, a
-counting filter, and a hand that goes round a table.
+index, a list of rows by when they were last learned from, a counting filter, and a hand that goes round a table.
 
 Shape: T tables, D rows of all of them, S slots. A row of a table is counted from the first of all of them; in the
 engine's table it lies `first` behind.
@@ -160,7 +159,7 @@ def _earns(key: Any, t: int, tables: Any) -> Any:
 
 
 @exact
-def _begin(row: int, t: int, tables: Any, table: Any, a: Any) -> None:
+def begin(row: int, t: int, tables: Any, table: Any, a: Any) -> None:
     """An id begins with `random.normal_array(random.bits(draws, id))`, scaled, and with the slots of that.
 
     So with what (seed, table, id) say, whenever it comes.
@@ -200,7 +199,7 @@ def _wipe(row: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
 
 
 @exact
-def _unlink(row: int, t: int, tables: Any) -> None:
+def unlink(row: int, t: int, tables: Any) -> None:
     newer, older = tables.newer[row], tables.older[row]
     if newer == NONE:
         tables.newest[t] = older
@@ -214,7 +213,7 @@ def _unlink(row: int, t: int, tables: Any) -> None:
 
 
 @exact
-def _link(row: int, t: int, tables: Any) -> None:
+def link(row: int, t: int, tables: Any) -> None:
     head = tables.newest[t]
     tables.older[row], tables.newer[row], tables.newest[t] = head, NONE, row
     if head == NONE:
@@ -262,7 +261,7 @@ def admit(ids: Any, weights: Any, time_s: float, tables: Any, table: Any, a: Any
             tables.keys[new], tables.first_seen[new], tables.last_seen[new] = key, now, now
             enter(new, tables.keys, tables.cells)
             tables.used[t] += 1
-            _begin(new, t, tables, table, a)
+            begin(new, t, tables, table, a)
         if new >= 0 or row >= 0:
             tables.made[made, 0], tables.made[made, 1], tables.made[made, 2] = new, row, unused
             made += 1
@@ -270,7 +269,7 @@ def admit(ids: Any, weights: Any, time_s: float, tables: Any, table: Any, a: Any
 
 
 @exact
-def _table_of(row: int, tables: Any) -> int:
+def table_of(row: int, tables: Any) -> int:
     t = 0
     while row >= tables.base[t] + tables.room[t]:
         t += 1
@@ -282,7 +281,7 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
     """The event is not learned: as if `admit` had not been called."""
     for i in range(made - 1, -1, -1):
         new, old, unused = tables.made[i, 0], tables.made[i, 1], tables.made[i, 2]
-        t = _table_of(max(new, old), tables)
+        t = table_of(max(new, old), tables)
         if new >= 0:
             leave(new, tables.keys, tables.cells)
             tables.used[t] -= 1
@@ -301,10 +300,10 @@ def retract(made: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> None:
 @exact
 def evict(row: int, reason: int, tables: Any, table: Any, a: Any, b: Any, c: Any) -> Any:
     """A row goes, with all that belongs to it; where it was in the engine's table."""
-    t = _table_of(row, tables)
+    t = table_of(row, tables)
     leave(row, tables.keys, tables.cells)
     tables.used[t] -= 1
-    _unlink(row, t, tables)
+    unlink(row, t, tables)
     _wipe(row, tables, table, a, b, c)
     _release(row, t, tables)
     tables.told[t, reason] += 1
@@ -344,15 +343,15 @@ def complete(
             continue
         if tables.count[row] > 0:
             tables.told[t, FOUND] += 1
-            _unlink(row, t, tables)
+            unlink(row, t, tables)
         tables.count[row] += 1
         tables.last_seen[row] = now
-        _link(row, t, tables)
+        link(row, t, tables)
     for i in range(made):
         new, old = tables.made[i, 0], tables.made[i, 1]
-        t = _table_of(max(new, old), tables)
+        t = table_of(max(new, old), tables)
         if old >= 0:  # it has left the index
-            _unlink(old, t, tables)
+            unlink(old, t, tables)
             _wipe(old, tables, table, a, b, c)
             _release(old, t, tables)
             tables.told[t, BY_TTL] += 1

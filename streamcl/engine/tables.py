@@ -194,7 +194,7 @@ class DynamicTables:
         self.columns = columns
         nothing = columns[0].numpy().reshape(-1)[:0]
         a, b, c = (*flat, nothing, nothing, nothing)[:3]
-        self._data = columns[0].numpy(), a, b, c
+        self.data = columns[0].numpy(), a, b, c
 
     def resolve(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the engine's table, and weights: 0 for an id without a row. Any shape; changes nothing."""
@@ -205,7 +205,7 @@ class DynamicTables:
 
     def admit(self, features: Encoded, time_s: float) -> None:
         """An event is about to be learned; `retract` or `complete` follows."""
-        table, a, _, _ = self._data
+        table, a, _, _ = self.data
         self.made = table_rows.admit_now(features.ids, features.weights, time_s, self.of, table, a)
         if self.keep is not None and self.made:
             new = self.of.made[: self.made, 0]
@@ -215,17 +215,17 @@ class DynamicTables:
 
     def retract(self) -> None:
         """It was not learned: as if nobody had asked."""
-        table_rows.retract_now(self.made, self.of, *self._data)
+        table_rows.retract_now(self.made, self.of, *self.data)
 
     def complete(self, features: Encoded, time_s: float) -> Tensor:
         """It was. Returns the rows of the engine's table that came or went, each once."""
-        n = table_rows.complete_now(self.made, features.ids, features.weights, time_s, self.of, *self._data, self.moved)
+        n = table_rows.complete_now(self.made, features.ids, features.weights, time_s, self.of, *self.data, self.moved)
         return torch.from_numpy(np.unique(self.moved[:n]))
 
     def forget(self, field: str, text: str) -> Tensor:
         """The row of a category goes. Returns where it was in the engine's table, (0,) or (1,)."""
         [found] = [each for each in (*self.featurizer.categoricals, *self.featurizer.bags) if each.name == field]
-        at = table_rows.evict_now(found.row(text), self.of, *self._data)
+        at = table_rows.evict_now(found.row(text), self.of, *self.data)
         return torch.tensor([at] if at >= 0 else [], dtype=torch.int64)
 
     # What replicas follow: which id has which row. The rest is the writer's own.

@@ -175,8 +175,48 @@ def test_a_file_is_partition_zero_alone(tmp_path: Path) -> None:
     path = lines(tmp_path / "e.jsonl", {})
     with pytest.raises(ConnectorError, match="not in this shard"):
         source(path).poll(1, 0.0, Stream("events", 1))
-    with pytest.raises(ConnectorError, match="shard 1 has none"):
+    with pytest.raises(ConnectorError, match="shard 1 of 2 has none"):
         source(path, shard={"index": 1, "count": 2})
+
+
+def test_a_star_stands_for_the_partitions_and_each_shard_reads_its_own(tmp_path: Path) -> None:
+    for partition in (0, 1, 2, 10):
+        lines(tmp_path / f"e-{partition}.jsonl", {"id": f"{partition}-0", "t": 5 - partition}, {"t": 20})
+    lines(tmp_path / "other-3.jsonl", {})
+    pattern = tmp_path / "e-*.jsonl"
+    reading = source(pattern, shard={"index": 0, "count": 2})
+    assert [*reading.streams()] == [Stream("events", each) for each in (0, 2, 10)]
+    taken = [record.origin for record in reading.poll(9, 0.0)]
+    assert [(each.partition, each.offset) for each in taken] == [(10, 0), (2, 0), (0, 0), (0, 1), (2, 1), (10, 1)]
+    assert [*source(pattern, shard={"index": 1, "count": 2}).streams()] == [Stream("events", 1)]
+    check_source(lambda: source(pattern), 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("e-x.jsonl", "'x' is no number of a partition"), ("e-01.jsonl", "there twice"), ("e-².jsonl", "no number")],
+)
+def test_what_stands_for_a_star_is_one_number(tmp_path: Path, name: str, said: str) -> None:
+    lines(tmp_path / "e-1.jsonl", {})
+    lines(tmp_path / name, {})
+    with pytest.raises(ConnectorError, match=said):
+        source(tmp_path / "e-*.jsonl")
+
+
+def test_a_star_without_files_or_two_of_them_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConnectorError, match="there is no such file"):
+        source(tmp_path / "e-*.jsonl")
+    with pytest.raises(ConnectorError, match=r"one \* in the name"):
+        source(tmp_path / "*-*.jsonl")
+
+
+def test_a_file_has_one_writer(tmp_path: Path) -> None:
+    settings = config(tmp_path / "e-*.jsonl", shard={"index": 1, "count": 2})
+    with pytest.raises(ConnectorError, match="a file has one writer"):
+        file.open_sink((tmp_path / "out.jsonl").as_uri(), settings)
+    sink = file.open_sink((tmp_path / "out-*.jsonl").as_uri(), settings)
+    assert sink.path == tmp_path / "out-1.jsonl"
+    assert settings.dead_letters_url.endswith("app-dead-letters-1.jsonl")
 
 
 def test_reading_does_not_hold_the_file_in_memory(tmp_path: Path) -> None:
