@@ -95,10 +95,10 @@ class Rate(_Decayed):
 
 
 class Covisits(_Decayed):
-    """How often a value was seen, with label 1, beside those of a bag: item-to-item co-visitation, standardised.
+    """How often a value was seen, with label 1, beside those of a list: item-to-item co-visitation, standardised.
 
-    ln(1e-4 + sum over the bag's j-th value a of w(a, v) / (n(a)^(1 - power) n(v)^power) / j), where w(a, v) adds 1 / j
-    for each event of label 1 of v in whose bag a came j-th (or the other way round), and n(a) is the sum of all
+    ln(1e-4 + sum over the list's j-th value a of w(a, v) / (n(a)^(1 - power) n(v)^power) / j), where w(a, v) adds 1 / j
+    for each event of label 1 of v in whose list a came j-th (or the other way round), and n(a) is the sum of all
     w(a, .). A power of 0 is the share of v in what came with a, of 1/2 the cosine.
 
     Source: Linden et al. 2003 (IEEE Internet Computing 7) for item-to-item cosine; Ludewig and Jannach 2018,
@@ -110,7 +110,7 @@ class Covisits(_Decayed):
 
     kind: Literal["covisits"] = "covisits"
     of: FieldPath = New(description="name of a categorical feature: the value in question")
-    beside: FieldPath = New(description="name of a bag of the same values, the nearest first, with as many buckets")
+    beside: FieldPath = New(description="name of a history of it, or of a bag of such values, the nearest first")
     power: float = New(0.5, ge=0, le=1, description="of how popular the value in question is")
     bins: int = New(0, ge=0, le=256, description="also a row for each of so many quantiles; 0: none")
 
@@ -168,10 +168,11 @@ def fault(features: Mapping[str, Any], task: str) -> str | None:
         if isinstance(feature, Covisits):
             if task != "binary":
                 return f"{where}: covisits are of binary labels"
-            one, bag = features.get(feature.of), features.get(feature.beside)
-            if not isinstance(one, Categorical) or not isinstance(bag, Bag):
-                return f"{where}: {feature.of!r} must be a categorical feature, and {feature.beside!r} a bag"
-            if one.buckets != bag.buckets or one.table is not None or bag.table is not None:
+            one, listed = features.get(feature.of), features.get(feature.beside)
+            of_one = isinstance(listed, History) and listed.of == feature.of
+            if not isinstance(one, Categorical) or not (of_one or isinstance(listed, Bag)):
+                return f"{where}: {feature.of!r} must be a categorical feature, {feature.beside!r} a bag or its history"
+            if isinstance(listed, Bag) and (one.buckets, None, None) != (listed.buckets, one.table, listed.table):
                 return f"{where}.beside: {feature.beside!r} and {feature.of!r} need as many buckets, and no table"
             continue
         for setting in ("by",) if isinstance(feature, History) else ("of", "by"):

@@ -201,7 +201,8 @@ class Past:
         crosses = [(name, f) for name, f in features.items() if isinstance(f, Cross)]
         late = {name for name, f in crosses if any(bins_of(features[part]) for part in f.of)}
         self.parts += [_Crossed(f, fields, fields[name]) for name, f in crosses if name not in late]
-        for name, feature in features.items():
+        # Histories first: a co-visit is of what they list.
+        for name, feature in sorted(features.items(), key=lambda each: (not isinstance(each[1], History), each[0])):
             if isinstance(feature, Remembering):
                 part = _remembering(self, name, feature, fields, numbers)
                 self.parts.append(part)

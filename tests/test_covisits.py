@@ -122,3 +122,15 @@ def test_an_event_reads_what_events_of_label_1_before_it_have_seen_together() ->
     assert read(stream.ask(item="a", seen=["b"])) == pytest.approx(math.log(LEAST + 1.0))
     assert read(stream.ask(item="b", seen=["a"])) == pytest.approx(math.log(LEAST + 1.0))
     assert read(stream.ask(item="a", seen=["c"])) == pytest.approx(math.log(LEAST))
+
+
+def test_a_history_can_be_what_it_is_seen_beside() -> None:
+    stream = Stream(
+        clicked={"kind": "history", "of": "item", "by": "user", "when": "positive", "last": 2},
+        co={"kind": "covisits", "of": "item", "beside": "clicked", "power": 0.0},
+    )
+    for step, item in enumerate("abc"):
+        stream.hear(stream.see(float(step), user="u", item=item), 1.0)
+    # c came behind b and a, at 1 and 1/2; of what came with b, 1 of 2.
+    asked = stream.ask(9.0, user="u", item="a")  # beside c and b
+    assert stream.number("co", asked) == pytest.approx(math.log(LEAST + 0.5 / 1.5 + 1.0 / 2.0 / 2))

@@ -218,6 +218,7 @@ ALL: dict[str, Any] = {
     "tag_rate": {"kind": "rate", "of": "tags", "keys": 9, "half_life_events": 9.0},
     "near": {"kind": "bag", "buckets": 1000, "max_items": 3},
     "co": {"kind": "covisits", "of": "item", "beside": "near", "keys": 5, "half_life_s": 900.0},
+    "liked_with": {"kind": "covisits", "of": "item", "beside": "liked", "power": 0.0},
     "x": {"kind": "cross", "of": ["user", "h"]},
     "z": {"kind": "cross", "of": ["item", "r"]},
     "h": "time",
