@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -248,6 +250,28 @@ def test_a_shard_of_a_group_is_not_run_alone_before_a_clean_stop(tmp_path: Path)
     keeper.restore()
     with pytest.raises(StreamclError, match="met the others of its group"):
         list(keeper.run())
+
+
+def test_a_group_that_repeats_its_logs_comes_to_the_same_state(tmp_path: Path) -> None:
+    produce([3, 1], finished=False)
+    config = group(tmp_path, checkpoint={"folder": str(tmp_path), "every_events": 7, "retain": 1000})
+
+    def feed() -> None:
+        for start in range(3, 60, 4):
+            time.sleep(0.02)
+            produce([4, start % 3], finished=start > 55, start=start)
+
+    with ThreadPoolExecutor(1) as pool:
+        feeding = pool.submit(feed)
+        lived = digests(ended(config))
+        feeding.result()
+    for rank in range(2):
+        for later in store_of(config.of_shard(rank)).ls()[1:]:
+            shutil.rmtree(later.path)
+    rounds = [closed(config, rank) for rank in range(2)]
+    assert digests(ended(config)) == lived
+    taken = [0, *(records for _, records, _ in rounds[1])]
+    assert any(after - before < 5 for before, after in itertools.pairwise(taken))  # short ones: it was idle
 
 
 def test_a_rank_is_neither_rolled_back_nor_followed_by_a_shadow(tmp_path: Path) -> None:
