@@ -78,8 +78,15 @@ class Pods(_Values):
     runtimeClassName: str
 
 
+class Group(_Values):
+    enabled: bool
+    port: Annotated[int, Field(ge=1, le=65535)]
+    maxRestarts: Annotated[int, Field(ge=0)]
+
+
 class Worker(Pods):
     replicas: Count
+    group: Group
     extraArgs: list[str]
 
 

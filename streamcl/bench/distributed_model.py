@@ -32,6 +32,7 @@ import torch
 
 from streamcl.bench.distributed_group import Member
 from streamcl.bench.options import Options
+from streamcl.bench.quality import Floats
 from streamcl.bench.report import Report, Row, Value, progress
 from streamcl.bench.streams import LABEL, TIME, synthetic
 from streamcl.config import Config
@@ -107,15 +108,20 @@ class Predicted:
 def touched(reads: float, rows: int) -> float:
     """U(n, M): different rows among n readings of M by Zipf's law; by Gauss-Legendre on a logarithmic scale."""
     harmonic = math.log(rows) + 0.5772156649 + 0.5 / rows
-    head = np.arange(1, min(rows, _HEAD) + 1)
-    total = float((-np.expm1(-reads / (head * harmonic))).sum())
+    head = np.arange(1.0, min(rows, _HEAD) + 1)
+    total = float(_met(reads, head * harmonic).sum())
     if rows > _HEAD:
         nodes, weights = np.polynomial.legendre.leggauss(4)
         edges = np.log(np.geomspace(_HEAD + 0.5, rows + 0.5, 200))[:, None]
         low, high = edges[:-1], edges[1:]
         at = np.exp((high + low) / 2 + (high - low) / 2 * nodes)
-        total += float((weights * (high - low) / 2 * at * -np.expm1(-reads / (at * harmonic))).sum())
+        total += float((weights * (high - low) / 2 * at * _met(reads, at * harmonic)).sum())
     return min(total, reads, float(rows))
+
+
+def _met(reads: float, rarity: Floats) -> Floats:
+    """Chance that a row, which one reading in `rarity` is of, is among so many readings."""
+    return np.asarray(-np.expm1(reads * np.log1p(-1.0 / rarity)))
 
 
 def predict(measured: Measured, world: int, rows: int, round_events: int, rate: float | None = None) -> Predicted:

@@ -353,7 +353,7 @@ class Eager:
             return False
         trainable = step.plan.trainable
         if trainable is None or "table" in trainable:
-            self._move_rows(grads.touched, grads.rows)
+            self.move_rows(grads.touched, grads.rows)
         self.dense.step(grads.dense, None if trainable is None else self._mask(trainable))
         for rule in self.around:
             rule.after(step)
@@ -372,7 +372,7 @@ class Eager:
         if self.watch:
             self.watch(ids)
 
-    def _move_rows(self, touched: Tensor, gradient: Tensor) -> None:
+    def move_rows(self, touched: Tensor, gradient: Tensor) -> None:
         given = self.table[touched], gradient, [slot[touched] for slot in self.row_slots]
         by_field = self.by_field
         rows, row_slots = self.row_update.step(*given) if by_field is None else by_field.step(touched, *given)

@@ -1,9 +1,9 @@
 """What the ranks of a group say to each other at a round's end, and the model that comes out of it.
 
-| | `average` | `outer` |
+| | `average` | `outer`; where not said, as in `average` |
 |---|---|---|
 | dense weights, rows | see `blend` | see `outer` |
-| optimiser slots | see `blend` | as in `average` |
+| optimiser slots | see `blend` | likewise |
 | dynamic tables | by id: see `tables` | likewise |
 | running statistics of numerics and label, `version` | sums: those of all events of all ranks | likewise |
 | average of the weights (`ema`) | as far behind the merged weights as before | likewise |
@@ -12,11 +12,14 @@
 | rates, counts, histories of the past | by value: sums add up; of the shard key: the rank's own | likewise |
 | replayed rows, draws, steps, metrics, drift, diagnostics, key states, admission filters | each rank's own | likewise |
 
-`none` merges nothing. Every rank gathers what all say (tensors, no pickle) and merges for itself, in the order of
+`gradient` takes one step of the optimiser along the sum of the ranks' gradients (see `gradient`), in the eager engine,
+with hashed tables; statistics, error memory and past as above. `none` merges nothing.
+
+Every rank gathers what all say (tensors, no pickle) and merges for itself, in the order of
 ranks, so all come to the same bits. A round costs O(dense weights + touched rows + touched sums) bytes of each rank,
 never O(table), and every rank receives what all the others say.
 
-With one rank `average` changes nothing, to the bit.
+With one rank `average` and `gradient` change nothing, to the bit.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from torch import Tensor
 from streamcl.config import Config, ConfigError
 from streamcl.group.beside import Averages, Renewals, Statistics
 from streamcl.group.errors import Errors
+from streamcl.group.gradient import Gradients
 from streamcl.group.outer import Outer
 from streamcl.group.past import PastSums
 from streamcl.group.ranks import Ranks
@@ -127,11 +131,12 @@ def merge_of(config: Config, learner: Learner, ranks: Ranks, past: Past | None =
     Raises:
         ConfigError: something of the learner has no meaning in a group.
     """
-    if config.group.merge == "none" or (ranks.world == 1 and config.group.merge == "average"):
+    if config.group.merge == "none" or (ranks.world == 1 and config.group.merge != "outer"):
         return Merge(ranks, {}, learner)
     refuse(config, learner)
     engine, parts = learner.engine, dict[str, Part]()
-    weights = (Outer if config.group.merge == "outer" else Weights)(config, learner)
+    kinds: dict[str, type[Weights]] = {"average": Weights, "outer": Outer, "gradient": Gradients}
+    weights = kinds[config.group.merge](config, learner)
     for rule in learner.rules.values():
         if isinstance(rule, ContinualBackprop):
             parts["renewals"] = Renewals(rule, weights)
@@ -154,10 +159,18 @@ SHARED_RULES = frozenset(("continual_backprop", "l2", "l2_init", "weight_clippin
 
 def refuse(config: Config, learner: Learner) -> None:
     """Raises ConfigError for what holds something of the weights that has no meaning yet where ranks meet."""
+    where, known = f"group.merge: {config.group.merge} has no meaning yet for", SHARED_RULES
     if config.group.merge == "gradient":
-        raise ConfigError("group.merge: gradient can't be had yet; set average, outer or none")
-    where = f"group.merge: {config.group.merge} has no meaning yet for"
-    if others := sorted(set(learner.rules) - SHARED_RULES):
+        if learner.fused is not None:
+            raise ConfigError(
+                "group.merge: gradient needs worker.engine = eager; a fused step shows nobody its gradient"
+            )
+        if learner.tables is not None:
+            raise ConfigError(f"{where} dynamic tables: features.{learner.tables.names[0]}.table")
+        if learner.planners or learner.engine.sets:
+            raise ConfigError(f"{where} plug-ins that plan steps, or keep other weights")
+        known = frozenset(("l2",))
+    if others := sorted(set(learner.rules) - known):
         raise ConfigError(f"{where} plasticity {', '.join(others)}")
     if others := sorted(set(learner.engine.sets) - {"ema"}):
         raise ConfigError(f"{where} plug-ins that keep other weights: {', '.join(others)}")

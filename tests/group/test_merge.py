@@ -206,6 +206,41 @@ def test_the_outer_optimiser_is_nesterovs_on_the_mean_of_moves() -> None:
         torch.testing.assert_close(members[1].learner.engine.dense.flat.detach(), mirror.detach())
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam", "ftrl"])
+def test_a_gradient_is_the_sum_of_all_ranks_and_its_step_is_the_optimisers(kind: Any) -> None:
+    said = {"worker": {"engine": "eager"}, "group": {"merge": "gradient"}}
+    members = crew(config(**said, optimizer={"kind": kind}), 3)
+    for n in range(4):
+        dense = members[0].learner.engine.dense
+        start, slots = dense.flat.detach().clone(), [slot.clone() for slot in dense.slots]
+        table = members[0].learner.engine.table.clone()
+        total = torch.zeros_like(start)
+        for member, part in zip(
+            members, ([("a", "u", 1)], [("b", "vx"[n % 2], 0)], [("a", "w", 1)][: n % 2]), strict=True
+        ):
+            member.learn(*part)
+            parts: Any = member.merge.parts["weights"]
+            assert (parts.noted.total is not None) == bool(part)
+            total += parts.noted.total.dense if part else 0.0
+        meet(members)
+        assert alike(members)
+        expected, held = dense.update.step(start, total, slots)
+        torch.testing.assert_close(dense.flat.detach(), expected, rtol=1e-6, atol=1e-7)
+        for mine, theirs in zip(dense.slots, held, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+        assert (members[0].learner.engine.table != table).any()
+
+
+def test_a_group_of_gradients_is_one_learner_where_one_rank_has_all_events() -> None:
+    said = {"worker": {"engine": "eager"}, "group": {"merge": "gradient"}}
+    members, alone = crew(config(**said), 2), Member(config(**said), 0, 1)
+    for n in range(6):
+        for member in (members[1], alone):
+            member.learn(("abc"[n % 3], "uvw"[n // 2], n % 2))
+        meet(members)
+    assert digest(members[0].common()) == digest(members[1].common()) == digest(alone.common())
+
+
 @pytest.mark.parametrize("kind", ["fused", "outer", "tables", "ema"])
 def test_a_group_goes_on_from_its_state_to_the_bit(kind: str) -> None:
     made = config(**KINDS[kind])
@@ -245,7 +280,7 @@ def test_whoever_follows_rows_is_told_of_those_that_others_have_moved() -> None:
 @pytest.mark.parametrize(
     ("said", "text"),
     [
-        ({"group": {"merge": "gradient"}}, "gradient can't be had yet"),
+        ({"group": {"merge": "gradient"}}, "gradient needs worker.engine = eager"),
         ({"plasticity": [{"kind": "redo"}]}, "no meaning yet for plasticity redo"),
         ({"plugins": [{"kind": "previous"}]}, "keep other weights: previous"),
     ],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from connectors import memory
-from streamcl.config import ConfigError
+from streamcl.config import Config, ConfigError
 from streamcl.group.manifest import meeting_of
 from streamcl.group.ranks import RankLost, Ranks
 from streamcl.host import FixedShards, Host
@@ -92,7 +95,7 @@ def deaths(folder: Path, mode: str) -> list[tuple[int, str, str, int]]:
     return [(*where, nth) for where, count in sorted(made.items()) for nth in range(count)]
 
 
-def config_of(folder: Path, mode: str):  # type: ignore[no-untyped-def]
+def config_of(folder: Path, mode: str) -> Config:
     return group(folder, delivery={"mode": mode}, checkpoint={"folder": str(folder), "every_events": 4, "lease_s": 0})
 
 
@@ -128,6 +131,35 @@ def _answered_once(mode: str) -> None:
     assert all(len(set(values)) == 1 for values in answers.values())
     if mode == "exactly_once":
         assert all(len(values) == 1 for values in answers.values())
+
+
+@pytest.mark.parametrize("merge", ["average", "outer", "gradient"])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_whatever_is_merged_a_death_between_two_meetings_changes_nothing(tmp_path: Path, merge: str, nth: int) -> None:
+    def configured(folder: str) -> Config:
+        gradient = merge == "gradient"
+        own = {"merge": merge} if gradient else {"merge": merge, "round_events": 3}
+        changes: dict[str, Any] = {"replay": {}} if gradient else {}
+        worker = {"max_records": 5, "poll_timeout_s": 0.01, "engine": "eager" if gradient else "auto"}
+        return group(tmp_path / folder, group=own, worker=worker, **changes)
+
+    produce([12, 7])
+    undisturbed = digests(ended(configured("undisturbed")))
+    produce([12, 7])
+    meetings = Counter[int]()
+
+    def die(rank: int, keeper: Keeper) -> None:
+        def told(rank: int, when: str, call: str) -> None:
+            meetings[rank] += (rank, when, call) == (1, "behind", "merge.meet")
+            if (rank, when, call) == (1, "before", "control.append") and meetings[1] == nth:
+                raise Died
+
+        watched(rank, keeper, told)
+
+    assert isinstance(live(configured("killed"), die)[1], Died)
+    with pytest.raises(memory.Crash):
+        memory.broker(BROKER).die()
+    assert digests(ended(configured("killed"))) == undisturbed
 
 
 def test_a_rank_that_has_taken_all_there_is_joins_a_round_that_another_has_closed(tmp_path: Path) -> None:
@@ -248,6 +280,28 @@ def test_a_shard_of_a_group_is_not_run_alone_before_a_clean_stop(tmp_path: Path)
     keeper.restore()
     with pytest.raises(StreamclError, match="met the others of its group"):
         list(keeper.run())
+
+
+def test_a_group_that_repeats_its_logs_comes_to_the_same_state(tmp_path: Path) -> None:
+    produce([3, 1], finished=False)
+    config = group(tmp_path, checkpoint={"folder": str(tmp_path), "every_events": 7, "retain": 1000})
+
+    def feed() -> None:
+        for start in range(3, 60, 4):
+            time.sleep(0.02)
+            produce([4, start % 3], finished=start > 55, start=start)
+
+    with ThreadPoolExecutor(1) as pool:
+        feeding = pool.submit(feed)
+        lived = digests(ended(config))
+        feeding.result()
+    for rank in range(2):
+        for later in store_of(config.of_shard(rank)).ls()[1:]:
+            shutil.rmtree(later.path)
+    rounds = [closed(config, rank) for rank in range(2)]
+    assert digests(ended(config)) == lived
+    taken = [0, *(records for _, records, _ in rounds[1])]
+    assert any(after - before < 5 for before, after in itertools.pairwise(taken))  # short ones: it was idle
 
 
 def test_a_rank_is_neither_rolled_back_nor_followed_by_a_shadow(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from deploy.chart import CHART, stale
 from streamcl import __version__
 from streamcl.cli import _with_shards
 from streamcl.config import Config
-from tests.helm.conftest import Chart, Manifest, Render, Rendered
+from tests.helm.conftest import Chart, Failed, Manifest, Render, Rendered
 from tests.helm.kubernetes import check
 
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
@@ -320,3 +320,23 @@ def test_helm_test_asks_every_pod_and_replica(render: Render) -> None:
     ]
     done = subprocess.run([sys.executable, "-c", script, Path(__file__).as_uri()], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_pods_of_a_group_are_ranks_that_torchrun_starts(render: Render) -> None:
+    group = {"worker": {"replicas": 3, "group": {"enabled": True}}, "config": {"shard": {"count": 3}}}
+    manifests = render(networkPolicy={"enabled": True}, **group)
+    check(manifests)
+    [workers] = manifests.of("StatefulSet")
+    its = container(workers["spec"]["template"])
+    assert its["command"][:3] == ["python", "-m", "torch.distributed.run"]
+    assert {"--nnodes=3", "--node-rank=$(POD_INDEX)", "--nproc-per-node=1"} <= {*its["command"]}
+    assert not any(argument.startswith("--shards") for argument in its["args"])
+    [policy] = [each for each in manifests.of("NetworkPolicy") if each["metadata"]["name"].endswith("worker")]
+    themselves = [{"podSelector": policy["spec"]["podSelector"]}]
+    assert {"from": themselves} in policy["spec"]["ingress"]
+    assert {"to": themselves} in policy["spec"]["egress"]
+
+
+def test_each_rank_has_a_shard_of_its_own(render: Render) -> None:
+    with pytest.raises(Failed, match=r"set config.shard.count to 2"):
+        render(worker={"replicas": 2, "group": {"enabled": True}}, config={"shard": {"count": 4}})

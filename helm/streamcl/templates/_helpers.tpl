@@ -71,6 +71,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if gt (int .Values.worker.replicas) $shards }}
 {{- fail (printf "worker.replicas: %d, but config.shard.count is %d: a pod without a shard has nothing to do" (int .Values.worker.replicas) $shards) }}
 {{- end }}
+{{- if and .Values.worker.group.enabled (or (ne (int .Values.worker.replicas) $shards) (ne $config.shard.assignment "static")) }}
+{{- fail (printf "worker.group: each rank has a shard of its own; set config.shard.count to %d, and leave out config.shard.assignment" (int .Values.worker.replicas)) }}
+{{- end }}
 {{- if or $config.shard.index $config.shard.indices }}
 {{- fail "config.shard.index, config.shard.indices: the chart gives each pod its shards; set worker.replicas and config.shard.count" }}
 {{- end }}
