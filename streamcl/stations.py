@@ -476,7 +476,7 @@ class GroupConfig(Station):
         " gradient: the sum of every step's; none: nothing, each shard has a model of its own",
     )
     round_events: int | None = Stop(
-        None, ge=1, description="learned events of a rank in a round; default: 1000, or 1 with merge gradient"
+        None, ge=1, description="learned events of a rank in a round; default: 100, or 1 with merge gradient"
     )
     round_s: float | None = Stop(None, gt=0, description="or else event time of a round, in seconds")
     most_records: int | None = Stop(
@@ -504,7 +504,7 @@ class GroupConfig(Station):
         """Learned events that fill a rank's round (count); None: event time does."""
         if self.round_s is not None:
             return None
-        return self.round_events or (1 if self.merge == "gradient" else 1000)
+        return self.round_events or (1 if self.merge == "gradient" else 100)
 
     @property
     def most(self) -> int | None:

@@ -41,7 +41,7 @@ NOTES = (
     " learned events of each rank; scores of all ranks are judged together, each given before its label was learned"
     " from; auc_loss is one learner's AUC, on the whole stream in its order, less the group's",
     "bytes_per_event: what one rank says of a round, by the events that it has learned in it; it sends that to every"
-    " other rank. said_alone: past not merged, so that an item's rates and histories are each rank's own",
+    " other rank",
 )
 
 

@@ -12,8 +12,8 @@ what it is. A weight that one rank alone has moved becomes what that rank made o
 | `adam` | means of both moments, by steps; of the step counts the highest |
 | `ftrl` | n: the mean by steps; z: what gives the mean weight under it, and of a weight of 0 their mean within l1 |
 
-Adding up moves and accumulators instead, as if one learner had taken all steps, was worse; see "A group's merge" in
-DECISIONS.md.
+Adding up moves and accumulators instead, as if one learner had taken all steps, was worse but in short rounds; see "A
+group's merge" in DECISIONS.md.
 
 Sums run in the order of ranks, by additions, products, quotients and roots alone, which IEEE 754 rounds alike on every
 machine: every rank merges for itself and comes to the same bits.
