@@ -78,7 +78,7 @@ class Learner:
         trained = self.engine.dense, self.engine.model, self.engine.layers
         self.diagnostics = None if serving else build_diagnostics(config, *trained)
         self.version = 0  # events that the current weights have learned from
-        self.loss: float | None = None  # of the event that was learned last; None where no step was taken on it
+        self.loss: Tensor | None = None  # () of the event that was learned last; None where no step was taken on it
         self.steps = 0  # taken; more than `version` where a planner wants several for one event
         self.tables = self.engine.tables
         key = config.events.key or ""
@@ -170,12 +170,13 @@ class Learner:
     def _scores(self, batch: Sequence[Encoded], ids: Tensor, weights: Tensor, dense: Tensor) -> list[Scores]:
         if self.tables is not None:
             ids, weights = self.tables.resolve(ids, weights)
+        given = [each.to(self.engine.device, non_blocking=True) for each in (ids, weights, dense)]
         if not (self.recall.stages or self.recalls or self.notes_hidden):
-            first, tasks = self._parted(self.engine.predict(ids, weights, dense))
+            first, tasks = self._parted(self.engine.predict(*given).cpu())
             output = first.numpy()
             said = zip(output, self._served(output), tasks, strict=True)
             return [Scores(raw, served, self.version, (), noted) for raw, served, noted in said]
-        looked = self.engine.look(ids, weights, dense)
+        looked = [each.cpu() for each in self.engine.look(*given)]
         first, tasks = self._parted(looked[0])
         output, notes = self._recalled(Query(self.engine, (ids, weights, dense), Out(first, looked[2])))
         served = self._served(output)
@@ -313,9 +314,11 @@ class Learner:
         return lambda dense: np.concatenate((dense[:numbers], initial))
 
     def _loss_of(self, outcome: Outcome) -> float:
-        """In the step that it was learned in; else that of what it was answered with."""
+        """In the step that it was learned in; else that of what it was answered with. 0 where nobody keeps it."""
+        if "loss" not in self.memory.columns:
+            return 0.0
         if self.loss is not None:
-            return self.loss
+            return float(self.loss)
         y = torch.from_numpy(self.target.apply(np.array([outcome.label], np.float32)))
         output = torch.from_numpy(outcome.ticket.scores.output)[None]
         return float(
@@ -346,7 +349,7 @@ class Learner:
             if step is not None and taken:
                 self.memory.touch(step)
                 if plan.live and step.losses is not None:
-                    self.loss = float(step.losses[0])
+                    self.loss = step.losses[0]
                 self.steps += 1
             if not taken and not turn and plan.live:
                 return False

@@ -121,7 +121,9 @@ class Diagnostics:
         if erased.any():
             order = np.roll(np.arange(size), -(self.sampled % size))  # the oldest first
             kept = order[~erased[order]]
-            close_ranks(self.ring.numpy(), kept, size)
+            held = self.ring.cpu()
+            close_ranks(held.numpy(), kept, size)
+            self.ring.copy_(held)
             self.owners.close_ranks(kept, size)
             self.sampled = len(kept)
         return int(erased.sum())
