@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcl.config import Config, ConfigError
+from streamcl.engine.chunked import Chunked
 from streamcl.engine.delayed import odds
 from streamcl.engine.eager import Eager, as_tensors
 from streamcl.engine.fused import Fused, obstacle
@@ -92,7 +93,9 @@ class Learner:
         self.obstacle = obstacle(config, plugins)
         if self.obstacle and config.worker.engine == "fused":
             raise ConfigError(f"worker.engine: fused has no form of {self.obstacle}; set auto or eager")
-        self.fused = Fused(config, self) if config.worker.engine != "eager" and not self.obstacle else None
+        self.fused: Chunked | None = None
+        if config.worker.engine != "eager" and not self.obstacle:
+            self.fused = Fused(config, self)
         if self.obstacle and config.worker.engine == "auto" and not serving:
             log.info("steps are computed by the eager engine: %s has no compiled form", self.obstacle)
 
@@ -147,7 +150,7 @@ class Learner:
             return self.predict_many([features])[0]
         features = self._with_state(features)
         ids, weights, dense = as_tensors(*features)
-        [scores] = self._scores([features], ids, weights, self._read(dense))
+        [scores] = self._scores([features], ids, weights, self.read_numbers(dense))
         return scores
 
     def predict_many(self, batch: Sequence[Encoded]) -> list[Scores]:
@@ -159,7 +162,7 @@ class Learner:
         batch = [self._with_state(features) for features in batch]
         ids, weights, dense = (np.concatenate(column).reshape(len(batch), -1) for column in zip(*batch, strict=True))
         return self._scores(
-            batch, torch.from_numpy(ids), torch.from_numpy(weights), self._read(torch.from_numpy(dense))
+            batch, torch.from_numpy(ids), torch.from_numpy(weights), self.read_numbers(torch.from_numpy(dense))
         )
 
     def _with_state(self, features: Encoded) -> Encoded:
@@ -174,12 +177,12 @@ class Learner:
         if not (self.recall.stages or self.recalls or self.notes_hidden):
             first, tasks = self._parted(self.engine.predict(*given).cpu())
             output = first.numpy()
-            said = zip(output, self._served(output), tasks, strict=True)
+            said = zip(output, self.serve(output), tasks, strict=True)
             return [Scores(raw, served, self.version, (), noted) for raw, served, noted in said]
         looked = [each.cpu() for each in self.engine.look(*given)]
         first, tasks = self._parted(looked[0])
         output, notes = self._recalled(Query(self.engine, (ids, weights, dense), Out(first, looked[2])))
-        served = self._served(output)
+        served = self.serve(output)
         served, recalled = self.recall.recall(batch, served, Vectors(*(each.numpy() for each in looked[1:])))
         noted = [{**notes[b], **tasks[b]} for b in range(len(batch))]
         return [Scores(output[b], served[b], self.version, recalled[b], noted[b]) for b in range(len(batch))]
@@ -219,7 +222,7 @@ class Learner:
         columns = {name: value.numpy() for name, value in query.notes.items()}
         return output.numpy(), [{name: value[b] for name, value in columns.items()} for b in range(len(output))]
 
-    def _served(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
+    def serve(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, P) of raw outputs (B, O)."""
         if self.task == "binary":
             return np.array([[self.said(logit)] for logit in output[:, 0].tolist()], np.float32)
@@ -341,10 +344,10 @@ class Learner:
             return True
         for turn in range(plan.passes):
             replayed = plan.draw if len(self.memory) else 0
-            step = self._step(outcome, plan, replayed)
+            step = self.step_of(outcome, plan, replayed)
             taken = step is not None and self.engine.step(step)
             if not taken and replayed and plan.live:  # is it the event, or what is replayed?
-                step = self._step(outcome, plan, 0)
+                step = self.step_of(outcome, plan, 0)
                 taken = step is not None and self.engine.step(step)
             if step is not None and taken:
                 self.memory.touch(step)
@@ -357,7 +360,7 @@ class Learner:
             self._passes(outcome, plan.then)  # whatever becomes of it, the event has been learned
         return True
 
-    def _step(self, outcome: Outcome, plan: Plan, replayed: int) -> Step | None:
+    def step_of(self, outcome: Outcome, plan: Plan, replayed: int) -> Step | None:
         """None when it would have no row."""
         weight = outcome.ticket.weight
         live, served, share = None, None, torch.full((1 if plan.live else 0,), weight, dtype=self.engine.dtype)
@@ -366,7 +369,8 @@ class Learner:
             live = self._rows(ids, weights, dense, torch.tensor([outcome.label]))
             if self.tasks:
                 live = live._replace(also=torch.tensor([outcome.beside(len(self.tasks))]))
-            served = float(outcome.ticket.scores.served[0])
+            said = outcome.ticket.scores.served  # empty while it is a promise, of which no loss is made
+            served = float(said[0]) if len(said) else None
         if not replayed:
             return Step(self.steps, plan, live, None, share, served=served, outcome=outcome) if live else None
         index, drawn = self.memory.pick(replayed, self.steps)
@@ -377,14 +381,14 @@ class Learner:
 
     def _rows(self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor) -> Rows:
         """As the model reads them."""
-        dense = self._read(dense)
+        dense = self.read_numbers(dense)
         if self.tables is not None:
             ids, weights = self.tables.resolve(ids, weights)
         if self.task == "regression":
             y = torch.from_numpy(self.target.apply(y.unsqueeze(1).numpy())).squeeze(1)
         return Rows(ids, weights, dense, y.to(self.engine.dtype))
 
-    def _read(self, dense: Tensor) -> Tensor:
+    def read_numbers(self, dense: Tensor) -> Tensor:
         """(B, ...) numerics standardised, a key's state as it is."""
         numbers = torch.from_numpy(self.numerics.apply(dense[:, : self.numbers].numpy())).to(self.engine.dtype)
         return numbers if self.states is None else torch.cat((numbers, dense[:, self.numbers :]), 1)

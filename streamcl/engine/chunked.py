@@ -25,6 +25,14 @@ NOTHING = np.zeros((0, 0), np.float32)
 UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
 
 
+def stacked(arrays: list[Arrays]) -> Arrays:
+    """(n, K) of n (K,); often they are all one and the same."""
+    n, first = len(arrays), arrays[0]
+    if all(array is first for array in arrays):
+        return np.tile(first, (n, 1))
+    return np.concatenate(arrays).reshape(n, -1)
+
+
 class Job(Struct, frozen=True, gc=False):
     """One operation: an answer that is promised, or an outcome that is to be learned."""
 

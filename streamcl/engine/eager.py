@@ -170,7 +170,7 @@ class Eager:
         """(B, O), and behind it the logits of T further tasks: (B, O + T)."""
         with torch.inference_mode():
             output = self.forward(self.table[ids], weights, dense)
-        self._take_hidden(output)
+        self.take_hidden(output)
         return output
 
     def forward(self, rows: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class Eager:
                 output = functional_call(self.model, self._set(weights).params(), given)
         if kept is not None:
             states[get_ident()] = kept
-        hidden = self._take_hidden(output)
+        hidden = self.take_hidden(output)
         return Out(
             output[:, : self.outputs].clone(), hidden.clone()
         )  # a tensor of inference mode can't be learned from
@@ -219,7 +219,7 @@ class Eager:
             if not self.model.embedding:
                 return output, output[:, :0], output[:, :0]
             entered = torch.cat((given[1].flatten(1), dense[:, : self.numbers]), 1)
-            return output, entered, self._take_hidden(output)
+            return output, entered, self.take_hidden(output)
 
     def inputs(self, rows: Rows, weights: str = "live") -> list[Tensor]:
         """(B, in) what enters each layer of the tower, the head last; no gradient, and none without a tower."""
@@ -237,7 +237,7 @@ class Eager:
     def _note_hidden(self, _head: nn.Module, inputs: tuple[Tensor]) -> None:
         self._hidden[get_ident()] = inputs[0]
 
-    def _take_hidden(self, output: Tensor) -> Tensor:
+    def take_hidden(self, output: Tensor) -> Tensor:
         """(B, H) of the forward pass that has just been made; it holds the graph of a step, so it is not left there."""
         return self._hidden.pop(get_ident(), output[:, :0])
 
@@ -318,7 +318,7 @@ class Eager:
         read = step.rows
         rows = self.table[read.ids].requires_grad_()
         output = self.forward(rows, read.weights, read.dense)
-        hidden = self._take_hidden(output)
+        hidden = self.take_hidden(output)
         outcome = step.outcome if step.live is not None else None
         losses = self.losses(self._corrected(output, read), read.y, step.served, outcome)
         step.losses = losses.detach()
@@ -361,7 +361,7 @@ class Eager:
         with torch.enable_grad(), unheard(self.model):
             rows = self.table[read.ids].requires_grad_()
             output = self.forward(rows, read.weights, read.dense)
-            self._take_hidden(output)
+            self.take_hidden(output)
             losses = self.losses(self._corrected(output, read), read.y)
             losses = losses if read.also is None else losses + self.further(output, read.also)
             return self._grads(losses.mean(), rows, read.ids, torch.unique(read.ids))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from streamcl.engine import field_rows, layout
-from streamcl.engine.chunked import UNSAID, Chunked, Job
+from streamcl.engine.chunked import UNSAID, Chunked, Job, stacked
 from streamcl.engine.layout import ANSWER, LEARN
 from streamcl.engine.scan import scan
 from streamcl.engine.views import (
@@ -95,14 +95,6 @@ def engine_of(config: Config) -> tuple[str, str]:
         return "river", ""
     because = obstacle(config) or ""
     return ("eager" if because or config.worker.engine == "eager" else "fused"), because
-
-
-def _rows(arrays: list[Arrays]) -> Arrays:
-    """(n, K) of n (K,); often they are all one and the same."""
-    n, first = len(arrays), arrays[0]
-    if all(array is first for array in arrays):
-        return np.tile(first, (n, 1))
-    return np.concatenate(arrays).reshape(n, -1)
 
 
 class Fused(Chunked):
@@ -203,7 +195,7 @@ class Fused(Chunked):
     def _chunk(self, jobs: Sequence[Job]) -> layout.Chunk:
         n = len(jobs)
         ids = np.concatenate([job.features.ids for job in jobs]).reshape(n, -1)
-        weights, dense = _rows([job.features.weights for job in jobs]), _rows([job.features.dense for job in jobs])
+        weights, dense = stacked([job.features.weights for job in jobs]), stacked([job.features.dense for job in jobs])
         lowest = -ID if self.engine.tables else 0
         if ids.size and not (ids.min() >= lowest and ids.max() < len(self.net.table)):
             raise IndexError(f"features point to row {ids.min()} or {ids.max()} of a table of {len(self.net.table)}")
