@@ -31,7 +31,7 @@ class Ahead(NamedTuple):
     weights: Arrays  # (n, B, S) float32
     numbers: Arrays  # (n, B, N) float32
     y: Arrays  # (n, B) float32
-    share: Arrays  # (n, B) float32
+    share: Arrays  # (n, B)
     touched: Arrays  # (n, T)
     distinct: Arrays  # (n,) of them
     place: Arrays  # (n, T) of a slot's row among the touched
@@ -50,7 +50,7 @@ def empty(n: int, rows: int, slots: int, numbers: int) -> Ahead:
         weights=np.zeros((n, rows, slots), np.float32),
         numbers=np.zeros((n, rows, numbers), np.float32),
         y=np.zeros((n, rows), np.float32),
-        share=np.zeros((n, rows), np.float32),
+        share=np.zeros((n, rows)),
         touched=np.zeros((n, cells), np.int64),
         distinct=np.zeros(n, np.int32),
         place=np.zeros((n, cells), np.int64),
