@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcl.config import Config, ConfigError
+from streamcl.engine import choice
 from streamcl.engine.chunked import Chunked
 from streamcl.engine.delayed import odds
 from streamcl.engine.eager import Eager, as_tensors
-from streamcl.engine.fused import Fused, obstacle
 from streamcl.engine.layout import Found
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
 from streamcl.key_states import KeyStates
@@ -90,14 +90,8 @@ class Learner:
         self.planners = [plugin for plugin in self.plugins.values() if isinstance(plugin, Planner)]
         self.memory.take_over(self.plugins.values())
         self._refuse_keepers()
-        self.obstacle = obstacle(config, plugins)
-        if self.obstacle and config.worker.engine == "fused":
-            raise ConfigError(f"worker.engine: fused has no form of {self.obstacle}; set auto or eager")
-        self.fused: Chunked | None = None
-        if config.worker.engine != "eager" and not self.obstacle:
-            self.fused = Fused(config, self)
-        if self.obstacle and config.worker.engine == "auto" and not serving:
-            log.info("steps are computed by the eager engine: %s has no compiled form", self.obstacle)
+        self.obstacle = ""  # to another engine than the eager one
+        self.fused: Chunked | None = choice.build(config, self, serving, plugins)
 
     def _refuse_keepers(self) -> None:
         """Of rows that come and go nobody else may hold anything."""
@@ -122,9 +116,10 @@ class Learner:
 
     def described(self) -> dict[str, str]:
         """How steps are computed, and what stands in the way of the fused engine where that was open."""
+        where = {} if self.engine.device.type == "cpu" else {"device": self.engine.device.type}
         if self.fused is not None:
-            return {"engine": "fused"}
-        return {"engine": "eager", **({"because": self.obstacle} if self.obstacle else {})}
+            return {"engine": self.fused.name, **where}
+        return {"engine": "eager", **where, **({"because": self.obstacle} if self.obstacle else {})}
 
     def answer(self, event: Event) -> tuple[Encoded, Scores]:
         """What is served, and what the ticket is to hold: features, and the state of the key before the event.

@@ -52,6 +52,7 @@ class Chunked:
         drawn: If it is made a list, each outcome's replayed rows are put into it, (draw,) each.
     """
 
+    name = "fused"
     drawn: list[Arrays] | None = None
     served: Any = None  # the plug-in that chooses among weight sets, if there is one
 

@@ -89,14 +89,6 @@ def _averages(station: Any) -> bool:
     return _kind(station) == "ema" or (_kind(station) == "served" and set(station.sets) <= SETS.keys())
 
 
-def engine_of(config: Config) -> tuple[str, str]:
-    """The engine that a configuration comes to, and what stands in the way of the fused one where that was open."""
-    if config.river is not None:
-        return "river", ""
-    because = obstacle(config) or ""
-    return ("eager" if because or config.worker.engine == "eager" else "fused"), because
-
-
 class Fused(Chunked):
     """Takes a learner's work, and does it when asked to.
 

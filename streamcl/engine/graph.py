@@ -64,6 +64,8 @@ class _Outputs(NamedTuple):
 class Graph(OnDevice):
     """Plays captured steps; where a capture fails, the same steps uncaptured, and says so once."""
 
+    name = "graph"
+
     def __init__(self, config: Config, learner: Learner) -> None:
         super().__init__(config, learner)
         engine, k, cells = self.engine, self.most, self.rows * self.slots
