@@ -89,7 +89,7 @@ def fake(learner: Learner, mode: FakeTensorMode) -> None:
     """Let all that the engine holds lie on a device that is not there."""
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
-        return mode.from_tensor(tensor.detach()).to(CUDA)
+        return mode.from_tensor(tensor).to(CUDA)
 
     engine, dense = learner.engine, learner.engine.dense
     with mode:
