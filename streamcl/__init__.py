@@ -36,7 +36,7 @@ Table of contents, in the order of the journey (start with `worker`):
     continual      methods of continual learning, one module for each idea
     river_learner  a River model in the learner's place
     river_api      the learner as a River classifier or regressor: StreamClassifier, StreamRegressor
-    engine         how the arithmetic is done: eager, fused
+    engine         how the arithmetic is done: eager, fused; on a GPU as CUDA graphs or by Triton
     models         logistic to mixtures of experts, and a user's own; recurrent backbones with a state per key
     memory         replay and its retention policies; the error memory
     plasticity     what keeps a net able to learn: continual backpropagation and relatives; figures of how it fares

@@ -29,7 +29,7 @@ from streamcl.bootstrap import Bootstrap
 from streamcl.config import Config, ConfigError, changes, fingerprint
 from streamcl.console import Json, out
 from streamcl.demo import command as demo
-from streamcl.engine.fused import engine_of
+from streamcl.engine.choice import engine_of
 from streamcl.forget import forget
 from streamcl.group.launch import of_rank
 from streamcl.group.ranks import Ranks
@@ -384,6 +384,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
     newest = store.newest()
     changed = changes(newest.manifest["config"], settings) if newest else []
     engine, because = engine_of(settings)
+    now = environment(engine, "cuda" if settings.worker.device == "cuda" else "cpu")
     plan = {
         "name": settings.name,
         "fingerprint": fingerprint(settings),
@@ -396,7 +397,7 @@ def check(config: ConfigFile, as_json: Json = False) -> None:
         "checkpoints": str(store.folder),
         "snapshot": newest.snapshot.name if newest else None,
         "changed_since": dict(changed),
-        "environment_changed": difference(newest.manifest["environment"], environment(engine)) if newest else [],
+        "environment_changed": difference(newest.manifest["environment"], now) if newest else [],
         "engine": engine if not because else f"{engine}: {because} has no compiled form",
         "findings": findings,
     }

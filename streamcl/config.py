@@ -227,8 +227,10 @@ class Config(Station):
             raise ValueError("replay.retention: class_balanced needs classes; regression has reservoir and recency")
         if self.replay.retention == "none" and self.replay.per_event:
             raise ValueError("replay.per_event: nothing to replay with retention none; set replay.retention")
-        if self.worker.engine == "graph":
+        if self.worker.engine == "graph" and self.worker.device != "cuda":
             raise ValueError(f"worker.engine: graph replays CUDA graphs, and worker.device is {self.worker.device}")
+        if self.worker.device == "cuda" and self.river is not None:
+            raise ValueError("worker.device: a River model computes on the CPU; leave it out")
         if self.river is not None and not self.trust_pickle:
             raise ValueError("river: is saved as a pickle; set trust_pickle = true if you trust the checkpoint folder")
         if self.exactly_once and self.predictions is None:

@@ -215,7 +215,7 @@ class _Moves:
 
 
 def _learner(state: State, old: Config, new: Config, layouts: _Layouts) -> State:
-    eager = new.worker.model_copy(update={"engine": "eager"})
+    eager = new.worker.model_copy(update={"engine": "eager", "device": "cpu"})
     fresh = Learner(new.model_copy(update={"worker": eager}), serving=True)
     moves, memory, numerics = _Moves(old, new, layouts), state["memory"], fresh.numerics.state_dict()
     held = layouts.features(memory["ids"], memory["weights"], memory["dense"])

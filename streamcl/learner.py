@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamcl.config import Config, ConfigError
+from streamcl.engine import choice
+from streamcl.engine.chunked import Chunked
 from streamcl.engine.delayed import odds
 from streamcl.engine.eager import Eager, as_tensors
-from streamcl.engine.fused import Fused, obstacle
 from streamcl.engine.layout import Found
 from streamcl.features import FLOAT32_MAX, Featurizer, RunningNorm
 from streamcl.key_states import KeyStates
@@ -78,7 +79,7 @@ class Learner:
         trained = self.engine.dense, self.engine.model, self.engine.layers
         self.diagnostics = None if serving else build_diagnostics(config, *trained)
         self.version = 0  # events that the current weights have learned from
-        self.loss: float | None = None  # of the event that was learned last; None where no step was taken on it
+        self.loss: Tensor | None = None  # () of the event that was learned last; None where no step was taken on it
         self.steps = 0  # taken; more than `version` where a planner wants several for one event
         self.tables = self.engine.tables
         key = config.events.key or ""
@@ -89,12 +90,8 @@ class Learner:
         self.planners = [plugin for plugin in self.plugins.values() if isinstance(plugin, Planner)]
         self.memory.take_over(self.plugins.values())
         self._refuse_keepers()
-        self.obstacle = obstacle(config, plugins)
-        if self.obstacle and config.worker.engine == "fused":
-            raise ConfigError(f"worker.engine: fused has no form of {self.obstacle}; set auto or eager")
-        self.fused = Fused(config, self) if config.worker.engine != "eager" and not self.obstacle else None
-        if self.obstacle and config.worker.engine == "auto" and not serving:
-            log.info("steps are computed by the eager engine: %s has no compiled form", self.obstacle)
+        self.obstacle = ""  # to another engine than the eager one
+        self.fused: Chunked | None = choice.build(config, self, serving, plugins)
 
     def _refuse_keepers(self) -> None:
         """Of rows that come and go nobody else may hold anything."""
@@ -119,9 +116,10 @@ class Learner:
 
     def described(self) -> dict[str, str]:
         """How steps are computed, and what stands in the way of the fused engine where that was open."""
+        where = {} if self.engine.device.type == "cpu" else {"device": self.engine.device.type}
         if self.fused is not None:
-            return {"engine": "fused"}
-        return {"engine": "eager", **({"because": self.obstacle} if self.obstacle else {})}
+            return {"engine": self.fused.name, **where}
+        return {"engine": "eager", **where, **({"because": self.obstacle} if self.obstacle else {})}
 
     def answer(self, event: Event) -> tuple[Encoded, Scores]:
         """What is served, and what the ticket is to hold: features, and the state of the key before the event.
@@ -147,7 +145,7 @@ class Learner:
             return self.predict_many([features])[0]
         features = self._with_state(features)
         ids, weights, dense = as_tensors(*features)
-        [scores] = self._scores([features], ids, weights, self._read(dense))
+        [scores] = self._scores([features], ids, weights, self.read_numbers(dense))
         return scores
 
     def predict_many(self, batch: Sequence[Encoded]) -> list[Scores]:
@@ -159,7 +157,7 @@ class Learner:
         batch = [self._with_state(features) for features in batch]
         ids, weights, dense = (np.concatenate(column).reshape(len(batch), -1) for column in zip(*batch, strict=True))
         return self._scores(
-            batch, torch.from_numpy(ids), torch.from_numpy(weights), self._read(torch.from_numpy(dense))
+            batch, torch.from_numpy(ids), torch.from_numpy(weights), self.read_numbers(torch.from_numpy(dense))
         )
 
     def _with_state(self, features: Encoded) -> Encoded:
@@ -170,15 +168,16 @@ class Learner:
     def _scores(self, batch: Sequence[Encoded], ids: Tensor, weights: Tensor, dense: Tensor) -> list[Scores]:
         if self.tables is not None:
             ids, weights = self.tables.resolve(ids, weights)
+        given = [each.to(self.engine.device, non_blocking=True) for each in (ids, weights, dense)]
         if not (self.recall.stages or self.recalls or self.notes_hidden):
-            first, tasks = self._parted(self.engine.predict(ids, weights, dense))
+            first, tasks = self._parted(self.engine.predict(*given).cpu())
             output = first.numpy()
-            said = zip(output, self._served(output), tasks, strict=True)
+            said = zip(output, self.serve(output), tasks, strict=True)
             return [Scores(raw, served, self.version, (), noted) for raw, served, noted in said]
-        looked = self.engine.look(ids, weights, dense)
+        looked = [each.cpu() for each in self.engine.look(*given)]
         first, tasks = self._parted(looked[0])
         output, notes = self._recalled(Query(self.engine, (ids, weights, dense), Out(first, looked[2])))
-        served = self._served(output)
+        served = self.serve(output)
         served, recalled = self.recall.recall(batch, served, Vectors(*(each.numpy() for each in looked[1:])))
         noted = [{**notes[b], **tasks[b]} for b in range(len(batch))]
         return [Scores(output[b], served[b], self.version, recalled[b], noted[b]) for b in range(len(batch))]
@@ -218,7 +217,7 @@ class Learner:
         columns = {name: value.numpy() for name, value in query.notes.items()}
         return output.numpy(), [{name: value[b] for name, value in columns.items()} for b in range(len(output))]
 
-    def _served(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
+    def serve(self, output: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, P) of raw outputs (B, O)."""
         if self.task == "binary":
             return np.array([[self.said(logit)] for logit in output[:, 0].tolist()], np.float32)
@@ -313,9 +312,11 @@ class Learner:
         return lambda dense: np.concatenate((dense[:numbers], initial))
 
     def _loss_of(self, outcome: Outcome) -> float:
-        """In the step that it was learned in; else that of what it was answered with."""
+        """In the step that it was learned in; else that of what it was answered with. 0 where nobody keeps it."""
+        if "loss" not in self.memory.columns:
+            return 0.0
         if self.loss is not None:
-            return self.loss
+            return float(self.loss)
         y = torch.from_numpy(self.target.apply(np.array([outcome.label], np.float32)))
         output = torch.from_numpy(outcome.ticket.scores.output)[None]
         return float(
@@ -338,15 +339,15 @@ class Learner:
             return True
         for turn in range(plan.passes):
             replayed = plan.draw if len(self.memory) else 0
-            step = self._step(outcome, plan, replayed)
+            step = self.step_of(outcome, plan, replayed)
             taken = step is not None and self.engine.step(step)
             if not taken and replayed and plan.live:  # is it the event, or what is replayed?
-                step = self._step(outcome, plan, 0)
+                step = self.step_of(outcome, plan, 0)
                 taken = step is not None and self.engine.step(step)
             if step is not None and taken:
                 self.memory.touch(step)
                 if plan.live and step.losses is not None:
-                    self.loss = float(step.losses[0])
+                    self.loss = step.losses[0]
                 self.steps += 1
             if not taken and not turn and plan.live:
                 return False
@@ -354,7 +355,7 @@ class Learner:
             self._passes(outcome, plan.then)  # whatever becomes of it, the event has been learned
         return True
 
-    def _step(self, outcome: Outcome, plan: Plan, replayed: int) -> Step | None:
+    def step_of(self, outcome: Outcome, plan: Plan, replayed: int) -> Step | None:
         """None when it would have no row."""
         weight = outcome.ticket.weight
         live, served, share = None, None, torch.full((1 if plan.live else 0,), weight, dtype=self.engine.dtype)
@@ -363,7 +364,8 @@ class Learner:
             live = self._rows(ids, weights, dense, torch.tensor([outcome.label]))
             if self.tasks:
                 live = live._replace(also=torch.tensor([outcome.beside(len(self.tasks))]))
-            served = float(outcome.ticket.scores.served[0])
+            said = outcome.ticket.scores.served  # empty while it is a promise, of which no loss is made
+            served = float(said[0]) if len(said) else None
         if not replayed:
             return Step(self.steps, plan, live, None, share, served=served, outcome=outcome) if live else None
         index, drawn = self.memory.pick(replayed, self.steps)
@@ -375,14 +377,14 @@ class Learner:
 
     def _rows(self, ids: Tensor, weights: Tensor, dense: Tensor, y: Tensor) -> Rows:
         """As the model reads them."""
-        dense = self._read(dense)
+        dense = self.read_numbers(dense)
         if self.tables is not None:
             ids, weights = self.tables.resolve(ids, weights)
         if self.task == "regression":
             y = torch.from_numpy(self.target.apply(y.unsqueeze(1).numpy())).squeeze(1)
         return Rows(ids, weights, dense, y.to(self.engine.dtype))
 
-    def _read(self, dense: Tensor) -> Tensor:
+    def read_numbers(self, dense: Tensor) -> Tensor:
         """(B, ...) numerics standardised, a key's state as it is."""
         numbers = torch.from_numpy(self.numerics.apply(dense[:, : self.numbers].numpy())).to(self.engine.dtype)
         return numbers if self.states is None else torch.cat((numbers, dense[:, self.numbers :]), 1)

@@ -429,7 +429,8 @@ class Keeper:
         }
 
     def _environment(self) -> dict[str, Any]:
-        return environment(self.worker.learner.described()["engine"])
+        how = self.worker.learner.described()
+        return environment(how["engine"], how.get("device", "cpu"))
 
 
 def _refuse_other_counts(config: Config) -> None:

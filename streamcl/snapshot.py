@@ -233,12 +233,13 @@ def _unsealed(data: bytes) -> Any:
     return json.loads(data)
 
 
-def environment(engine: str = "eager") -> dict[str, Any]:
+def environment(engine: str = "eager", device: str = "cpu") -> dict[str, Any]:
     """What "bit-identical" rests on besides configuration and stream: the engine, versions, CPU, threads."""
     # Compiled code is made for one kind of CPU, torch's for its vector instructions alone.
     host = {"host": llvmlite.binding.get_host_cpu_name()} if engine == "fused" else {}
     return {
         "engine": engine,
+        **({"device": f"{device} {torch.version.cuda}"} if device != "cpu" else {}),
         **host,
         "python": platform.python_version(),
         "streamcl": __version__,

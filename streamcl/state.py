@@ -69,7 +69,7 @@ def cut(array: A) -> A:
 
 def copied(array: Any) -> Any:
     if isinstance(array, torch.Tensor):
-        return array.detach().clone()
+        return array.detach().clone() if array.device.type == "cpu" else array.detach().cpu()
     return array.copy() if type(array) is np.ndarray else array
 
 

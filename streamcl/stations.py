@@ -517,10 +517,12 @@ class Worker(Station):
     poll_timeout_s: float = Free(0.1, gt=0, description="a turn waits no longer for its first record")
     engine: Literal["auto", "eager", "fused", "graph"] = Stop(
         "auto",
-        description="how steps are computed; auto: fused if all that is configured has a compiled form;"
-        " graph: of a GPU, which this version does not compute on",
+        description="how steps are computed; auto: fused if all that is configured has a compiled form, on a GPU eager;"
+        " graph: CUDA graphs, on a GPU alone",
     )
-    device: Literal["cpu"] = Stop("cpu", description="where steps are computed")
+    device: Literal["cpu", "cuda", "auto"] = Stop(
+        "cpu", description="where steps are computed; auto: the CPU, until a GPU has been measured to be faster"
+    )
     threads: int = Stop(1, ge=1, description="torch threads; more than one is slower at batch size one")
     max_bad_ratio: float = Free(0.5, gt=0, le=1, description="stop when more of the last 1,000 records are bad")
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamcl.config import Config, ConfigError
+from streamcl.engine.choice import engine_of
 from streamcl.engine.field_rows import FieldRows, said
-from streamcl.engine.fused import engine_of
 from streamcl.engine.optimizers import UPDATES
 from streamcl.features import Featurizer
 from streamcl.learner import Learner

@@ -150,7 +150,7 @@ def test_exact_credit_is_that_of_the_whole_past() -> None:
     for features in asked:
         ids, weights, dense = as_tensors(*features)
         _, vectors = engine._pooled(engine.table[ids], weights)
-        numbers = learner._read(dense)[:, : learner.numbers]
+        numbers = learner.read_numbers(dense)[:, : learner.numbers]
         x = torch.cat((vectors.flatten(1), numbers), 1)
         h, state = cell.step(x, {"s": state["s"]})
     output = model.deep(vectors[:, :, :0], vectors, torch.cat((numbers, h), 1))

@@ -95,8 +95,8 @@ def test_the_served_score_is_the_sigmoid_or_softmax_of_the_output() -> None:
 def test_extreme_logits_are_served_without_overflow() -> None:
     learner = Learner(config("binary"))
     for logit, score in ((1e30, 1.0), (-1e30, 0.0), (-100.0, 0.0)):
-        assert learner._served(np.array([[logit]], np.float32))[0, 0] == pytest.approx(score)
-    served = Learner(config("multiclass"))._served(np.array([[1e30, -1e30, 0.0]], np.float32))[0]
+        assert learner.serve(np.array([[logit]], np.float32))[0, 0] == pytest.approx(score)
+    served = Learner(config("multiclass")).serve(np.array([[1e30, -1e30, 0.0]], np.float32))[0]
     assert served.tolist() == [1.0, 0.0, 0.0]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from streamcl.bench import scale_stalls, scale_tickets
 from streamcl.bench.options import Options
 from streamcl.bench.report import Bar, Curve, Report, Row, progress
-from streamcl.bench.step import ON, SERVED, Stream, clicks, feed, outcome
+from streamcl.bench.step_feed import ON, SERVED, Stream, clicks, feed, outcome
 from streamcl.bench.step_plain import FIELDS
 from streamcl.join import Joiner
 from streamcl.learner import Learner

@@ -8,30 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from streamcl.bench import step_plain
-from streamcl.bench.options import Options
+from streamcl.bench import step_device, step_plain
+from streamcl.bench.options import OptionError, Options
 from streamcl.bench.report import Bar, Report, Row, progress
-from streamcl.bench.step_plain import DIM, FIELDS, HIDDEN, Floats, Ids
-from streamcl.config import Config
+from streamcl.bench.step_feed import CHUNK, ON, REPLAYED, SERVED, Stream, clicks, config_of, feed, outcome, prequential
+from streamcl.bench.step_plain import DIM, FIELDS, HIDDEN, Floats
 from streamcl.learner import Learner
-from streamcl.records import EVENTS, Encoded, Event, Fate, Origin, Outcome, Ticket
+from streamcl.records import EVENTS, Encoded, Event, Origin
 
-READS = {"task"}
+READS = {"task", "device"}
 TASKS = ("speed", "agreement", "start")
-
-CHUNK = 512
-REPLAYED = 8
-ON: dict[str, Any] = {
-    "replay": {"retention": "reservoir", "per_event": REPLAYED},
-    "plasticity": [{"kind": "continual_backprop", "replacement_rate": 1e-4}],
-}
-"""Replay and continual backpropagation."""
 
 NOTES = (
     f"clicks: {FIELDS} categories x {DIM} -> {' -> '.join(map(str, HIDDEN))} -> 1, Adagrad, 1,000 rows a field;"
@@ -48,7 +40,11 @@ NOTES = (
 
 
 def run(options: Options) -> Report:
-    """Speed and agreement and start; or one of them."""
+    """Speed and agreement and start; or one of them. On a GPU see `step_device`."""
+    if options.choice("device", ("cpu", "cuda"), "cpu") == "cuda":
+        if options.task:
+            raise OptionError("--task: on a GPU all is run at once; leave it out")
+        return step_device.run(options.quick)
     began = time.perf_counter()
     chosen = (options.choice("task", TASKS, "speed"),) if options.task else TASKS
     rows: list[Row] = []
@@ -65,61 +61,6 @@ def run(options: Options) -> Report:
         rows += [Row(f"start, {name}", {"seconds": seconds}, table="start") for name, seconds in starts().items()]
     settings = {"quick": options.quick, "fields": FIELDS, "dim": DIM, "hidden": list(HIDDEN), "chunk": CHUNK}
     return Report("step", settings, [0], time.perf_counter() - began, rows, bars, notes=NOTES)
-
-
-# the learner, fed by hand
-
-
-def clicks(engine: str, precision: str = "float32", buckets: int = 1000, **more: Any) -> Learner:
-    names = {f"c{field:02}": {"kind": "categorical", "buckets": buckets} for field in range(FIELDS)}
-    model = {"kind": "mlp", "hidden": list(HIDDEN), "embedding_dim": DIM, "dtype": precision}
-    return Learner(_config(names, model, {"kind": "adagrad", "learning_rate": step_plain.RATE}, engine, **more))
-
-
-def _config(features: Any, model: Any, optimizer: Any, engine: str, **more: Any) -> Config:
-    table = {
-        "name": "bench-step",
-        "events": {"url": "memory://bench/step", "label": "label"},
-        "features": features,
-        "model": model,
-        "optimizer": optimizer,
-        "worker": {"engine": engine},
-    }
-    return Config.parse({**table, **more}, "bench")
-
-
-class Stream:
-    """n click events, a few categories often and most seldom; the label hangs on two of them. (n, F), (n,)"""
-
-    def __init__(self, n: int, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.categories: Ids = (1000 * rng.random((n, FIELDS)) ** 3).astype(np.int64)
-        chance = 0.1 + 0.4 * (self.categories[:, 0] % 7 < 3) + 0.4 * (self.categories[:, 1] % 5 < 2)
-        self.y = (rng.random(n) < chance).astype(np.float64)
-        self.plain: Ids = self.categories + 1000 * np.arange(FIELDS)
-        ids = self.categories + 1 + 1001 * np.arange(FIELDS)
-        one, none = np.ones(FIELDS, np.float32), np.zeros(0, np.float32)
-        self.features = [Encoded(row, one, none) for row in ids]
-
-    def event(self, i: int) -> Event:
-        return Event(str(i), "", float(i), self.features[i], Origin(EVENTS, 0, i), float(self.y[i]))
-
-
-def outcome(event: Event, scores: Any) -> Outcome:
-    ticket = Ticket(event.id, event.time_s, event.features, scores, event.origin, "", event.key)
-    return Outcome(ticket, float(event.label or 0.0), Fate.INLINE, 0.0)
-
-
-def feed(learner: Learner, outcomes: Sequence[Outcome]) -> None:
-    """Learn, a chunk at a time where the engine knows how."""
-    if learner.fused is None:
-        for each in outcomes:
-            learner.learn(each)
-        return
-    for start in range(0, len(outcomes), CHUNK):
-        for each in outcomes[start : start + CHUNK]:
-            learner.fused.learn(each)
-        learner.fused.settle()
 
 
 # speed
@@ -179,7 +120,7 @@ class Speed:
         y = (x[:, :8].sum(1) > 0.0).astype(np.int64)
         model = {"kind": "mlp", "hidden": [64], "classes": 2}
         numbers = {f"x{i:02}": {"kind": "numeric", "scale": "none"} for i in range(64)}
-        learner = Learner(_config(numbers, model, {"kind": "sgd", "learning_rate": 0.01}, "fused", task="multiclass"))
+        learner = Learner(config_of(numbers, model, {"kind": "sgd", "learning_rate": 0.01}, "fused", task="multiclass"))
         none = np.zeros(0, np.int64), np.zeros(0, np.float32)
         place = Origin(EVENTS, 0, 0)
         events = [Event("", "", 0.0, Encoded(*none, x[i]), place, float(y[i])) for i in range(n)]
@@ -227,9 +168,6 @@ class Speed:
         return statistics.median(b / a for a, b in zip(self.times[ours], self.times[other], strict=True))
 
 
-SERVED: Any = type("Served", (), {"served": np.zeros(1, np.float32)})()
-
-
 def peak_flops() -> float:
     """Floating-point operations a second of one thread, in the largest product at hand."""
     torch.set_num_threads(1)
@@ -262,7 +200,7 @@ def agreement(n: int, steps: int, streams: int) -> dict[str, Any]:
     eager.memory.uniform = watched  # type: ignore[method-assign, assignment]
     assert fused.fused is not None  # noqa: S101 - it was asked for
     fused.fused.drawn = []
-    served = [_prequential(learner, stream) for learner in (eager, fused)]
+    served = [prequential(learner, stream) for learner in (eager, fused)]
     also = [rows.tolist() for rows in fused.fused.drawn if len(rows) and rows[0] >= 0]
     resets = [learner.rules["continual_backprop"] for learner in (eager, fused)]
     found: dict[str, Any] = {
@@ -277,7 +215,7 @@ def agreement(n: int, steps: int, streams: int) -> dict[str, Any]:
     progress(f"agreement: {steps:,} steps in float32")
     eager, fused = (clicks(engine, "float32", **more) for engine in ("eager", "fused"))
     for learner in (eager, fused):
-        _prequential(learner, stream)
+        prequential(learner, stream)
     apart = 0.0
     for i in range(steps):
         eager.load_state_dict(fused.state_dict())
@@ -296,7 +234,7 @@ def _losses_apart(n: int, seed: int, more: Any) -> float:
     progress(f"agreement: {n:,} events in float32, stream {seed}")
     stream = Stream(n, seed)
     learners = [clicks(engine, "float32", **more) for engine in ("eager", "fused")]
-    eager, fused = (_log_loss(_prequential(learner, stream), stream.y) for learner in learners)
+    eager, fused = (_log_loss(prequential(learner, stream), stream.y) for learner in learners)
     return abs(float(eager - fused))
 
 
@@ -313,25 +251,6 @@ def _agreement_bars(found: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def _prequential(learner: Learner, stream: Stream) -> Floats:
-    """Scores (n,) before each label."""
-    scores = []
-    for i in range(len(stream.features)):
-        event = stream.event(i)
-        _, said = learner.answer(event)
-        scores.append(said)
-        each = outcome(event, said)
-        if learner.fused is None:
-            learner.learn(each)
-            continue
-        learner.fused.learn(each)
-        if i % CHUNK == CHUNK - 1:
-            learner.fused.settle()
-    if learner.fused is not None:
-        learner.fused.settle()
-    return np.array([said.served[0] for said in scores], np.float32)
-
-
 def _log_loss(scores: Floats, y: Any) -> Any:
     p = np.clip(scores.astype(np.float64), 1e-12, 1.0 - 1e-12)
     return -np.mean(y * np.log(p) + (1.0 - y) * np.log1p(-p))
@@ -341,7 +260,7 @@ def _log_loss(scores: Floats, y: Any) -> Any:
 
 START = """
 import time
-from streamcl.bench import step
+from streamcl.bench import step_feed as step
 began = time.perf_counter()
 learner = step.clicks("fused")
 stream = step.Stream(1)

@@ -23,7 +23,7 @@ from streamcl import connect, garbage
 from streamcl.bench import peers, step_plain
 from streamcl.bench.clock import Clock, Taken, timed
 from streamcl.bench.report import Bar, Row, progress
-from streamcl.bench.step import ON, REPLAYED, Stream
+from streamcl.bench.step_feed import ON, REPLAYED, Stream
 from streamcl.bench.step_plain import DIM, FIELDS, HIDDEN
 from streamcl.bench.streams import LABEL
 from streamcl.config import Config

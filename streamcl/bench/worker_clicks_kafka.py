@@ -16,7 +16,7 @@ from streamcl.bench import peer_python
 from streamcl.bench.brokers import Broker
 from streamcl.bench.clock import WARM, Taken, one_core
 from streamcl.bench.report import Row, progress
-from streamcl.bench.step import ON, REPLAYED
+from streamcl.bench.step_feed import ON, REPLAYED
 from streamcl.bench.worker_clicks import Clicks
 
 FULL, QUICK = (30_000, 3), (6_000, 1)

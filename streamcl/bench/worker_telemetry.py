@@ -22,7 +22,7 @@ import prometheus_client
 
 from streamcl import connect, garbage
 from streamcl.bench.report import Bar, Row, progress
-from streamcl.bench.step import ON
+from streamcl.bench.step_feed import ON
 from streamcl.bench.worker_clicks import Clicks, Drain
 from streamcl.config import Config
 from streamcl.decode import Decoder

@@ -19,6 +19,7 @@ from torch.nn import functional
 from streamcl.config import Config
 from streamcl.engine.delayed import Delayed
 from streamcl.engine.dense import Dense
+from streamcl.engine.device import CPU, device_of
 from streamcl.engine.field_rows import FieldRows, said
 from streamcl.engine.optimizers import Slots, build_update
 from streamcl.engine.reloop import self_corrected
@@ -54,6 +55,10 @@ class Eager:
         serving: There will be no step: no rule of plasticity is there.
         plugins: Whose terms and rules take part; bound by whoever made them.
 
+    Attributes:
+        device: Where all of it lies (`worker.device`). A step is sent there, and asks it one thing: whether the
+            gradient is one to learn from.
+
     Shape:
         ids (B, S) int64, weights (B, S) float32, dense (B, N) float32 standardised, y (B,) float32, share (B,)
         float32: the weight of each row's loss.
@@ -67,21 +72,22 @@ class Eager:
         plugins: Plugins = NO_PLUGINS,
     ) -> None:
         torch.set_num_threads(config.worker.threads)  # of the process: two are 10 to 40 times slower on a busy box
+        self.device = device_of(config, serving, tuple(plugins.values()))
         self.task = config.task
         self.outputs, self.heads = config.outputs, config.heads
-        self.task_weights = torch.tensor([each.weight for _, each in sorted(config.tasks.items())])  # (T,)
+        self.task_weights = torch.tensor([each.weight for _, each in sorted(config.tasks.items())], device=self.device)
         self.fields = len(layout.fields)
-        self.slot_field = torch.from_numpy(layout.slot_field)
+        self.slot_field = torch.from_numpy(layout.slot_field).to(self.device)
         self.numbers = len(layout.numerics)
         self.one_slot_each = len(layout.slot_field) == self.fields
         self.alpha = config.loss.alpha if config.loss.kind == "reloop" else 0.0
         self.delayed = Delayed(config) if config.loss.kind in ("fnw", "fnc", "dfm", "es_dfm") else None
         self.shift = -math.log(config.sample.negatives)  # of the logit, among the negatives that stay
         weights = config.loss.class_weights
-        self.class_weights = torch.tensor(weights) if weights else None  # (C,)
+        self.class_weights = torch.tensor(weights, device=self.device) if weights else None  # (C,)
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
-        self.model = build_model(config, layout).to(self.dtype)
+        self.model = build_model(config, layout).to(self.device, self.dtype)
         self.dim = self.model.dim
         self._hidden: dict[int, Tensor] = {}  # by thread: a replica predicts for requests and for its memory
         if self.model.tower is not None:
@@ -107,7 +113,7 @@ class Eager:
         self.asked = bool(self.terms) or any(isinstance(each, Rule) for each in plugins.values())  # for outputs
         self.task_weight = 0.0 if any(term.replaces_task for term in self.terms) else 1.0
         self.sets: dict[str, WeightSet] = {}  # other weights of this model; see `streamcl.engine.weights`
-        self.gradient_norm = torch.zeros(())  # of the dense parameters, in the last step
+        self.gradient_norm = torch.zeros((), device=self.device)  # of the dense parameters, in the last step
         self.watch: Callable[[Tensor], None] | None = None  # told which rows steps have changed, once for each step
 
     def _modules_of(self, plugins: Plugins) -> dict[str, nn.Module]:
@@ -121,7 +127,7 @@ class Eager:
 
     def _fresh_table(self, config: Config, rows: int) -> Tensor:
         dim = self.dim if self.model.embedding else 0
-        table = torch.zeros(rows, self.first + dim, dtype=self.dtype)
+        table = torch.zeros(rows, self.first + dim, dtype=self.dtype, device=self.device)
         self.draw = partial(_normal, key_of(config.seed, "table"), config.model.init_scale)
         block = BLOCK // max(dim, 1)
         for start in range(0, rows if dim else 0, block):
@@ -164,7 +170,7 @@ class Eager:
         """(B, O), and behind it the logits of T further tasks: (B, O + T)."""
         with torch.inference_mode():
             output = self.forward(self.table[ids], weights, dense)
-        self._take_hidden(output)
+        self.take_hidden(output)
         return output
 
     def forward(self, rows: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
@@ -188,7 +194,7 @@ class Eager:
                 output = functional_call(self.model, self._set(weights).params(), given)
         if kept is not None:
             states[get_ident()] = kept
-        hidden = self._take_hidden(output)
+        hidden = self.take_hidden(output)
         return Out(
             output[:, : self.outputs].clone(), hidden.clone()
         )  # a tensor of inference mode can't be learned from
@@ -213,7 +219,7 @@ class Eager:
             if not self.model.embedding:
                 return output, output[:, :0], output[:, :0]
             entered = torch.cat((given[1].flatten(1), dense[:, : self.numbers]), 1)
-            return output, entered, self._take_hidden(output)
+            return output, entered, self.take_hidden(output)
 
     def inputs(self, rows: Rows, weights: str = "live") -> list[Tensor]:
         """(B, in) what enters each layer of the tower, the head last; no gradient, and none without a tower."""
@@ -231,7 +237,7 @@ class Eager:
     def _note_hidden(self, _head: nn.Module, inputs: tuple[Tensor]) -> None:
         self._hidden[get_ident()] = inputs[0]
 
-    def _take_hidden(self, output: Tensor) -> Tensor:
+    def take_hidden(self, output: Tensor) -> Tensor:
         """(B, H) of the forward pass that has just been made; it holds the graph of a step, so it is not left there."""
         return self._hidden.pop(get_ident(), output[:, :0])
 
@@ -243,10 +249,17 @@ class Eager:
     def _pooled(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """First-order weights (B, F, O) and embeddings (B, F, D)."""
         weighted = rows * weights.unsqueeze(2)  # (B, S, W)
-        if not self.one_slot_each:
+        if not self.one_slot_each and self.device != CPU:  # index_add would add in another order each time
+            weighted = self._pooling() @ weighted  # (B, F, W)
+        elif not self.one_slot_each:
             pooled = weighted.new_zeros(len(rows), self.fields, rows.shape[2])
             weighted = pooled.index_add(1, self.slot_field, weighted)  # (B, F, W)
         return weighted[:, :, : self.first], weighted[:, :, self.first :]
+
+    def _pooling(self) -> Tensor:
+        """(F, S) 1 where a slot is of a field."""
+        fields = torch.arange(self.fields, device=self.device)
+        return (self.slot_field == fields.unsqueeze(1)).to(self.dtype)
 
     def losses(self, output: Tensor, y: Tensor, served: float | None = None, outcome: Outcome | None = None) -> Tensor:
         """(B,) in nats: binary and multiclass cross-entropy; half the squared error for regression.
@@ -283,23 +296,29 @@ class Eager:
         rule has made the gradient what it is, no rule has heard of it.
         """
         step.engine = self
+        if self.device != CPU:
+            step.send(self.device)
         loss, rows = self._loss(step)
         if not loss.requires_grad:
             return False
         grads = self._grads(loss, rows, step.rows.ids, step.touched)
         self.gradient_norm = torch.linalg.vector_norm(grads.dense)
         norm = torch.hypot(torch.linalg.vector_norm(grads.rows), self.gradient_norm)
-        if not float(norm) <= self.max_grad_norm:  # also when the norm is NaN
+        if not self._usable(norm):
             return False
         with torch.no_grad():
             return self._update(grads, step)
+
+    def _usable(self, norm: Tensor) -> bool:
+        """Of the gradient () of all weights; the one question of a step to its device."""
+        return float(norm) <= self.max_grad_norm  # False also when the norm is NaN
 
     def _loss(self, step: Step) -> tuple[Tensor, Tensor]:
         """What is pulled down, and the rows (B, S, W) of the table that it was computed from."""
         read = step.rows
         rows = self.table[read.ids].requires_grad_()
         output = self.forward(rows, read.weights, read.dense)
-        hidden = self._take_hidden(output)
+        hidden = self.take_hidden(output)
         outcome = step.outcome if step.live is not None else None
         losses = self.losses(self._corrected(output, read), read.y, step.served, outcome)
         step.losses = losses.detach()
@@ -326,7 +345,11 @@ class Eager:
         )
         width = self.table.shape[1]
         gradient = self.table.new_zeros(len(touched), width)  # (U, W): one sum for a row's every use
-        gradient.index_add_(0, torch.searchsorted(touched, ids.reshape(-1)), by_slot.reshape(-1, width))
+        place, by_slot = torch.searchsorted(touched, ids.reshape(-1)), by_slot.reshape(-1, width)
+        if self.device == CPU:
+            gradient.index_add_(0, place, by_slot)
+        else:  # which sorts, and adds in one order
+            gradient.index_put_((place,), by_slot, accumulate=True)
         if self.tables is not None and len(touched) and touched[-1] == self.tables.of.void:
             touched, gradient = touched[:-1], gradient[:-1]  # what stands for no row stays zero
         if self.by_field is not None:
@@ -338,7 +361,7 @@ class Eager:
         with torch.enable_grad(), unheard(self.model):
             rows = self.table[read.ids].requires_grad_()
             output = self.forward(rows, read.weights, read.dense)
-            self._take_hidden(output)
+            self.take_hidden(output)
             losses = self.losses(self._corrected(output, read), read.y)
             losses = losses if read.also is None else losses + self.further(output, read.also)
             return self._grads(losses.mean(), rows, read.ids, torch.unique(read.ids))
@@ -358,19 +381,20 @@ class Eager:
         for rule in self.around:
             rule.after(step)
         if self.watch:
-            self.watch(grads.touched)
+            self.watch(grads.touched.cpu())
         return True
 
     def put_rows(self, ids: Tensor, rows: Tensor) -> None:
         """Change rows (n, W) of the table beside the optimiser, each once; whoever follows them is told."""
         for each in self.sets.values():
             each.before(ids)
+        ids, rows = ids.to(self.device), rows.to(self.device)
         given = rows, [slot[ids] for slot in self.row_slots]
         slots = self.row_update.moved(*given) if self.by_field is None else self.by_field.moved(ids, *given)
         for column, new in zip((self.table, *self.row_slots), (rows, *slots), strict=True):
             column.index_copy_(0, ids, new)
         if self.watch:
-            self.watch(ids)
+            self.watch(ids.cpu())
 
     def move_rows(self, touched: Tensor, gradient: Tensor) -> None:
         given = self.table[touched], gradient, [slot[touched] for slot in self.row_slots]

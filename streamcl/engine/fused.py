@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from msgspec import Struct
 
 from streamcl.engine import field_rows, layout
-from streamcl.engine.layout import ANSWER, LEARN, REFUSE
+from streamcl.engine.chunked import UNSAID, Chunked, Job, stacked
+from streamcl.engine.layout import ANSWER, LEARN
 from streamcl.engine.scan import scan
 from streamcl.engine.views import (
     NO_ROWS,
@@ -37,10 +37,8 @@ from streamcl.engine.views import (
     watch_of,
 )
 from streamcl.engine.weights import Average
-from streamcl.features import FLOAT32_MAX, ID
-from streamcl.memory.owners import Owners
-from streamcl.plasticity.continual_backprop import ContinualBackprop
-from streamcl.records import Encoded, Outcome, Scores
+from streamcl.features import ID
+from streamcl.records import Encoded
 
 if TYPE_CHECKING:
     from streamcl.config import Config
@@ -48,10 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NOTHING = np.zeros((0, 0), np.float32)
 COMPILED = frozenset(("logistic", "fm", "mlp", "deepfm", "dcnv2"))
 """Kinds of models."""
-UNSAID = Scores(NOTHING[0:0], NOTHING[0:0], 0)
 
 _loaded: set[str] = set()
 """Of which numbers this process has the machine code."""
@@ -93,54 +89,18 @@ def _averages(station: Any) -> bool:
     return _kind(station) == "ema" or (_kind(station) == "served" and set(station.sets) <= SETS.keys())
 
 
-def engine_of(config: Config) -> tuple[str, str]:
-    """The engine that a configuration comes to, and what stands in the way of the fused one where that was open."""
-    if config.river is not None:
-        return "river", ""
-    because = obstacle(config) or ""
-    return ("eager" if because or config.worker.engine == "eager" else "fused"), because
-
-
-def _rows(arrays: list[Arrays]) -> Arrays:
-    """(n, K) of n (K,); often they are all one and the same."""
-    n, first = len(arrays), arrays[0]
-    if all(array is first for array in arrays):
-        return np.tile(first, (n, 1))
-    return np.concatenate(arrays).reshape(n, -1)
-
-
-class Job(Struct, frozen=True, gc=False):
-    """One operation: an answer that is promised, or an outcome that is to be learned."""
-
-    kind: int
-    features: Encoded
-    scores: Scores
-    outcome: Outcome | None = None
-
-
-class Fused:
+class Fused(Chunked):
     """Takes a learner's work, and does it when asked to.
 
     `predict` may be called by several threads while nothing is learned; it is to the bit what `answer` promises under
     the same weights, whatever else is asked at once.
 
-    Args:
-        learner: Its engine has the weights; nobody else changes them while work is waiting.
-
-    Attributes:
-        drawn: If it is made a list, each outcome's replayed rows are put into it, (draw,) each.
-
     Errors:
         IndexError from `settle` and `predict`: features that point outside the table.
     """
 
-    drawn: list[Arrays] | None = None
-
     def __init__(self, config: Config, learner: Learner) -> None:
-        self.learner = learner
-        self.engine = learner.engine
-        self.jobs: list[Job] = []
-        self.renewal_rule = next((r for r in learner.rules.values() if isinstance(r, ContinualBackprop)), None)
+        super().__init__(config, learner)
         self.powers = powers_of(self.renewal_rule)
         plugins: dict[str, Any] = {plugin.kind: plugin for plugin in learner.plugins.values()}  # see `obstacle`
         self.average: Average | None = plugins["ema"].average if "ema" in plugins else None
@@ -164,12 +124,6 @@ class Fused:
         _loaded.add(kind)
         log.info("the fused engine is ready after %.1f s", time.monotonic() - began)
 
-    def answer(self, features: Encoded) -> Scores:
-        """What will be answered: empty until the work is done."""
-        scores = Scores(UNSAID.output, UNSAID.served, self.learner.version + len(self.jobs))
-        self.jobs.append(Job(ANSWER, features, scores))
-        return scores
-
     def predict(self, batch: Sequence[Encoded]) -> layout.Found:
         """What is said of each of a batch now."""
         scratch = getattr(self._asked, "scratch", None)
@@ -187,25 +141,12 @@ class Fused:
         scan(0, 0, chunk, found, self.net, self.plan, norms, rows, *around)
         return found
 
-    def learn(self, outcome: Outcome) -> None:
-        """Learn from it when the work is done."""
-        label = outcome.label
-        good = abs(label) <= FLOAT32_MAX
-        if self.plan.task == layout.MULTICLASS:
-            good = good and 0 <= label < self.plan.outputs
-        self.jobs.append(Job(LEARN if good else REFUSE, outcome.ticket.features, outcome.ticket.scores, outcome))
-
-    def settle(self) -> list[bool]:
-        """Do the work that is waiting; for each outcome, in their order, whether it could be learned."""
-        jobs, self.jobs = self.jobs, []
-        return self._run(jobs) if jobs else []
-
     def _run(self, jobs: Sequence[Job]) -> list[bool]:
         chunk, found = self._chunk(jobs), self._found(jobs)
         refused: set[int] = set()
         policy = self.learner.memory.policy
         before = policy.state_dict() if policy is not None else {}
-        self._place(jobs, chunk, refused)
+        self._place(jobs, chunk.slot, chunk.held, refused)
         norms, rows, watch = (
             norms_of(self.learner),
             rows_of(self.learner.memory),
@@ -234,11 +175,11 @@ class Fused:
                 self.engine.watch(torch.from_numpy(moved[:logged].copy()))
             if why == layout.REFUSED and policy is not None:
                 policy.load_state_dict(before)
-                self._place(jobs, chunk, refused)
+                self._place(jobs, chunk.slot, chunk.held, refused)
             if why == layout.DUE:
                 renewal = self._due(watch)
         self._hand_out(jobs, found, refused)
-        self._own(jobs, chunk, refused)
+        self._own(jobs, chunk.slot, refused)
         if self.drawn is not None:
             self.drawn += [found.drawn[i] for i, job in enumerate(jobs) if job.kind != ANSWER]
         return [i not in refused for i, job in enumerate(jobs) if job.kind != ANSWER]
@@ -246,7 +187,7 @@ class Fused:
     def _chunk(self, jobs: Sequence[Job]) -> layout.Chunk:
         n = len(jobs)
         ids = np.concatenate([job.features.ids for job in jobs]).reshape(n, -1)
-        weights, dense = _rows([job.features.weights for job in jobs]), _rows([job.features.dense for job in jobs])
+        weights, dense = stacked([job.features.weights for job in jobs]), stacked([job.features.dense for job in jobs])
         lowest = -ID if self.engine.tables else 0
         if ids.size and not (ids.min() >= lowest and ids.max() < len(self.net.table)):
             raise IndexError(f"features point to row {ids.min()} or {ids.max()} of a table of {len(self.net.table)}")
@@ -292,20 +233,6 @@ class Fused:
             norm=np.zeros(n, dtype),
         )
 
-    def _place(self, jobs: Sequence[Job], chunk: layout.Chunk, refused: set[int]) -> None:
-        """Which place each outcome will have in memory: what its policy says does not hang on weights."""
-        memory = self.learner.memory
-        if memory.policy is None:
-            return
-        for i, job in enumerate(jobs):
-            if job.kind == ANSWER:
-                continue
-            chunk.held[i] = len(memory)
-            slot = None
-            if job.kind == LEARN and job.outcome is not None and i not in refused:
-                slot = memory.policy.place(job.outcome.label)
-            chunk.slot[i] = -1 if slot is None else slot
-
     def _take_over(self, norms: layout.Norms, renewal: layout.Renewal, watch: layout.Watch, taken: int) -> None:
         """What the loop counts in arrays of its own."""
         learner, rule = self.learner, self.renewal_rule
@@ -326,43 +253,3 @@ class Fused:
         if diagnostics is not None and watch.steps[0] % watch.report == 0:
             diagnostics.report = diagnostics.reckon()
         return renewal_of(self.renewal_rule, self.plan, self.powers)
-
-    def _hand_out(self, jobs: Sequence[Job], found: layout.Found, refused: set[int]) -> None:
-        """Fill the answers that were promised; and with an error memory let it see all in the order of the stream."""
-        version, recall = (
-            self.learner.version - sum(job.kind != ANSWER for job in jobs) + len(refused),
-            self.learner.recall,
-        )
-        output, served = found.output, found.served
-        for i, job in enumerate(jobs):
-            if job.kind != ANSWER:
-                version += i not in refused
-                continue
-            # Copies: a ticket that waits for long must not hold the whole chunk's.
-            notes = {"served": found.noted[i].copy()} if self.served is not None else {}
-            job.scores.fulfil(output[i].copy(), served[i].copy(), version, notes)
-        if recall.stages:
-            self._recall(jobs, found, refused)
-
-    def _recall(self, jobs: Sequence[Job], found: layout.Found, refused: set[int]) -> None:
-        for i, job in enumerate(jobs):
-            if job.kind == ANSWER:
-                self.learner.put_right(job.features, job.scores, found.entered[i : i + 1], found.hidden[i : i + 1])
-            elif i not in refused and job.outcome is not None:
-                ticket = job.outcome.ticket
-                self.learner.recall.observe(ticket.scores, job.outcome.label, owner=Owners.of(ticket))
-
-    def _own(self, jobs: Sequence[Job], chunk: layout.Chunk, refused: set[int]) -> None:
-        """Whose the rows are that were written; and of whom the diagnostics have heard."""
-        memory, diagnostics = self.learner.memory, self.learner.diagnostics
-        learned = [i for i, job in enumerate(jobs) if job.kind == LEARN and i not in refused]
-        for i in np.flatnonzero(chunk.slot >= 0).tolist():
-            memory.owners.write(chunk.slot[i], Owners.of(jobs[i].outcome.ticket))  # type: ignore[union-attr]
-        if diagnostics is None:
-            return
-        every, first = diagnostics.sample_every, diagnostics.steps - len(learned)
-        sampled = diagnostics.sampled - (diagnostics.steps // every - first // every)
-        for step in range(first + every - first % every, diagnostics.steps + 1, every):
-            ticket = jobs[learned[step - first - 1]].outcome.ticket  # type: ignore[union-attr]
-            diagnostics.owners.write(sampled % diagnostics.window, Owners.of(ticket))
-            sampled += 1

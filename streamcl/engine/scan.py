@@ -73,7 +73,7 @@ def below(n: int, key: Any, step: int, index: int) -> Any:
 
 
 @exact
-def _observe(count: Any, mean: Any, m2: Any, scaled: Any, row: Any) -> None:
+def observe(count: Any, mean: Any, m2: Any, scaled: Any, row: Any) -> None:
     """`RunningNorm.update`."""
     for i in range(len(count)):
         value = float(row[i])
@@ -336,9 +336,9 @@ def scan(
         put(keep[1], mean)
         put(keep[2], m2)
         keep[0, width], keep[1, width], keep[2, width] = y_count[0], y_mean[0], y_m2[0]
-        _observe(count_, mean, m2, scaled, dense)
+        observe(count_, mean, m2, scaled, dense)
         if regression:
-            _observe(y_count, y_mean, y_m2, plan.label_scaled, labels[n : n + 1])
+            observe(y_count, y_mean, y_m2, plan.label_scaled, labels[n : n + 1])
         made = 0
         if dynamic:
             made = admit(ids, weights, times[n], tables, net.table, row_a)

@@ -127,8 +127,13 @@ class FFM(Network):
         pairs = list(itertools.combinations(range(shape.fields), 2))
         # Places in (F x (F - 1)): field i's vector towards j stands at j - 1 if j > i, at j if j < i.
         others = shape.fields - 1
-        self.lower = torch.tensor([i * others + j - 1 for i, j in pairs], dtype=torch.int64, device="cpu")
-        self.upper = torch.tensor([j * others + i for i, j in pairs], dtype=torch.int64, device="cpu")
+        self.lower: Tensor
+        self.upper: Tensor
+        for name, at in (
+            ("lower", [i * others + j - 1 for i, j in pairs]),
+            ("upper", [j * others + i for i, j in pairs]),
+        ):
+            self.register_buffer(name, torch.tensor(at, dtype=torch.int64, device="cpu"), persistent=False)
 
     @property
     def base(self) -> nn.Parameter:

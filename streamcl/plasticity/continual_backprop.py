@@ -136,6 +136,26 @@ class ContinualBackprop(Rule):
         self.step, self.eligible_steps = step, list(eligible_steps)
         self._count_eligible()
 
+    def pass_by(self, steps: int) -> None:
+        """So many steps have been taken elsewhere, which have moved the running means; no unit was due before them."""
+        for _ in range(steps):
+            self.step += 1
+            self._ripen()
+
+    def due_within(self, steps: int) -> int:
+        """After how many of so many steps to come a unit is due; all of them where none is."""
+        for place, young in enumerate(self._young):
+            eligible, total, waiting = self._eligible[place], self.eligible_steps[place], list(young)
+            replaced = self.replaced[place] - self.replaced_before[place]
+            for k in range(1, steps):
+                while waiting and self.step + k - waiting[0][0] > self.maturity:
+                    eligible += waiting.pop(0)[1]
+                total += eligible
+                if eligible and math.floor(self.rates[place] * total) > replaced:
+                    steps = k
+                    break
+        return steps
+
     def replace_due(self) -> None:
         """Make units anew, as many as are due after the step under way."""
         if due := self._due():

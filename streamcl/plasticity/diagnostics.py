@@ -85,9 +85,9 @@ class Diagnostics:
         self.sampled = 0
         self.report: dict[str, float] = {}
         self.ring.zero_()
-        self._look_ahead()
+        self.look_ahead()
 
-    def _look_ahead(self) -> None:
+    def look_ahead(self) -> None:
         self.taps.listen((self.steps + 1) % self.sample_every == 0)
 
     @property
@@ -121,7 +121,9 @@ class Diagnostics:
         if erased.any():
             order = np.roll(np.arange(size), -(self.sampled % size))  # the oldest first
             kept = order[~erased[order]]
-            close_ranks(self.ring.numpy(), kept, size)
+            held = self.ring.cpu()
+            close_ranks(held.numpy(), kept, size)
+            self.ring.copy_(held)
             self.owners.close_ranks(kept, size)
             self.sampled = len(kept)
         return int(erased.sum())
@@ -170,7 +172,7 @@ class Diagnostics:
         self.ring.copy_(state["ring"])
         self.steps, self.sampled, self.report = int(state["steps"]), int(state["sampled"]), dict(state["report"])
         self.owners.load_state_dict(state, min(self.sampled, self.window))
-        self._look_ahead()
+        self.look_ahead()
 
 
 def ranks(values: Tensor) -> dict[str, float]:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from streamcl.bench import scale, step, step_plain, worker_clicks
-from streamcl.bench.step import Stream
+from streamcl.bench.step_feed import Stream
 from streamcl.worker import Worker
 
 

@@ -115,7 +115,7 @@ def assert_loss(
     """What the engine pulls down in one more step, and its gradient, are the oracle's; returns the loss."""
     stream = events(count, 3, made.task)
     learner = teach(Learner(made), stream[:-1], boundary)
-    step = learner._step(outcome(learner, stream[-1], count), Plan(draw=replayed), replayed)
+    step = learner.step_of(outcome(learner, stream[-1], count), Plan(draw=replayed), replayed)
     assert step is not None
     step.engine = engine = learner.engine
     loss, rows = engine._loss(step)

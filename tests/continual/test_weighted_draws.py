@@ -138,7 +138,7 @@ def test_gains_are_products_of_last_layer_gradients() -> None:
     learner = learned(made([{"kind": "learnt", "toward": 0.3}]), stream("multiclass", 25))
     [plugin] = learner.plugins.values()
     assert isinstance(plugin, Learnt)
-    step = learner._step(stream("multiclass", 1, seed=5)[0], _plan(), 4)
+    step = learner.step_of(stream("multiclass", 1, seed=5)[0], _plan(), 4)
     assert step is not None
     step.engine = learner.engine
     head = list(learner.engine.model.tower.head.parameters())  # type: ignore[union-attr]

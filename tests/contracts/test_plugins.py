@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from streamcl import plugin as points
 from streamcl.plugin import Context, Grads, Query, Recall, Rule, Step, Term
 from streamcl.protocols import State
 from streamcl.records import Outcome
-from streamcl.stations import Stop, Worker
+from streamcl.stations import Stop
 from streamcl.testing import PluginCheck, plugin_checks
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,6 @@ def test_a_built_in_plugin_keeps_the_contract(kind: str, check: PluginCheck) -> 
     check({"kind": kind, **SETTINGS.get(kind, {})})
 
 
-DEVICES = get_args(Worker.model_fields["device"].annotation)
 RECURRENT = {"kind": "recurrent", "hidden": [6], "recurrent": {"units": 4, "keys": 64}}
 STATEFUL = [check for check in plugin_checks() if check.name in ("resumes_to_the_bit", "takes_late_labels", "forgets")]
 
@@ -52,14 +51,6 @@ def test_a_built_in_plugin_keeps_the_contract_on_a_model_with_a_memory_of_each_k
 )
 def test_what_has_a_compiled_form_keeps_the_contract_in_it(settings: dict[str, Any], check: PluginCheck) -> None:
     check({**settings, "engine": "fused"})
-
-
-@pytest.mark.skipif("cuda" not in DEVICES, reason="worker.device: steps are computed on the CPU alone")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-@pytest.mark.parametrize("check", STATEFUL, ids=str)
-def test_every_built_in_plugin_keeps_the_contract_on_cuda(check: PluginCheck) -> None:
-    for kind in sorted(points.builtin()):
-        check({"kind": kind, **SETTINGS.get(kind, {}), "device": "cuda"})
 
 
 def test_the_settings_are_of_plugins_that_exist() -> None:
