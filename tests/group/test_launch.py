@@ -72,9 +72,9 @@ def test_rounds_have_one_measure(tmp_path: Path, group: dict[str, Any], said: st
         settings(tmp_path, group=group)
 
 
-def test_a_round_is_of_a_thousand_events_and_ten_times_as_many_records_unless_told(tmp_path: Path) -> None:
+def test_a_round_is_of_a_hundred_events_and_ten_times_as_many_records_unless_told(tmp_path: Path) -> None:
     group = settings(tmp_path).group
-    assert (group.learned, group.most) == (1000, 10_000)
+    assert (group.learned, group.most) == (100, 1000)
     group = settings(tmp_path, group={"round_s": 60.0}).group
     assert (group.learned, group.most) == (None, None)
     assert settings(tmp_path, group={"merge": "gradient"}).group.learned == 1
