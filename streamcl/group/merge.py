@@ -41,7 +41,7 @@ from streamcl.group.ranks import Ranks
 from streamcl.group.tables import Ids
 from streamcl.group.weights import Part, Said, Weights
 from streamcl.plasticity.continual_backprop import ContinualBackprop
-from streamcl.protocols import State
+from streamcl.protocols import State, StreamclError
 
 if TYPE_CHECKING:
     from streamcl.engine.weights import Average
@@ -74,6 +74,7 @@ class Merge:
 
         Raises:
             RankLost: another rank can't be reached; nothing has been changed.
+            StreamclError: see `hear`.
         """
         said = self.say(examples)
         heard = [
@@ -87,11 +88,21 @@ class Merge:
         for name, part in self.parts.items():
             told |= {f"{name}.{what}": tensor.contiguous() for what, tensor in part.say().items()}
         told.setdefault("weights.flat", self.learner.engine.dense.flat.detach())
+        weights = self.parts.get("weights")
+        told["start"] = torch.tensor([weights.start() if isinstance(weights, Weights) else 0])
         return save(told)
 
     def hear(self, said: Sequence[bytes]) -> Met:
-        """Take over what all have said, this rank included, in their order."""
+        """Take over what all have said, this rank included, in their order.
+
+        Raises:
+            StreamclError: the ranks did not begin the round with one model; nothing has been changed.
+        """
         heard = [load(each) for each in said]
+        if len({int(each["start"]) for each in heard}) > 1:
+            raise StreamclError(
+                "group.merge: the ranks have not begun with one model; begin all of them anew, or from one manifest"
+            )
         examples = [int(each["examples"]) for each in heard]
         mine = len(said[self.ranks.rank])
         met = Met(mine * (len(said) - 1), sum(map(len, said)) - mine, divergence([e["weights.flat"] for e in heard]))

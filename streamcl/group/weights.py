@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -106,6 +107,10 @@ class Weights:
         self.flat, self.slots = dense.flat.detach().clone(), [slot.clone() for slot in dense.slots]
         self.table, *self.row_slots = map(self._copied, (engine.table.detach(), *engine.row_slots))
         self.touches.clear()
+
+    def start(self) -> int:
+        """A checksum of the dense weights that this round began with."""
+        return xxhash.xxh32_intdigest(self.flat.numpy().tobytes())
 
     def close(self) -> None:
         """All parts have heard what this one was told."""

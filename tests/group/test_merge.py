@@ -17,6 +17,7 @@ from streamcl.config import ConfigError
 from streamcl.group.merge import merge_of
 from streamcl.group.ranks import Ranks
 from streamcl.learner import Learner
+from streamcl.protocols import StreamclError
 from streamcl.state import digest
 from tests.group.crew import FEATURES, Click, Member, alike, config, crew, meet
 
@@ -289,6 +290,14 @@ def test_what_has_no_meaning_in_a_group_is_refused_by_name(said: Any, text: str)
     made = config(**said)
     with pytest.raises(ConfigError, match=text):
         merge_of(made, Learner(made), Ranks(0, 2))
+
+
+def test_ranks_that_have_not_begun_with_one_model_do_not_meet() -> None:
+    members = [Member(config(seed=seed), seed, 2) for seed in range(2)]
+    before = digest(members[0].learner.state_dict())
+    with pytest.raises(StreamclError, match="not begun with one model"):
+        meet(members)
+    assert digest(members[0].learner.state_dict()) == before
 
 
 class _Threads(Ranks):
