@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,5 +55,6 @@ class Examples:
 
 
 def rows(served: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """(n, C) of n times (C,), at least one."""
-    return np.concatenate(served).reshape(len(served), -1)  # half of what np.array takes
+    """(n, C) of n times (C,), at least one. By their bytes: NumPy would look at each as if it were anything."""
+    joined = b"".join(cast("Sequence[bytes]", served))  # any buffer will do
+    return np.frombuffer(joined, served[0].dtype).reshape(len(served), -1)
