@@ -98,6 +98,8 @@ class Rings:
                 self.drop(key)
             elif len(left) < len(ring):
                 self.rings[key] = deque(left, self.last)
+                if self.round is not None:  # or the others would tell of what is erased here
+                    self.round.lose(key, tuple(left))
         return erased
 
     def drop(self, key: int) -> None:
@@ -145,6 +147,7 @@ class Edges:
 
     def _begin(self) -> None:
         self.count = 0
+        self.erased = False  # in this round of a group
         self.sample: list[float] = []
         self.edges: list[float] = []
 
@@ -168,7 +171,7 @@ class Edges:
 
     def forget(self, who: Selector) -> int:
         """A number in the sample does not say whose it is: all begin anew but the edges, which go on until renewed."""
-        erased, self.sample = len(self.sample), []
+        erased, self.sample, self.erased = len(self.sample), [], True
         return erased
 
     def state_dict(self) -> State:

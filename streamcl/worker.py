@@ -167,7 +167,7 @@ class Worker:
 
     def _log(self, records: Sequence[Record]) -> Turn:
         """At least once: the order is a fact before anything comes of it; in a group, before anything of it leaves."""
-        if not self.rounds:
+        if not self.rounds and self.control and records:
             self._append(self._order(records))
         turn = self.turn(records)
         if self.rounds:  # only now is it known where it has ended

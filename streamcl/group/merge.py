@@ -28,10 +28,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+import xxhash
 from safetensors.torch import load, save
 from torch import Tensor
 
 from streamcl.config import Config, ConfigError
+from streamcl.delta import served
 from streamcl.group.beside import Averages, Renewals, Statistics
 from streamcl.group.errors import Errors
 from streamcl.group.gradient import Gradients
@@ -42,6 +44,7 @@ from streamcl.group.tables import Ids
 from streamcl.group.weights import Part, Said, Weights
 from streamcl.plasticity.continual_backprop import ContinualBackprop
 from streamcl.protocols import State, StreamclError
+from streamcl.state import digest
 
 if TYPE_CHECKING:
     from streamcl.engine.weights import Average
@@ -68,6 +71,7 @@ class Merge:
 
     def __init__(self, ranks: Ranks, parts: Mapping[str, Part], learner: Learner) -> None:
         self.ranks, self.parts, self.learner = ranks, dict(parts), learner
+        self.begun = ""  # what these processes began with, until they have met
 
     def meet(self, examples: int) -> Met:
         """Collective: merge what all ranks have learned in the round, this one from so many examples.
@@ -89,7 +93,8 @@ class Merge:
             told |= {f"{name}.{what}": tensor.contiguous() for what, tensor in part.say().items()}
         told.setdefault("weights.flat", self.learner.engine.dense.flat.detach())
         weights = self.parts.get("weights")
-        told["start"] = torch.tensor([weights.start() if isinstance(weights, Weights) else 0])
+        start = weights.start() if isinstance(weights, Weights) else 0
+        told["start"] = torch.tensor([start ^ xxhash.xxh32_intdigest(self.begun.encode())])
         return save(told)
 
     def hear(self, said: Sequence[bytes]) -> Met:
@@ -103,15 +108,17 @@ class Merge:
             raise StreamclError(
                 "group.merge: the ranks have not begun with one model; begin all of them anew, or from one manifest"
             )
+        self.begun = ""
         examples = [int(each["examples"]) for each in heard]
         mine = len(said[self.ranks.rank])
         met = Met(mine * (len(said) - 1), sum(map(len, said)) - mine, divergence([e["weights.flat"] for e in heard]))
-        if any(examples):
-            for name, part in self.parts.items():
-                part.hear([_of(name, each) for each in heard], examples)
-            weights = self.parts.get("weights")
-            if isinstance(weights, Weights):
-                weights.close()
+        # The past hears of events whose labels are still to come, too.
+        learned = self.parts if any(examples) else [name for name in self.parts if name == "past"]
+        for name in learned:
+            self.parts[name].hear([_of(name, each) for each in heard], examples)
+        weights = self.parts.get("weights")
+        if any(examples) and isinstance(weights, Weights):
+            weights.close()
         return met
 
     def state_dict(self) -> State:
@@ -119,6 +126,7 @@ class Merge:
 
     def load_state_dict(self, state: State) -> None:
         """Once the learner has its own: a round begins with what it holds."""
+        self.begun = digest(dict(served(self.learner))) if self.parts else ""
         for part in self.parts.values():
             part.begin()
         for name, part in self.parts.items():

@@ -33,7 +33,7 @@ class PastSums:
     likewise. An entry of a history goes where its time puts it, those of one time in the order of ranks. A value that
     one rank has lost, for want of room or because it was forgotten, begins anew with what the others have added. Of
     bins the edges of the rank that has seen most numbers hold for all (of equal ones the lowest's), or a bin would mean
-    another thing on every rank.
+    another thing on every rank; where numbers were forgotten on one, the sample that they are renewed from begins anew.
     """
 
     def __init__(self, config: Config, past: Past) -> None:
@@ -53,6 +53,8 @@ class PastSums:
                 kept.round = Round()
             if isinstance(kept, Rings):
                 kept.news = []
+            if isinstance(kept, Edges):
+                kept.erased = False
 
     def say(self) -> dict[str, Tensor]:
         past = self.past
@@ -94,7 +96,8 @@ def _news(kept: Any) -> Told:
     if isinstance(kept, Rings):
         return _entries(kept)
     state = kept.state_dict()
-    return {"count": np.array([state["count"]], np.int64), "sample": state["sample"], "edges": state["edges"]}
+    numbers = {"count": np.array([state["count"]], np.int64), "erased": np.array([kept.erased])}
+    return {**numbers, "sample": state["sample"], "edges": state["edges"]}
 
 
 def _additions(sums: Sums) -> Told:
@@ -179,5 +182,7 @@ def _write(rings: Rings, told: Sequence[Told]) -> None:
 def _take_most(edges: Edges, told: Sequence[Told]) -> None:
     counts = [int(each["count"][0]) for each in told]
     best = told[counts.index(max(counts))]
+    if any(each["erased"][0] for each in told):
+        best = {**best, "sample": best["sample"][:0]}
     if max(counts):
         edges.load_state_dict({**best, "count": max(counts)})

@@ -83,6 +83,7 @@ class Rounds:
         self.merge = merge_of(config, learner, ranks, past)
         self.number, self.seal = 0, BEGUN
         self.learned = self.records = 0
+        self.meetings = 0  # of these processes, those without records too
         self.time_s = -math.inf
         self.end_s: float | None = None  # of the round, in event time
         self.full = False
@@ -122,10 +123,15 @@ class Rounds:
         number = self.number + 1
         if leaving:
             self.ranks.tell("leaving", str(number))
-        ends = self.full or ended or leaving or self.urgent or (idle and self.quiet)
-        ends = ends or (idle and self.ranks.told("closed") == str(number)) or self._others_leave(idle)
+        urgent = self.urgent and not self.wish()["busy"]
+        ends = self.full or ended or leaving or urgent or (idle and self.quiet)
+        ends = ends or (idle and self.ranks.told("closed") == self._at()) or self._others_leave(idle)
         self.closing = Closed(number, ended) if ends else None
         return self.closing
+
+    def _at(self) -> str:
+        """Which meeting is next: one without records has the number of the one before."""
+        return f"{self.number + 1}/{self.meetings}"
 
     def _others_leave(self, idle: bool) -> bool:
         now = time.monotonic()
@@ -143,7 +149,8 @@ class Rounds:
         """
         assert self.closing is not None  # noqa: S101 - the caller has asked
         began = time.monotonic()
-        self.ranks.tell("closed", str(self.closing.round))
+        self.ranks.tell("closed", self._at())
+        self.meetings += 1
         heads = self.ranks.gather(self._head(progress, leaving))
         self.waited_s = time.monotonic() - began
         if any((each["round"], each["seal"]) != (self.closing.round, self.seal) for each in heads):

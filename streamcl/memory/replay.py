@@ -209,7 +209,8 @@ class Replay:
             self.policy.load_state_dict(state["policy"])
         self.kept = int(state.get("kept", 0))
         for name in HELD:
-            getattr(self, name)[: len(self)] = state.get(name, 1.0)  # sample weights, of old snapshots
+            # An old snapshot has no sample weights.
+            getattr(self, name)[: len(self)] = state[name] if name in EXAMPLE else state.get(name, 1.0)
         self.owners.load_state_dict(state, len(self))
         kept = state.get("columns", {})
         for name, column in self.columns.items():

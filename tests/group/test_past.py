@@ -122,3 +122,45 @@ def test_what_has_been_forgotten_on_all_ranks_does_not_come_back() -> None:
     rings: Rings = kept(members[1], "fans")
     assert item.row("u") - item.base not in rings.rings and item.row("w") - item.base not in rings.rings
     assert item.row("w") - item.base not in kept(members[0], "rate").state_dict()["rows"]
+
+
+def test_ranks_hear_of_events_whose_labels_are_still_to_come() -> None:
+    members = crew(made(), 2)
+    for member, user in zip(members, "ac", strict=True):
+        assert member.past is not None
+        features = member.past.complete(member.featurizer.encode({"user": user, "item": "u", "price": 1.0}), 1.0)
+        member.past.saw(features, 1.0, user)
+    meet(members)
+    assert alike(members)
+    row = members[0].featurizer.fields["item"].row("u") - members[0].featurizer.fields["item"].base
+    assert part(members[0], "count").read_row(row, 1.0)[1] == pytest.approx(2.0)
+
+
+def test_what_one_rank_forgets_a_round_before_another_leaves_them_alike() -> None:
+    members = crew(made(), 2)
+    members[0].learn(("a", "u", 1))
+    members[1].learn(("c", "u", 1))
+    meet(members)
+    for member in members:
+        assert member.past is not None
+        member.past.forget(Selector(key="a"))
+        members[1].learn(("d", "u", 1))
+        meet(members)
+        assert alike(members)
+    item = members[1].featurizer.fields["item"]
+    rings: Rings = kept(members[1], "fans")
+    user = members[1].featurizer.fields["user"]
+    assert user.row("a") - user.base not in {row for row, *_ in rings.rings[item.row("u") - item.base]}
+
+
+def test_numbers_that_one_rank_has_forgotten_do_not_come_back_from_another() -> None:
+    members = crew(config(features={**FEATURES, "price": {"kind": "numeric", "bins": 4}}), 2)
+    members[0].learn(*[("a", "u", 1)] * 9)
+    members[1].learn(*[("c", "u", 0)] * 5)
+    meet(members)
+    for member in reversed(members):
+        assert member.past is not None
+        member.past.forget(Selector(key="a"))
+        meet(members)
+        assert alike(members)
+        assert not any(len(kept(each, "price.bins")) for each in members)

@@ -334,8 +334,8 @@ def test_in_a_group_an_outage_ends_the_process(tmp_path: Path) -> None:
     assert [keeper.worker.progress.records for keeper in ended(config)] == [40, 40]
 
 
-def test_shards_that_learned_alone_may_go_on_as_a_group(tmp_path: Path) -> None:
-    produce([12, 12])
+def test_shards_that_learned_alone_are_no_group(tmp_path: Path) -> None:
+    produce([12, 7])
     config = group(tmp_path)
     for rank in range(2):
         mine = config.of_shard(rank)
@@ -345,9 +345,8 @@ def test_shards_that_learned_alone_may_go_on_as_a_group(tmp_path: Path) -> None:
             pass
         keeper.close()
     produce([9, 9], start=12)
-    keepers = ended(config)
-    assert [keeper.worker.progress.records for keeper in keepers] == [21, 21]
-    assert all(keeper.worker.rounds and keeper.worker.rounds.number == 2 for keeper in keepers)
+    with pytest.raises(StreamclError, match="have not begun with one model"):
+        ended(config)
 
 
 def test_every_reading_of_a_group_has_a_text_for_people(tmp_path: Path) -> None:
