@@ -36,6 +36,7 @@ LEAST = 0.6
 ORACLE, NAIVE, WAITING = "oracle", "naive", "wait"
 ORDERS = ("interleaved", "recorded")
 LOSSES = ("fnw", "fnc", "dfm", "es_dfm")
+KINDS = ("exponential", "heavy")
 NOTES = (
     "oracle: every label comes with its event; naive: an event is learned as a negative at once and as a positive when"
     " its label comes, by plain cross-entropy; wait: one example, when the window closes",
@@ -157,14 +158,15 @@ def _publish(config: Config, url: str, messages: Iterator[Message]) -> None:
 
 
 def run(options: Options) -> Report:
-    """Methods: one of the losses; without one, all."""
+    """Methods: one of the losses; streams: one of the kinds of delay; without one, all."""
     began = time.perf_counter()
     events = options.count("events", QUICK if options.quick else EVENTS)
     order = options.choice("preset", ORDERS, ORDERS[0])
     data, seeds = recorded("ml-100k", options.data), options.seed_list(1 if options.quick else 3)
     losses = (options.choice("method", LOSSES, "fnw"),) if options.method else LOSSES
+    kinds = (options.choice("stream", KINDS, KINDS[0]),) if options.stream else KINDS
     rows, bars = [], []
-    for kind in ("exponential", "heavy"):
+    for kind in kinds:
         found: dict[str, list[dict[str, float]]] = {}
         for seed in seeds:
             some = interleaved(data, events, seed) if order == ORDERS[0] else data.first(events)
