@@ -37,6 +37,11 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("feature_psi", "sampled_ne_recalibrated"), "needs more events than a short run has"),
     "live_decile_calibration": "of a shadow",
+    **{
+        name.removeprefix("streamcl_"): "of the ranks of a group"
+        for name in KNOWN
+        if name.startswith("streamcl_group_")
+    },
 }
 EVERYTHING: dict[str, Any] = {
     "telemetry": {"port": 1, "sample_every": 1},

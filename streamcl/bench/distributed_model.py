@@ -239,7 +239,8 @@ _PROGRAM = """
 import sys, time
 import torch
 from streamcl.group.ranks import Ranks
-ranks, found = Ranks.of_environment(60.0), []
+from streamcl.stations import GroupConfig
+ranks, found = Ranks.of_environment(GroupConfig(timeout_s=60.0)), []
 for size in map(int, sys.argv[1].split(",")):
     data = torch.zeros(size, dtype=torch.uint8)
     ranks.all_gather(data)

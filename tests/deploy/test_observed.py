@@ -165,6 +165,8 @@ def test_every_rule_can_be_asked_and_has_data(watched: Watched, alert: Alert, qu
     for rule in (alert, quick):
         watched.prometheus.query(rule.expr)
     for name in used(alert.expr):
+        if name.startswith("streamcl_group_"):  # of ranks alone; the rule itself is tested with promtool
+            continue
         assert watched.prometheus.query(f'{name}{{instance="healthy"}}'), name
 
 
