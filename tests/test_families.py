@@ -40,7 +40,7 @@ ELSEWHERE = {
     **{
         name.removeprefix("streamcl_"): "of the ranks of a group"
         for name in KNOWN
-        if name.startswith("streamcl_group_")
+        if name.startswith("streamcl_group_") and name != "streamcl_group_rebalances"  # a consumer group's
     },
 }
 EVERYTHING: dict[str, Any] = {
