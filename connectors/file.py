@@ -397,8 +397,7 @@ def open_source(inputs: Mapping[str, str], config: Config) -> FileSource:
 
 def open_sink(url: str, config: Config) -> FileSink:
     path, letters = path_of(url), url == config.dead_letters_url
-    shared = url in (config.predictions, config.dead_letters)  # the others have the shard in their names
-    if config.shard.count > 1 and "*" not in path.name and shared:
+    if config.shard.count > 1 and "*" not in path.name and not letters:
         raise ConnectorError(f"{url}: a file has one writer; with several shards put a * into its name")
     return FileSink(path.with_name(path.name.replace("*", str(config.shard.index))), enveloped=letters)
 

@@ -161,7 +161,8 @@ class Sums:
         were = [(row, self.entry(row)) for row in going]
         yield
         for row, was in were:
-            if was is not None and _place_of(row, self.rows, self.cells) < 0:
+            # Of more rows than there is room for one may have gone and come back.
+            if was is not None and (len(set(rows)) > self.keys or _place_of(row, self.rows, self.cells) < 0):
                 round_.lose(row, was)
 
     def _oldest(self, count: int) -> list[int]:
