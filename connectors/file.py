@@ -397,7 +397,8 @@ def open_source(inputs: Mapping[str, str], config: Config) -> FileSource:
 
 def open_sink(url: str, config: Config) -> FileSink:
     path, letters = path_of(url), url == config.dead_letters_url
-    if config.shard.count > 1 and "*" not in path.name and not letters:
+    own = url == config.outcomes_url or (letters and not config.dead_letters)  # the shard is part of the name
+    if config.shard.count > 1 and "*" not in path.name and not own:
         raise ConnectorError(f"{url}: a file has one writer; with several shards put a * into its name")
     return FileSink(path.with_name(path.name.replace("*", str(config.shard.index))), enveloped=letters)
 

@@ -251,16 +251,22 @@ def _read_row(rows: Any, entries: Any, cells: Any, row: int, now: float, rate: f
 
 
 @exact
-def _take_out(at: int, links: Any, ends: Any) -> None:
+def _tie(at: int, behind: int, before: int, links: Any, ends: Any) -> None:
+    """The one older than `at` is followed by `behind`, the one newer than it follows `before`."""
     older, newer = links[at].older, links[at].newer
     if older >= 0:
-        links[older].newer = newer
+        links[older].newer = behind
     else:
-        ends[OLDEST] = newer
+        ends[OLDEST] = behind
     if newer >= 0:
-        links[newer].older = older
+        links[newer].older = before
     else:
-        ends[NEWEST] = older
+        ends[NEWEST] = before
+
+
+@exact
+def _take_out(at: int, links: Any, ends: Any) -> None:
+    _tie(at, links[at].newer, links[at].older, links, ends)
 
 
 @exact
@@ -355,15 +361,7 @@ def _drop(rows: Any, entries: Any, links: Any, cells: Any, ends: Any, row: int) 
     leave(last, rows, cells)
     rows[at], entries[at], links[at] = rows[last], entries[last], links[last]
     enter(at, rows, cells)
-    older, newer = links[at].older, links[at].newer
-    if older >= 0:
-        links[older].newer = at
-    else:
-        ends[OLDEST] = at
-    if newer >= 0:
-        links[newer].older = at
-    else:
-        ends[NEWEST] = at
+    _tie(at, at, at, links, ends)
 
 
 @entry

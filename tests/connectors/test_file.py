@@ -217,6 +217,15 @@ def test_a_file_has_one_writer(tmp_path: Path) -> None:
     sink = file.open_sink((tmp_path / "out-*.jsonl").as_uri(), settings)
     assert sink.path == tmp_path / "out-1.jsonl"
     assert settings.dead_letters_url.endswith("app-dead-letters-1.jsonl")
+    assert file.open_sink(settings.dead_letters_url, settings).path.name == "app-dead-letters-1.jsonl"
+
+
+def test_what_has_the_shard_in_its_name_needs_no_other_and_what_shards_share_does(tmp_path: Path) -> None:
+    shared = {name: (tmp_path / f"{name}.jsonl").as_uri() for name in ("outcomes", "dead_letters")}
+    settings = config(tmp_path / "e-*.jsonl", shard={"index": 1, "count": 2}, **shared)
+    assert file.open_sink(settings.outcomes_url or "", settings).path.name == "outcomes.jsonl-1"
+    with pytest.raises(ConnectorError, match="a file has one writer"):
+        file.open_sink(settings.dead_letters_url, settings)
 
 
 def test_reading_does_not_hold_the_file_in_memory(tmp_path: Path) -> None:
