@@ -93,7 +93,7 @@ class Sums:
         self.rows = np.zeros(self.room, np.int64)
         self.entries = np.zeros(self.room, ENTRY)
         self.links = np.zeros(self.room, LINKS)
-        self.cells = np.zeros(1 << (2 * self.room - 1).bit_length(), np.int32)
+        self.cells = _cells(self.room)
         self.ends = np.array([0, NONE, NONE], np.int64)
 
     def read(self, ids: NDArray[np.int64], place: Place, now: float) -> tuple[float, float, float, int]:
@@ -109,8 +109,15 @@ class Sums:
 
     def make_room(self, values: int) -> None:
         """For so many more."""
-        if self.used + values > self.room < self.keys:
-            self._take(self._state(), 2 * self.room + values)
+        if not self.used + values > self.room < self.keys:
+            return
+        more = min(self.keys, 2 * self.room + values) - self.room
+        self.room += more
+        for name in ("rows", "entries", "links"):
+            column = getattr(self, name)
+            setattr(self, name, np.concatenate((column, np.zeros(more, column.dtype))))
+        self.cells = _cells(self.room)
+        _enter_all(self.rows, self.used, self.cells)
 
     def add(
         self, ids: NDArray[np.int64], place: Place, value: float, now: float, owner: int, of_all: bool = False
@@ -216,6 +223,11 @@ class Sums:
             self.links["newer"][n - 1] = NONE
             self.ends[OLDEST], self.ends[NEWEST] = 0, n - 1
         _enter_all(self.rows, n, self.cells)
+
+
+def _cells(room: int) -> NDArray[np.int32]:
+    """Of an index that is half full at most."""
+    return np.zeros(1 << (2 * room - 1).bit_length(), np.int32)
 
 
 @exact
